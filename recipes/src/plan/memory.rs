@@ -1,0 +1,1 @@
+//! What a run needs: parameters, memory per rank, bytes on the wire, checkpoint size.

@@ -1,0 +1,13 @@
+//! The typed recipe: units, defaults, validation, and errors that point at the line.
+
+mod bounds;
+mod recipe;
+mod report;
+mod units;
+
+pub use recipe::{
+    Attention, Base, Batch, Budget, Checkpoint, Data, Decay, Model, NonFinite, Optimizer,
+    Precision, Recipe, ReplicaCheck, RopeFrequencies, Weights, Workers, json_schema,
+};
+pub use report::RecipeError;
+pub use units::{Fraction, RunName, Tokens, UnitError, Warmup};

@@ -1,0 +1,425 @@
+//! The recipe's structures and their defaults, which are the paper's unless said otherwise (`docs/recipes.md`).
+
+use std::path::{Path, PathBuf};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::bounds;
+use super::report::RecipeError;
+use super::units::{Fraction, RunName, Tokens, Warmup};
+
+/// What share of the pretraining tokens an uptraining takes unless the recipe says otherwise: the paper's 5 %.
+const DEFAULT_FRACTION: f64 = 0.05;
+
+/// Everything that defines a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Name of the run.
+    pub name: RunName,
+    /// Seed of the initialisation of new weights.
+    #[serde(default = "default_seed")]
+    pub seed: u64,
+    /// The model that training begins with.
+    pub base: Base,
+    /// What attention the trained model has.
+    #[serde(default)]
+    pub attention: Attention,
+    /// Details of the model and of its arithmetic.
+    #[serde(default)]
+    pub model: Model,
+    /// The tokens, and how they are ordered.
+    pub data: Data,
+    /// How many tokens are trained.
+    pub budget: Budget,
+    /// What one optimizer step takes.
+    #[serde(default)]
+    pub batch: Batch,
+    /// AdamW and its schedule.
+    #[serde(default)]
+    pub optimizer: Optimizer,
+    /// When and where checkpoints are written.
+    #[serde(default)]
+    pub checkpoint: Checkpoint,
+    /// How many workers train together.
+    #[serde(default)]
+    pub workers: Workers,
+    /// What happens when loss or gradient is not finite.
+    #[serde(default)]
+    pub nonfinite: NonFinite,
+    /// How often replicas compare their parameters.
+    #[serde(default)]
+    pub replica_check: ReplicaCheck,
+}
+
+fn default_seed() -> u64 {
+    17
+}
+
+/// The model that training begins with.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Base {
+    /// A Hugging Face directory: `config.json`, safetensors, `tokenizer.json`.
+    pub path: PathBuf,
+    /// Whether the directory's weights are taken.
+    #[serde(default)]
+    pub weights: Weights,
+}
+
+/// Where the first weights come from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Weights {
+    /// From the base directory.
+    #[default]
+    Pretrained,
+    /// From the seed; only configuration and tokenizer of the base directory are read.
+    Random,
+}
+
+/// Kind of attention.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Attention {
+    /// Linear attention with a learned feature map, fixed decay and per-head norm (arXiv 2405.06640).
+    #[default]
+    Supra,
+    /// The base's own softmax attention: pretraining and baselines.
+    Softmax,
+}
+
+/// Fixed decay per head.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Decay {
+    /// `exp(-s)` with the ALiBi slopes `s` (the released models).
+    #[default]
+    Alibi,
+    /// RetNet's `1 - 2^(-5-h)`.
+    Retnet,
+    /// No decay.
+    None,
+}
+
+/// How rotary frequencies are rounded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum RopeFrequencies {
+    /// Not at all.
+    #[default]
+    Exact,
+    /// To bf16, which reproduces the released models.
+    Bf16,
+}
+
+/// Arithmetic of forward and backward; masters, moments and accumulation are fp32 either way.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// bfloat16.
+    #[default]
+    Bf16,
+    /// IEEE single precision.
+    Fp32,
+}
+
+/// Details of the model and of its arithmetic.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Model {
+    /// Fixed decay per head.
+    pub decay: Decay,
+    /// Whether queries and keys are normalised after the feature map.
+    pub qk_norm: bool,
+    /// How rotary frequencies are rounded.
+    pub rope_frequencies: RopeFrequencies,
+    /// Tokens per chunk of the chunkwise form; the result does not depend on it beyond rounding.
+    #[serde(deserialize_with = "bounds::counting")]
+    #[schemars(range(min = 1))]
+    pub chunk: u32,
+    /// Arithmetic of forward and backward.
+    pub precision: Precision,
+}
+
+impl Default for Model {
+    fn default() -> Self {
+        Model {
+            decay: Decay::default(),
+            qk_norm: false,
+            rope_frequencies: RopeFrequencies::default(),
+            chunk: 64,
+            precision: Precision::default(),
+        }
+    }
+}
+
+/// The tokens, and how they are ordered.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Data {
+    /// Dataset manifest, or the directory that holds it as `dataset.json`.
+    pub train: PathBuf,
+    /// Manifest of the held-out part.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub heldout: Option<PathBuf>,
+    /// Seed of the sample order.
+    #[serde(default = "default_seed")]
+    pub seed: u64,
+    /// Whether attention state, decay and positions begin anew with each document; `false` is the paper's packing.
+    #[serde(default = "default_true")]
+    pub reset_at_document: bool,
+    /// Whether a dataset smaller than the budget is gone through again, in another order.
+    #[serde(default)]
+    pub repeat: bool,
+}
+
+fn default_true() -> bool {
+    true
+}
+
+/// How many tokens are trained: `tokens`, or `pretraining_tokens` times `fraction`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Budget {
+    /// Tokens that the base was pretrained on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pretraining_tokens: Option<Tokens>,
+    /// Share of them, 0.05 unless said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fraction: Option<Fraction>,
+    /// The budget itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<Tokens>,
+}
+
+impl Budget {
+    /// A budget of exactly `tokens`.
+    pub fn exactly(tokens: Tokens) -> Budget {
+        Budget {
+            pretraining_tokens: None,
+            fraction: None,
+            tokens: Some(tokens),
+        }
+    }
+
+    /// Tokens to train, rounded to the nearest whole token.
+    pub fn tokens(&self) -> u64 {
+        match (self.tokens, self.pretraining_tokens) {
+            (Some(tokens), _) => tokens.0,
+            (None, Some(pretraining)) => {
+                let fraction = self
+                    .fraction
+                    .map_or(DEFAULT_FRACTION, |fraction| fraction.0);
+                (pretraining.0 as f64 * fraction).round() as u64
+            }
+            (None, None) => 0,
+        }
+    }
+}
+
+/// What one optimizer step takes.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Batch {
+    /// Tokens per optimizer step over all workers; a multiple of `sequence_length`.
+    pub tokens: Tokens,
+    /// Samples that one worker puts through the model at once.
+    #[serde(deserialize_with = "bounds::counting")]
+    #[schemars(range(min = 1))]
+    pub micro_batch: u32,
+    /// Tokens per sample.
+    #[serde(deserialize_with = "bounds::counting")]
+    #[schemars(range(min = 1))]
+    pub sequence_length: u32,
+}
+
+impl Batch {
+    /// Samples per full step.
+    pub fn samples(&self) -> u64 {
+        self.tokens.0 / u64::from(self.sequence_length.max(1))
+    }
+}
+
+impl Default for Batch {
+    fn default() -> Self {
+        Batch {
+            tokens: Tokens(2 << 20),
+            micro_batch: 4,
+            sequence_length: 2048,
+        }
+    }
+}
+
+/// AdamW and its schedule: linear warm-up to `lr`, then a cosine down to `final_lr` at the end of the budget.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Optimizer {
+    /// Highest learning rate.
+    #[serde(deserialize_with = "bounds::positive")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub lr: f64,
+    /// Learning rate of the last step.
+    #[serde(deserialize_with = "bounds::not_negative")]
+    #[schemars(range(min = 0))]
+    pub final_lr: f64,
+    /// Length of the warm-up.
+    pub warmup: Warmup,
+    /// Decay rates of the two moments.
+    #[serde(deserialize_with = "bounds::betas")]
+    pub betas: (f64, f64),
+    /// Added to the root of the second moment.
+    #[serde(deserialize_with = "bounds::positive")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub eps: f64,
+    /// Decoupled weight decay.
+    #[serde(deserialize_with = "bounds::not_negative")]
+    #[schemars(range(min = 0))]
+    pub weight_decay: f64,
+    /// Whether norms and biases decay too.
+    pub decay_norms_and_biases: bool,
+    /// Largest global gradient norm.
+    #[serde(deserialize_with = "bounds::positive")]
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub clip: f64,
+    /// Coefficient of the mean squared log-partition function.
+    #[serde(deserialize_with = "bounds::not_negative")]
+    #[schemars(range(min = 0))]
+    pub z_loss: f64,
+}
+
+impl Default for Optimizer {
+    fn default() -> Self {
+        Optimizer {
+            lr: 3e-5,
+            final_lr: 1e-5,
+            warmup: Warmup::Steps(1000),
+            betas: (0.9, 0.95),
+            eps: 1e-8,
+            weight_decay: 0.1,
+            decay_norms_and_biases: false,
+            clip: 1.0,
+            z_loss: 0.0,
+        }
+    }
+}
+
+/// When and where checkpoints are written.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Checkpoint {
+    /// A checkpoint is due at the step that reaches a multiple of this, and at the last step.
+    pub every_tokens: Tokens,
+    /// How many of the newest are kept.
+    #[serde(deserialize_with = "bounds::counting")]
+    #[schemars(range(min = 1))]
+    pub keep: u32,
+    /// Directory that all workers share; the coordinator's state directory unless said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub to: Option<PathBuf>,
+}
+
+impl Default for Checkpoint {
+    fn default() -> Self {
+        Checkpoint {
+            every_tokens: Tokens(1_000_000_000),
+            keep: 3,
+            to: None,
+        }
+    }
+}
+
+/// How many workers train together.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Workers {
+    /// A generation forms with no fewer.
+    #[serde(deserialize_with = "bounds::counting")]
+    #[schemars(range(min = 1))]
+    pub min: u32,
+    /// A generation takes no more.
+    #[serde(deserialize_with = "bounds::counting")]
+    #[schemars(range(min = 1))]
+    pub max: u32,
+}
+
+impl Default for Workers {
+    fn default() -> Self {
+        Workers { min: 1, max: 64 }
+    }
+}
+
+/// What happens when loss or gradient is not finite.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct NonFinite {
+    /// More skipped steps in a row than this stop the run.
+    pub max: u32,
+}
+
+impl Default for NonFinite {
+    fn default() -> Self {
+        NonFinite { max: 3 }
+    }
+}
+
+/// How often replicas compare their parameters.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct ReplicaCheck {
+    /// Steps from one comparison to the next; the last step compares too.
+    #[serde(deserialize_with = "bounds::counting")]
+    #[schemars(range(min = 1))]
+    pub every_steps: u64,
+}
+
+impl Default for ReplicaCheck {
+    fn default() -> Self {
+        ReplicaCheck { every_steps: 50 }
+    }
+}
+
+impl Recipe {
+    /// Reads a recipe from `text`; `file_name` appears in errors. Paths stay as written.
+    pub fn parse(text: &str, file_name: &str) -> Result<Recipe, RecipeError> {
+        serde_yaml::from_str(text)
+            .map_err(|error| RecipeError::plain(file_name, &error.to_string()))
+    }
+
+    /// Reads the recipe at `path`; relative paths in it are taken from the file's directory.
+    pub fn load(path: &Path) -> Result<Recipe, RecipeError> {
+        let shown = path.display().to_string();
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| RecipeError::plain(&shown, &error.to_string()))?;
+        let directory = path.parent().unwrap_or(Path::new("."));
+        let directory = std::path::absolute(directory)
+            .map_err(|error| RecipeError::plain(&shown, &error.to_string()))?;
+        Ok(Recipe::parse(&text, &shown)?.resolved(&directory))
+    }
+
+    /// The recipe with every relative path taken from `base_dir`.
+    pub fn resolved(mut self, base_dir: &Path) -> Recipe {
+        let resolve = |path: &mut PathBuf| *path = base_dir.join(&*path);
+        resolve(&mut self.base.path);
+        resolve(&mut self.data.train);
+        self.data.heldout.iter_mut().for_each(resolve);
+        self.checkpoint.to.iter_mut().for_each(resolve);
+        self
+    }
+
+    /// The recipe as YAML with every default written out; reads back as the same recipe.
+    pub fn to_yaml(&self) -> String {
+        serde_yaml::to_string(self)
+            .expect("invariant: a recipe holds only strings, numbers and UTF-8 paths")
+    }
+}
+
+/// The JSON Schema of a recipe, for editors.
+pub fn json_schema() -> String {
+    let schema = schemars::schema_for!(Recipe);
+    let mut text =
+        serde_json::to_string_pretty(&schema).expect("invariant: a schema is plain JSON");
+    text.push('\n');
+    text
+}
