@@ -1,0 +1,3 @@
+//! A Hugging Face tokenizer.
+/// A tokenizer.
+pub struct TextTokenizer;
