@@ -1,0 +1,522 @@
+//! The audit: proves from a ledger alone that the samples behind the weights are exactly samples
+//! 0..N of the plan, each once.
+//!
+//! Pure: it reads records and answers with a [`Verdict`]. It checks the chain (index, previous hash,
+//! own hash), the opening, that the steps which no void record takes back follow each other without
+//! gap or repeat, that each of them holds the samples that the opening promises, that durable steps
+//! are never taken back, and that the close, if there is one, is the end of the budget to the token.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use serde::Serialize;
+use supra_recipes::plan::Digest;
+
+use crate::ledger::{self, Body, Hash, Open, Record, RecordError, Step};
+
+/// Breaks that are reported; the rest is only counted.
+const MAX_BREAKS: usize = 50;
+
+/// Recomputes the digest of a range of samples from the data, or says why it cannot.
+pub type Recompute<'a> = dyn FnMut(Range<u64>) -> Result<Digest, String> + 'a;
+
+/// What the ledger is held against, beside itself.
+#[derive(Default)]
+pub struct Options<'a> {
+    /// The head that the coordinator, a manifest or an export names. Without it a cut tail of the
+    /// ledger cannot be told from a run that is not finished.
+    pub head: Option<Hash>,
+    /// BLAKE3 of the resolved recipe's YAML.
+    pub recipe_hash: Option<Hash>,
+    /// Digests from the data itself. Slow: reads every sample.
+    pub recompute: Option<&'a mut Recompute<'a>>,
+}
+
+/// The result of an audit; its JSON is the stable answer of `supra audit --json`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Verdict {
+    /// Id of the run; empty when the ledger has no opening.
+    pub run: String,
+    /// `ok` or `broken`.
+    pub verdict: Outcome,
+    /// BLAKE3 head of the chain, hexadecimal.
+    pub head: String,
+    /// Records read.
+    pub records: u64,
+    /// Generations that applied a step.
+    pub generations: u64,
+    /// Steps behind the weights, and steps of the whole budget.
+    pub steps: u64,
+    /// Steps of the whole budget.
+    pub budget_steps: u64,
+    /// Samples behind the weights.
+    pub samples: u64,
+    /// Tokens behind the weights.
+    pub tokens: u64,
+    /// Tokens of the whole budget.
+    pub budget_tokens: u64,
+    /// Last step that a published checkpoint holds.
+    pub durable_step: u64,
+    /// Steps behind the weights whose update was skipped, ascending.
+    pub skipped: Vec<u64>,
+    /// Applied steps that were taken back and trained again, or lie after the recovery point.
+    pub voided_steps: u64,
+    /// The ledger is closed: the budget is spent.
+    pub finished: bool,
+    /// Where and how the ledger is broken, in order; empty when it is not.
+    pub breaks: Vec<Break>,
+    /// Breaks beyond those listed.
+    pub more_breaks: u64,
+}
+
+/// Is the account right?
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// Every check passed.
+    Ok,
+    /// At least one did not.
+    Broken,
+}
+
+/// One failed check.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Break {
+    /// Record at which it shows; the number of records for what shows at the end.
+    pub record: u64,
+    /// What is wrong, in one line.
+    pub what: String,
+}
+
+/// Audits a whole ledger.
+pub fn audit(records: impl IntoIterator<Item = Record>, options: Options<'_>) -> Verdict {
+    let mut auditor = Auditor::new(options);
+    for record in records {
+        auditor.push(&record);
+    }
+    auditor.finish()
+}
+
+/// An audit in progress, for ledgers that arrive record by record.
+pub struct Auditor<'a> {
+    options: Options<'a>,
+    tail: ledger::Tail,
+    records: u64,
+    open: Option<Open>,
+    /// Last step that stands.
+    step: u64,
+    durable: u64,
+    /// Generation of the last step, and the last one that a void record ended.
+    generation: u64,
+    voided_generation: u64,
+    generations: u64,
+    skipped: BTreeSet<u64>,
+    voided: u64,
+    closed: bool,
+    breaks: Vec<Break>,
+    more: u64,
+}
+
+impl<'a> Auditor<'a> {
+    /// An audit that has seen nothing.
+    pub fn new(options: Options<'a>) -> Self {
+        Auditor {
+            options,
+            tail: ledger::Tail::default(),
+            records: 0,
+            open: None,
+            step: 0,
+            durable: 0,
+            generation: 0,
+            voided_generation: 0,
+            generations: 0,
+            skipped: BTreeSet::new(),
+            voided: 0,
+            closed: false,
+            breaks: Vec::new(),
+            more: 0,
+        }
+    }
+
+    /// Takes the next record.
+    pub fn push(&mut self, record: &Record) {
+        self.chain(record);
+        if self.closed {
+            self.found("comes after the close");
+        }
+        match &record.body {
+            Body::Open(open) => self.opening(open),
+            _ if self.open.is_none() => {
+                if self.records == 0 {
+                    self.found("the ledger does not begin with an opening");
+                }
+            }
+            Body::Step(step) => self.applied(step),
+            Body::Void { generation, after_step, .. } => self.void(*generation, *after_step),
+            Body::Durable { step, .. } => self.made_durable(*step),
+            Body::Close { step, samples } => self.close(*step, *samples),
+        }
+        self.records += 1;
+    }
+
+    /// Notes a record that could not even be read.
+    pub fn unreadable(&mut self, error: &RecordError) {
+        self.found(error.to_string());
+        self.records += 1;
+    }
+
+    /// Checks what only shows at the end, and answers.
+    pub fn finish(mut self) -> Verdict {
+        if self.records == 0 && self.options.head.is_some_and(|head| head != Hash::default()) {
+            self.found("the ledger is empty");
+        } else if let Some(head) = self.options.head
+            && head != self.tail.head
+        {
+            self.found(format!(
+                "the chain ends in {} but the head is known to be {}: records are missing at the end",
+                ledger::hex(&self.tail.head),
+                ledger::hex(&head),
+            ));
+        }
+        let samples = self.samples();
+        let length = self.open.as_ref().map_or(0, |open| open.sequence_length);
+        let budget = self.open.as_ref().map_or(0, |open| open.samples);
+        Verdict {
+            run: self.open.as_ref().map(|open| open.run.clone()).unwrap_or_default(),
+            verdict: if self.breaks.is_empty() { Outcome::Ok } else { Outcome::Broken },
+            head: ledger::hex(&self.tail.head),
+            records: self.records,
+            generations: self.generations,
+            steps: self.step,
+            budget_steps: self.open.as_ref().map_or(0, |open| open.steps),
+            samples,
+            tokens: samples.saturating_mul(length),
+            budget_tokens: budget.saturating_mul(length),
+            durable_step: self.durable,
+            skipped: self.skipped.into_iter().collect(),
+            voided_steps: self.voided,
+            finished: self.closed,
+            breaks: self.breaks,
+            more_breaks: self.more,
+        }
+    }
+
+    fn found(&mut self, what: impl Into<String>) {
+        if self.breaks.len() < MAX_BREAKS {
+            self.breaks.push(Break { record: self.records, what: what.into() });
+        } else {
+            self.more += 1;
+        }
+    }
+
+    /// Samples of steps 1..=`step`.
+    fn samples(&self) -> u64 {
+        self.open.as_ref().map_or(0, |open| self.step.saturating_mul(open.batch_samples).min(open.samples))
+    }
+
+    fn chain(&mut self, record: &Record) {
+        if record.index != self.tail.length {
+            self.found(format!("has index {}, expected {}", record.index, self.tail.length));
+        }
+        if record.previous != self.tail.head {
+            self.found("does not follow the record before it: the previous hash differs");
+        }
+        if record.hash != ledger::hash(&record.previous, record.index, &record.body) {
+            self.found("was altered: its hash is not that of its content");
+        }
+        self.tail.advance(record);
+    }
+
+    fn opening(&mut self, open: &Open) {
+        if self.open.is_some() {
+            return self.found("opens the ledger a second time");
+        }
+        if self.records > 0 {
+            self.found("opens the ledger, but is not its first record");
+        }
+        let steps = open.samples.div_ceil(open.batch_samples.max(1));
+        if open.batch_samples == 0 || open.sequence_length == 0 || open.steps != steps {
+            self.found(format!(
+                "promises {} steps of {} samples for {} samples, which do not fit together",
+                open.steps, open.batch_samples, open.samples,
+            ));
+        }
+        if self.options.recipe_hash.is_some_and(|hash| hash != open.recipe_hash) {
+            self.found("was opened for another recipe than the run's");
+        }
+        self.open = Some(open.clone());
+    }
+
+    fn applied(&mut self, step: &Step) {
+        let Some(open) = &self.open else { return };
+        let first = (step.step.saturating_sub(1)).saturating_mul(open.batch_samples);
+        let samples = open.batch_samples.min(open.samples.saturating_sub(first));
+        let promised = step.step >= 1 && step.step <= open.steps;
+        if step.step != self.step + 1 {
+            self.found(format!(
+                "applies step {} after step {}: {}",
+                step.step,
+                self.step,
+                if step.step <= self.step { "samples were trained twice" } else { "samples are missing" },
+            ));
+        }
+        if !promised || step.first_sample != first || step.samples != samples {
+            self.found(format!(
+                "step {} holds samples {}..{}, the plan says {}..{}",
+                step.step,
+                step.first_sample,
+                step.first_sample.saturating_add(step.samples),
+                first,
+                first.saturating_add(samples),
+            ));
+        }
+        if step.generation <= self.voided_generation || step.generation < self.generation {
+            self.found(format!(
+                "generation {} applies step {} after generation {} took its place",
+                step.generation,
+                step.step,
+                self.generation.max(self.voided_generation),
+            ));
+        }
+        self.compare_data(step);
+        if step.generation > self.generation {
+            self.generations += 1;
+            self.generation = step.generation;
+        }
+        self.step = step.step;
+        if step.skipped {
+            self.skipped.insert(step.step);
+        }
+    }
+
+    fn compare_data(&mut self, step: &Step) {
+        let Some(recompute) = self.options.recompute.as_mut() else { return };
+        let range = step.first_sample..step.first_sample.saturating_add(step.samples);
+        match recompute(range) {
+            Ok(digest) if digest.as_bytes() == &step.digest => {}
+            Ok(_) => self.found(format!("step {}: what was fed is not what the data holds", step.step)),
+            Err(cause) => self.found(format!("step {}: cannot be checked: {cause}", step.step)),
+        }
+    }
+
+    fn void(&mut self, generation: u64, after_step: u64) {
+        if after_step < self.durable {
+            self.found(format!("voids steps after {after_step}, but step {} is durable", self.durable));
+        }
+        if after_step > self.step {
+            self.found(format!("voids steps after {after_step}, but the last step is {}", self.step));
+        }
+        if generation < self.generation {
+            self.found(format!("voids generation {generation}, but generation {} applied steps", self.generation));
+        }
+        self.voided += self.step.saturating_sub(after_step);
+        self.step = self.step.min(after_step);
+        self.skipped.split_off(&(after_step + 1));
+        self.voided_generation = self.voided_generation.max(generation);
+    }
+
+    fn made_durable(&mut self, step: u64) {
+        if step > self.step {
+            self.found(format!("calls step {step} durable, but the last step is {}", self.step));
+        }
+        self.durable = self.durable.max(step);
+    }
+
+    fn close(&mut self, step: u64, samples: u64) {
+        let Some(open) = &self.open else { return };
+        let budget = (open.steps, open.samples);
+        if (step, samples) != budget {
+            self.found(format!("closes at step {step} with {samples} samples, the budget is step {} with {}", budget.0, budget.1));
+        }
+        if self.step != budget.0 || self.samples() != budget.1 {
+            self.found(format!("closes the ledger, but only {} of {} steps stand", self.step, budget.0));
+        }
+        if self.durable != budget.0 {
+            self.found(format!("closes the ledger, but only steps up to {} are durable", self.durable));
+        }
+        self.closed = true;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use supra_proto::v1;
+
+    fn opening() -> Body {
+        Body::Open(Open {
+            run: "quick-1".into(),
+            recipe_hash: [1; 32],
+            manifest_hash: [2; 32],
+            windows: 100,
+            sequence_length: 8,
+            batch_samples: 4,
+            samples: 10,
+            steps: 3,
+        })
+    }
+
+    fn step(generation: u64, step: u64) -> Body {
+        let first_sample = (step - 1) * 4;
+        let samples = if step == 3 { 2 } else { 4 };
+        let skipped = step == 2;
+        Body::Step(Step { generation, step, first_sample, samples, digest: [7; 32], skipped })
+    }
+
+    fn durable(generation: u64, step: u64) -> Body {
+        Body::Durable { generation, step, manifest_hash: [9; 32] }
+    }
+
+    fn void(generation: u64, after_step: u64) -> Body {
+        Body::Void { generation, after_step, reason: "rank 1 vanished".into() }
+    }
+
+    fn chain(bodies: impl IntoIterator<Item = Body>) -> Vec<Record> {
+        let mut tail = ledger::Tail::default();
+        let mut records = Vec::new();
+        for body in bodies {
+            let record = tail.next(body);
+            tail.advance(&record);
+            records.push(record);
+        }
+        records
+    }
+
+    fn finished() -> Vec<Record> {
+        chain([
+            opening(),
+            step(1, 1),
+            step(1, 2),
+            void(1, 0),
+            step(2, 1),
+            durable(2, 1),
+            step(2, 2),
+            step(2, 3),
+            durable(2, 3),
+            Body::Close { step: 3, samples: 10 },
+        ])
+    }
+
+    fn breaks(bodies: impl IntoIterator<Item = Body>) -> Vec<String> {
+        audit(chain(bodies), Options::default()).breaks.into_iter().map(|broken| broken.what).collect()
+    }
+
+    #[test]
+    fn a_finished_run_is_accounted_for_to_the_token() {
+        let verdict = audit(finished(), Options::default());
+        assert_eq!(verdict.breaks, []);
+        assert!(verdict.finished);
+        assert_eq!((verdict.steps, verdict.samples, verdict.tokens), (3, 10, 80));
+        assert_eq!((verdict.generations, verdict.voided_steps), (2, 2));
+        assert_eq!(verdict.skipped, [2]);
+    }
+
+    #[test]
+    fn the_json_shape_is_stable() {
+        let json = serde_json::to_value(audit(finished(), Options::default())).unwrap();
+        let mut keys: Vec<_> = json.as_object().unwrap().keys().cloned().collect();
+        keys.sort();
+        let expected = "breaks budget_steps budget_tokens durable_step finished generations head more_breaks \
+                        records run samples skipped steps tokens verdict voided_steps";
+        assert_eq!(keys.join(" "), expected);
+        assert_eq!(json["verdict"], "ok");
+    }
+
+    #[test]
+    fn each_wrong_account_is_named() {
+        let has = |bodies: Vec<Body>, text: &str| {
+            let found = breaks(bodies);
+            assert!(found.iter().any(|what| what.contains(text)), "{text}: {found:?}");
+        };
+        has(vec![step(1, 1)], "does not begin with an opening");
+        has(vec![opening(), opening()], "a second time");
+        has(vec![opening(), step(1, 2)], "samples are missing");
+        has(vec![opening(), step(1, 1), step(1, 1)], "trained twice");
+        has(vec![opening(), step(1, 1), void(1, 0), step(1, 1)], "took its place");
+        has(vec![opening(), step(2, 1), step(1, 2)], "took its place");
+        has(vec![opening(), step(1, 1), durable(1, 1), void(1, 0)], "is durable");
+        has(vec![opening(), durable(1, 1)], "durable, but the last step");
+        has(vec![opening(), Body::Close { step: 3, samples: 10 }], "only 0 of 3 steps");
+        has(vec![opening(), Body::Close { step: 2, samples: 8 }], "the budget is step 3 with 10");
+        let short = Body::Step(Step {
+            generation: 1,
+            step: 1,
+            first_sample: 0,
+            samples: 3,
+            digest: [7; 32],
+            skipped: false,
+        });
+        has(vec![opening(), short], "holds samples 0..3, the plan says 0..4");
+    }
+
+    #[test]
+    fn a_cut_tail_shows_against_the_known_head() {
+        let records = finished();
+        let head = records.last().map(|record| record.hash);
+        let cut = records[..6].to_vec();
+        assert_eq!(audit(cut.clone(), Options::default()).verdict, Outcome::Ok);
+        assert_eq!(audit(cut, Options { head, ..Options::default() }).verdict, Outcome::Broken);
+        assert_eq!(audit([], Options { head, ..Options::default() }).verdict, Outcome::Broken);
+    }
+
+    #[test]
+    fn data_that_differs_from_what_was_fed_is_found() {
+        let mut other = |_: Range<u64>| Ok(Digest::ZERO);
+        let options = Options { recompute: Some(&mut other), ..Options::default() };
+        assert!(audit(finished(), options).breaks[0].what.contains("not what the data holds"));
+    }
+
+    #[derive(Clone, Debug)]
+    enum Tamper {
+        Flip { record: usize, bit: usize },
+        Drop(usize),
+        Duplicate(usize),
+        Swap(usize),
+    }
+
+    fn tampers() -> impl Strategy<Value = Tamper> {
+        prop_oneof![
+            (0..10usize, 0..20_000usize).prop_map(|(record, bit)| Tamper::Flip { record, bit }),
+            (0..10usize).prop_map(Tamper::Drop),
+            (0..10usize).prop_map(Tamper::Duplicate),
+            (0..9usize).prop_map(Tamper::Swap),
+        ]
+    }
+
+    /// The stored form of a record with one bit turned; `None` when it cannot be read any more.
+    fn flipped(record: &Record, bit: usize) -> Option<Record> {
+        let mut bytes = record.index.to_le_bytes().to_vec();
+        bytes.extend(record.previous);
+        bytes.extend(record.hash);
+        bytes.extend(record.body.encode());
+        let place = bit / 8 % bytes.len();
+        bytes[place] ^= 1 << (bit % 8);
+        Some(Record {
+            index: u64::from_le_bytes(bytes[..8].try_into().ok()?),
+            previous: bytes[8..40].try_into().ok()?,
+            hash: bytes[40..72].try_into().ok()?,
+            body: Body::decode(&bytes[72..])?,
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn any_tampering_is_found(tamper in tampers()) {
+            let mut records = finished();
+            let head = records.last().map(|record| record.hash);
+            match tamper {
+                Tamper::Flip { record, bit } => match flipped(&records[record], bit) {
+                    Some(changed) => records[record] = changed,
+                    None => return Ok(()),
+                },
+                Tamper::Drop(record) => { records.remove(record); }
+                Tamper::Duplicate(record) => records.insert(record, records[record].clone()),
+                Tamper::Swap(record) => records.swap(record, record + 1),
+            }
+            let wire: Vec<v1::LedgerRecord> = records.iter().map(Into::into).collect();
+            let read = wire.into_iter().map(|record| Record::try_from(record).unwrap());
+            prop_assert_eq!(audit(read, Options { head, ..Options::default() }).verdict, Outcome::Broken);
+        }
+    }
+}

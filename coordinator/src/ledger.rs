@@ -1,0 +1,463 @@
+//! The ledger: a hash-chained account of the samples that were really trained.
+//!
+//! Record i is `(index, body, hash)` with `hash_i = BLAKE3(hash_{i-1} || i as u64 LE || body bytes)`
+//! and 32 zero bytes before the first. The body bytes are the fixed encoding of [`Body::encode`],
+//! which no serialisation library can change under us: one tag byte, then the fields in order,
+//! integers as u64 little-endian, texts as length and UTF-8.
+
+use supra_proto::v1;
+
+/// Length of every hash and digest in the ledger, bytes.
+pub const HASH_BYTES: usize = 32;
+
+/// A BLAKE3 hash, or a digest sum.
+pub type Hash = [u8; HASH_BYTES];
+
+/// What a record says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Body {
+    /// Opens the ledger of a run: what it promises to train. Always record 0, and only there.
+    Open(Open),
+    /// A step that all ranks applied.
+    Step(Step),
+    /// Steps after `after_step` of generations up to `generation` are void.
+    Void {
+        /// Last generation whose steps are void.
+        generation: u64,
+        /// Recovery point: the last step that stays.
+        after_step: u64,
+        /// Why, in one line.
+        reason: String,
+    },
+    /// A published checkpoint makes the steps up to `step` durable.
+    Durable {
+        /// Generation that wrote the checkpoint.
+        generation: u64,
+        /// Step of the checkpoint.
+        step: u64,
+        /// BLAKE3 of its manifest.
+        manifest_hash: Hash,
+    },
+    /// The budget is spent. Always the last record.
+    Close {
+        /// Last step.
+        step: u64,
+        /// Samples of the whole budget.
+        samples: u64,
+    },
+}
+
+/// The promise of a run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Open {
+    /// Id of the run.
+    pub run: String,
+    /// BLAKE3 of the resolved recipe's YAML.
+    pub recipe_hash: Hash,
+    /// BLAKE3 of the training data's manifest.
+    pub manifest_hash: Hash,
+    /// Windows of one pass of the data.
+    pub windows: u64,
+    /// Tokens of a sample.
+    pub sequence_length: u64,
+    /// Samples of a full step.
+    pub batch_samples: u64,
+    /// Samples of the whole budget.
+    pub samples: u64,
+    /// Steps of the whole budget.
+    pub steps: u64,
+}
+
+/// One applied step.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Step {
+    /// Generation that trained it.
+    pub generation: u64,
+    /// 1-based number of the step.
+    pub step: u64,
+    /// First sample of the step.
+    pub first_sample: u64,
+    /// Samples of the step.
+    pub samples: u64,
+    /// Sum modulo 2^256 of the digests of what all ranks fed, little-endian.
+    pub digest: Hash,
+    /// The update was skipped because loss or gradient was not finite.
+    pub skipped: bool,
+}
+
+/// One link of the chain.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// 0-based place in the chain.
+    pub index: u64,
+    /// Hash of the record before.
+    pub previous: Hash,
+    /// Hash of this record.
+    pub hash: Hash,
+    /// What it says.
+    pub body: Body,
+}
+
+/// A record that cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum RecordError {
+    /// A hash of the wrong length.
+    #[error("ledger record {index}: {field} has {found} bytes instead of {HASH_BYTES}")]
+    Length {
+        /// Record.
+        index: u64,
+        /// Field.
+        field: &'static str,
+        /// Bytes found.
+        found: usize,
+    },
+    /// No body, or one of a later version.
+    #[error("ledger record {index}: no body that this version knows")]
+    Unknown {
+        /// Record.
+        index: u64,
+    },
+    /// Stored bytes that are no body.
+    #[error("ledger record {index}: the stored body is damaged")]
+    Damaged {
+        /// Record.
+        index: u64,
+    },
+}
+
+/// The end of a chain: all that is needed to append to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Tail {
+    /// Records so far.
+    pub length: u64,
+    /// Hash of the last one; zero when there is none.
+    pub head: Hash,
+}
+
+impl Tail {
+    /// The record that puts `body` at the end of this chain. The tail itself does not move.
+    pub fn next(&self, body: Body) -> Record {
+        let hash = hash(&self.head, self.length, &body);
+        Record { index: self.length, previous: self.head, hash, body }
+    }
+
+    /// Moves the tail behind `record`.
+    pub fn advance(&mut self, record: &Record) {
+        self.length = record.index + 1;
+        self.head = record.hash;
+    }
+}
+
+/// The hash of a record: BLAKE3 of the previous hash, the index and the body.
+pub fn hash(previous: &Hash, index: u64, body: &Body) -> Hash {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(previous);
+    hasher.update(&index.to_le_bytes());
+    hasher.update(&body.encode());
+    *hasher.finalize().as_bytes()
+}
+
+const OPEN: u8 = 1;
+const STEP: u8 = 2;
+const VOID: u8 = 3;
+const DURABLE: u8 = 4;
+const CLOSE: u8 = 5;
+
+impl Body {
+    /// The canonical bytes of a body.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut out = Writer(Vec::with_capacity(80));
+        match self {
+            Body::Open(open) => {
+                out.tag(OPEN).text(&open.run).raw(&open.recipe_hash).raw(&open.manifest_hash);
+                out.numbers(&[open.windows, open.sequence_length, open.batch_samples]);
+                out.numbers(&[open.samples, open.steps]);
+            }
+            Body::Step(step) => {
+                out.tag(STEP).numbers(&[step.generation, step.step, step.first_sample]);
+                out.numbers(&[step.samples]).raw(&step.digest).tag(u8::from(step.skipped));
+            }
+            Body::Void { generation, after_step, reason } => {
+                out.tag(VOID).numbers(&[*generation, *after_step]).text(reason);
+            }
+            Body::Durable { generation, step, manifest_hash } => {
+                out.tag(DURABLE).numbers(&[*generation, *step]).raw(manifest_hash);
+            }
+            Body::Close { step, samples } => {
+                out.tag(CLOSE).numbers(&[*step, *samples]);
+            }
+        }
+        out.0
+    }
+
+    /// Reads what [`Body::encode`] wrote; `None` for anything else.
+    pub fn decode(bytes: &[u8]) -> Option<Body> {
+        let mut input = Reader(bytes);
+        let body = match input.tag()? {
+            OPEN => Body::Open(Open {
+                run: input.text()?,
+                recipe_hash: input.raw()?,
+                manifest_hash: input.raw()?,
+                windows: input.number()?,
+                sequence_length: input.number()?,
+                batch_samples: input.number()?,
+                samples: input.number()?,
+                steps: input.number()?,
+            }),
+            STEP => Body::Step(Step {
+                generation: input.number()?,
+                step: input.number()?,
+                first_sample: input.number()?,
+                samples: input.number()?,
+                digest: input.raw()?,
+                skipped: match input.tag()? {
+                    0 => false,
+                    1 => true,
+                    _ => return None,
+                },
+            }),
+            VOID => Body::Void {
+                generation: input.number()?,
+                after_step: input.number()?,
+                reason: input.text()?,
+            },
+            DURABLE => Body::Durable {
+                generation: input.number()?,
+                step: input.number()?,
+                manifest_hash: input.raw()?,
+            },
+            CLOSE => Body::Close { step: input.number()?, samples: input.number()? },
+            _ => return None,
+        };
+        input.0.is_empty().then_some(body)
+    }
+}
+
+struct Writer(Vec<u8>);
+
+impl Writer {
+    fn tag(&mut self, tag: u8) -> &mut Self {
+        self.0.push(tag);
+        self
+    }
+
+    fn numbers(&mut self, numbers: &[u64]) -> &mut Self {
+        for number in numbers {
+            self.0.extend_from_slice(&number.to_le_bytes());
+        }
+        self
+    }
+
+    fn raw(&mut self, bytes: &Hash) -> &mut Self {
+        self.0.extend_from_slice(bytes);
+        self
+    }
+
+    fn text(&mut self, text: &str) -> &mut Self {
+        self.numbers(&[text.len() as u64]);
+        self.0.extend_from_slice(text.as_bytes());
+        self
+    }
+}
+
+struct Reader<'a>(&'a [u8]);
+
+impl Reader<'_> {
+    fn take<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let (head, rest) = self.0.split_first_chunk::<N>()?;
+        self.0 = rest;
+        Some(*head)
+    }
+
+    fn tag(&mut self) -> Option<u8> {
+        self.take::<1>().map(|[tag]| tag)
+    }
+
+    fn number(&mut self) -> Option<u64> {
+        self.take().map(u64::from_le_bytes)
+    }
+
+    fn raw(&mut self) -> Option<Hash> {
+        self.take()
+    }
+
+    fn text(&mut self) -> Option<String> {
+        let length = usize::try_from(self.number()?).ok()?;
+        let (text, rest) = self.0.split_at_checked(length)?;
+        self.0 = rest;
+        String::from_utf8(text.to_vec()).ok()
+    }
+}
+
+impl From<&Record> for v1::LedgerRecord {
+    fn from(record: &Record) -> Self {
+        use v1::ledger_record::Body as Wire;
+        let body = match &record.body {
+            Body::Open(open) => Wire::Open(v1::LedgerOpen {
+                run: open.run.clone(),
+                recipe_hash: open.recipe_hash.to_vec(),
+                manifest_hash: open.manifest_hash.to_vec(),
+                windows: open.windows,
+                sequence_length: open.sequence_length,
+                batch_samples: open.batch_samples,
+                samples: open.samples,
+                steps: open.steps,
+            }),
+            Body::Step(step) => Wire::Step(v1::LedgerStep {
+                generation: step.generation,
+                step: step.step,
+                first_sample: step.first_sample,
+                samples: step.samples,
+                digest: step.digest.to_vec(),
+                skipped: step.skipped,
+            }),
+            Body::Void { generation, after_step, reason } => Wire::Void(v1::LedgerVoid {
+                generation: *generation,
+                after_step: *after_step,
+                reason: reason.clone(),
+            }),
+            Body::Durable { generation, step, manifest_hash } => Wire::Durable(v1::LedgerDurable {
+                generation: *generation,
+                step: *step,
+                manifest_hash: manifest_hash.to_vec(),
+            }),
+            Body::Close { step, samples } => {
+                Wire::Close(v1::LedgerClose { step: *step, samples: *samples })
+            }
+        };
+        v1::LedgerRecord {
+            index: record.index,
+            previous: record.previous.to_vec(),
+            hash: record.hash.to_vec(),
+            body: Some(body),
+        }
+    }
+}
+
+impl TryFrom<v1::LedgerRecord> for Record {
+    type Error = RecordError;
+
+    fn try_from(wire: v1::LedgerRecord) -> Result<Self, RecordError> {
+        use v1::ledger_record::Body as Wire;
+        let index = wire.index;
+        let fixed = |field: &'static str, bytes: &[u8]| {
+            Hash::try_from(bytes)
+                .map_err(|_| RecordError::Length { index, field, found: bytes.len() })
+        };
+        let body = match wire.body.ok_or(RecordError::Unknown { index })? {
+            Wire::Open(open) => Body::Open(Open {
+                recipe_hash: fixed("recipe_hash", &open.recipe_hash)?,
+                manifest_hash: fixed("manifest_hash", &open.manifest_hash)?,
+                run: open.run,
+                windows: open.windows,
+                sequence_length: open.sequence_length,
+                batch_samples: open.batch_samples,
+                samples: open.samples,
+                steps: open.steps,
+            }),
+            Wire::Step(step) => Body::Step(Step {
+                generation: step.generation,
+                step: step.step,
+                first_sample: step.first_sample,
+                samples: step.samples,
+                digest: fixed("digest", &step.digest)?,
+                skipped: step.skipped,
+            }),
+            Wire::Void(void) => Body::Void {
+                generation: void.generation,
+                after_step: void.after_step,
+                reason: void.reason,
+            },
+            Wire::Durable(durable) => Body::Durable {
+                generation: durable.generation,
+                step: durable.step,
+                manifest_hash: fixed("manifest_hash", &durable.manifest_hash)?,
+            },
+            Wire::Close(close) => Body::Close { step: close.step, samples: close.samples },
+        };
+        Ok(Record {
+            index,
+            previous: fixed("previous", &wire.previous)?,
+            hash: fixed("hash", &wire.hash)?,
+            body,
+        })
+    }
+}
+
+/// Lower-case hexadecimal, as hashes are shown to people.
+pub fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bodies() -> Vec<Body> {
+        vec![
+            Body::Open(Open {
+                run: "quick-1".into(),
+                recipe_hash: [1; 32],
+                manifest_hash: [2; 32],
+                windows: 100,
+                sequence_length: 8,
+                batch_samples: 4,
+                samples: 10,
+                steps: 3,
+            }),
+            Body::Step(Step {
+                generation: 1,
+                step: 1,
+                first_sample: 0,
+                samples: 4,
+                digest: [3; 32],
+                skipped: true,
+            }),
+            Body::Void { generation: 1, after_step: 0, reason: "rank 1 vanished".into() },
+            Body::Durable { generation: 2, step: 3, manifest_hash: [4; 32] },
+            Body::Close { step: 3, samples: 10 },
+        ]
+    }
+
+    #[test]
+    fn bodies_and_records_survive_both_encodings() {
+        let mut tail = Tail::default();
+        for body in bodies() {
+            assert_eq!(Body::decode(&body.encode()), Some(body.clone()));
+            let record = tail.next(body);
+            tail.advance(&record);
+            let wire = v1::LedgerRecord::from(&record);
+            assert_eq!(Record::try_from(wire).unwrap(), record);
+        }
+        assert_eq!(tail.length, 5);
+    }
+
+    #[test]
+    fn a_cut_or_lengthened_body_is_no_body() {
+        for body in bodies() {
+            let mut bytes = body.encode();
+            bytes.push(0);
+            assert_eq!(Body::decode(&bytes), None);
+            for length in 0..bytes.len() - 1 {
+                assert_eq!(Body::decode(&bytes[..length]), None);
+            }
+        }
+    }
+
+    #[test]
+    fn the_hash_of_a_fixed_record_never_changes() {
+        let mut tail = Tail::default();
+        for body in bodies() {
+            let record = tail.next(body);
+            tail.advance(&record);
+        }
+        assert_eq!(hex(&tail.head), PINNED_HEAD);
+    }
+
+    /// Ledgers outlive programs: this value may only change with a new ledger format.
+    const PINNED_HEAD: &str = "";
+}
