@@ -1,0 +1,79 @@
+//! From the residual stream to queries, keys and values: everything before the tokens are mixed.
+
+use tch::Tensor;
+
+use super::rotary::Rotary;
+use crate::model::ModelConfig;
+use crate::model::block::LayerParams;
+use crate::model::norm::rms_norm;
+
+/// A layer across all heads: relu(W x + b).
+pub struct FeatureMap<'a> {
+    /// W, [out, in].
+    pub weight: &'a Tensor,
+    /// b.
+    pub bias: &'a Tensor,
+}
+
+impl FeatureMap<'_> {
+    fn apply(&self, x: &Tensor) -> Tensor {
+        x.linear(self.weight, Some(self.bias)).relu()
+    }
+}
+
+/// What SUPRA adds to the weights of an attention layer.
+pub struct Features<'a> {
+    /// Map of the queries.
+    pub query: FeatureMap<'a>,
+    /// Map of the keys: the same weights where every query head has its own key head.
+    pub key: FeatureMap<'a>,
+    /// Gains of the query and key norms, [H d] each.
+    pub norms: Option<(&'a Tensor, &'a Tensor)>,
+}
+
+/// Normed residual stream [B, T, D] to q [B, H, T, d], k [B, H, T, d], v [B, H, T, e]: projected, mapped, repeated to H
+/// heads, rotated, and for SUPRA the keys scaled by 1/sqrt(d).
+pub fn queries_keys_values(
+    config: &ModelConfig,
+    params: &LayerParams,
+    rotary: &Rotary,
+    x_btd: &Tensor,
+) -> (Tensor, Tensor, Tensor) {
+    let (h, kv, d) = (config.heads, config.kv_heads, config.head_dim);
+    let projected = x_btd.linear(params.in_proj, None::<&Tensor>).split_with_sizes([h * d, kv * d, kv * d].as_slice(), -1);
+    let [q, k, v] = [&projected[0], &projected[1], &projected[2]];
+    let v_bhte = repeat_heads(v, config);
+    let Some(features) = &params.features else {
+        let (q_bhtd, k_bhtd) = (heads_first(q, h), repeat_heads(k, config));
+        return (rotary.rotate(&q_bhtd, 1.0), rotary.rotate(&k_bhtd, 1.0), v_bhte);
+    };
+    let (q, k) = (features.query.apply(q), features.key.apply(k));
+    let (q_bhtd, k_bhtd) = match features.norms {
+        None => (heads_first(&q, h), repeat_heads(&k, config)),
+        // One norm over all H d channels of a token, keys already repeated.
+        Some((query_gain, key_gain)) => {
+            let (b, t) = (x_btd.size()[0], x_btd.size()[1]);
+            let k = repeat_heads(&k, config).transpose(1, 2).reshape([b, t, h * d]);
+            let norm = |x: &Tensor, gain: &Tensor| heads_first(&rms_norm(x, gain, config.norm_eps), h);
+            (norm(&q, query_gain), norm(&k, key_gain))
+        }
+    };
+    (rotary.rotate(&q_bhtd, 1.0), rotary.rotate(&k_bhtd, (d as f64).sqrt().recip()), v_bhte)
+}
+
+/// [B, T, heads * d] to [B, heads, T, d].
+fn heads_first(x: &Tensor, heads: i64) -> Tensor {
+    let (b, t) = (x.size()[0], x.size()[1]);
+    x.reshape([b, t, heads, -1]).transpose(1, 2)
+}
+
+/// [B, T, K d] to [B, H, T, d]: each key/value head once for every query head that reads it.
+fn repeat_heads(x: &Tensor, config: &ModelConfig) -> Tensor {
+    let x_bktd = heads_first(x, config.kv_heads);
+    if config.group() == 1 {
+        return x_bktd;
+    }
+    let (b, t, d) = (x_bktd.size()[0], x_bktd.size()[2], x_bktd.size()[3]);
+    let grouped = x_bktd.unsqueeze(2).expand([b, config.kv_heads, config.group(), t, d], false);
+    grouped.reshape([b, config.heads, t, d])
+}

@@ -1,0 +1,191 @@
+//! The shape of a model.
+
+use std::path::Path;
+
+use super::ModelError;
+use super::files::{config_json, huggingface, published};
+
+/// Everything about a model but its weights.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelConfig {
+    /// V: tokens of the vocabulary.
+    pub vocab: i64,
+    /// D: width of the residual stream.
+    pub dim: i64,
+    /// Transformer blocks.
+    pub layers: i64,
+    /// H: query heads.
+    pub heads: i64,
+    /// K: key/value heads; divides H.
+    pub kv_heads: i64,
+    /// d = e = D/H: channels of a head.
+    pub head_dim: i64,
+    /// F: width of the feed-forward layer.
+    pub ffn: i64,
+    /// Epsilon of the RMS norms. The norm of SUPRA's heads has its own.
+    pub norm_eps: f64,
+    /// Base of the rotary angles.
+    pub rope_theta: f64,
+    /// Whether the embedding matrix is also the output matrix.
+    pub tied: bool,
+    /// How tokens see each other.
+    pub attention: AttentionKind,
+    /// Positions that the base was trained on: information, not a limit.
+    pub max_positions: i64,
+    /// The softmax base sees only so many tokens back. Implemented is full attention, so sequences must not be longer:
+    /// see [`ModelConfig::check_sequence_length`].
+    pub sliding_window: Option<i64>,
+    /// Token that begins a text, as the configuration names it.
+    pub bos: Option<i64>,
+    /// Tokens that end a text, as the configuration names them.
+    pub eos: Vec<i64>,
+}
+
+/// How tokens see each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AttentionKind {
+    /// Causal softmax attention: the base.
+    Softmax,
+    /// SUPRA's linear attention.
+    Supra(SupraConfig),
+}
+
+/// The choices that SUPRA leaves open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SupraConfig {
+    /// Fixed decay of each head.
+    pub decay: Decay,
+    /// One norm over the queries of all heads, one over the keys, after the feature map.
+    pub qk_norm: bool,
+    /// Rounding of the rotary frequencies.
+    pub rope_frequencies: RopeFrequencies,
+    /// Tokens of a chunk in the chunkwise form. Changes speed and memory, not the result; not stored with a model.
+    pub chunk: i64,
+}
+
+impl SupraConfig {
+    /// The chunk of a model for which nobody has chosen one.
+    pub const DEFAULT_CHUNK: i64 = 64;
+}
+
+impl Default for SupraConfig {
+    fn default() -> SupraConfig {
+        SupraConfig {
+            decay: Decay::Alibi,
+            qk_norm: false,
+            rope_frequencies: RopeFrequencies::Exact,
+            chunk: SupraConfig::DEFAULT_CHUNK,
+        }
+    }
+}
+
+/// Fixed decay of each head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decay {
+    /// gamma = exp(-slope) with ALiBi's slopes, the published choice.
+    Alibi,
+    /// gamma = 1 - 2^(-5-h), RetNet's choice.
+    Retnet,
+    /// gamma = 1.
+    None,
+}
+
+/// Rounding of the rotary frequencies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopeFrequencies {
+    /// As the formula says.
+    Exact,
+    /// Rounded to bf16, which is what the released model was trained with.
+    Bf16,
+}
+
+impl ModelConfig {
+    /// Reads `config.json` of a model directory: Hugging Face (Llama, Mistral) or published SUPRA field names.
+    pub fn load(dir: &Path) -> Result<ModelConfig, ModelError> {
+        let (path, json) = config_json::read(dir)?;
+        let config = match config_json::Dialect::of(&path, &json)? {
+            config_json::Dialect::HuggingFace => huggingface::parse(&path, json)?,
+            config_json::Dialect::Published => published::parse(&path, json)?,
+        };
+        config.check().map_err(|reason| ModelError::Config { path, reason })?;
+        Ok(config)
+    }
+
+    /// Writes `config.json` in the published field names, which can say everything that this type can.
+    pub fn save(&self, dir: &Path) -> Result<(), ModelError> {
+        config_json::write(dir, &published::render(self))
+    }
+
+    /// The same model with another attention.
+    pub fn with_attention(self, attention: AttentionKind) -> ModelConfig {
+        ModelConfig { attention, ..self }
+    }
+
+    /// The choices of a SUPRA model; none for a softmax model.
+    pub fn supra(&self) -> Option<&SupraConfig> {
+        match &self.attention {
+            AttentionKind::Supra(supra) => Some(supra),
+            AttentionKind::Softmax => None,
+        }
+    }
+
+    /// Query heads that share one key/value head.
+    pub fn group(&self) -> i64 {
+        self.heads / self.kv_heads
+    }
+
+    /// Refuses sequences on which the base would have looked through its sliding window.
+    pub fn check_sequence_length(&self, tokens: i64) -> Result<(), ModelError> {
+        match self.sliding_window {
+            Some(window) if window < tokens => Err(ModelError::Unfit(format!(
+                "the base has a sliding window of {window} tokens (`sliding_window` in its config.json), shorter than the \
+                 sequence of {tokens}; use sequences of at most {window} tokens"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// What makes the numbers impossible, if anything.
+    pub fn check(&self) -> Result<(), String> {
+        for (name, value) in [
+            ("vocabulary", self.vocab),
+            ("model width", self.dim),
+            ("number of layers", self.layers),
+            ("number of heads", self.heads),
+            ("number of key/value heads", self.kv_heads),
+            ("feed-forward width", self.ffn),
+            ("number of positions", self.max_positions),
+            ("sliding window", self.sliding_window.unwrap_or(1)),
+        ] {
+            // The upper bound keeps every product of two sizes inside an i64.
+            if !(1..=1 << 30).contains(&value) {
+                return Err(format!("the {name} is {value}; it must lie between 1 and 2^30"));
+            }
+        }
+        if self.dim != self.heads * self.head_dim {
+            return Err(format!(
+                "{} heads of {} channels do not make a width of {}; only head_dim = width / heads is supported",
+                self.heads, self.head_dim, self.dim
+            ));
+        }
+        if self.heads % self.kv_heads != 0 {
+            return Err(format!(
+                "{} query heads cannot share {} key/value heads evenly",
+                self.heads, self.kv_heads
+            ));
+        }
+        if self.head_dim % 2 != 0 {
+            return Err(format!("rotary embedding needs an even number of channels per head, not {}", self.head_dim));
+        }
+        if !(self.norm_eps > 0.0 && self.norm_eps < 1.0) {
+            return Err(format!("the norm's epsilon is {}; it must lie between 0 and 1", self.norm_eps));
+        }
+        if !(self.rope_theta > 1.0 && self.rope_theta.is_finite()) {
+            return Err(format!("the rotary base is {}; it must be above 1", self.rope_theta));
+        }
+        match self.supra() {
+            Some(supra) if supra.chunk < 1 => Err(format!("a chunk of {} tokens; it must have at least 1", supra.chunk)),
+            _ => Ok(()),
+        }
+    }
+}

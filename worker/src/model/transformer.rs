@@ -1,0 +1,184 @@
+//! The whole network: token ids to logits, in training and in inference.
+
+use tch::{Device, Kind, Tensor};
+
+use super::attention::chunkwise::Chunkwise;
+use super::attention::decay::slopes;
+use super::attention::parallel::Parallel;
+use super::attention::recurrent::Recurrent;
+use super::attention::rotary::Rotary;
+use super::attention::softmax::{Mask, Past};
+use super::attention::{Mixer, Plan};
+use super::block::{LayerParams, block};
+use super::norm::rms_norm;
+use super::{
+    AttentionKind, Documents, LossInput, LossSum, ModelConfig, Params, State, SupraConfig, accumulate_kind, loss,
+};
+
+/// Which form of SUPRA's attention computes whole sequences. All give the same result.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Form {
+    /// By chunks: linear in the number of tokens.
+    #[default]
+    Chunkwise,
+    /// The quadratic form: the reference for tests.
+    Parallel,
+}
+
+/// A network without its weights: those are given to each call, because training keeps several copies.
+///
+/// Token ids must lie inside the vocabulary, documents and weights on the same device as the ids.
+#[derive(Clone, Debug)]
+pub struct Transformer {
+    config: ModelConfig,
+    form: Form,
+}
+
+impl Transformer {
+    /// The network of this shape.
+    pub fn new(config: ModelConfig) -> Transformer {
+        Transformer { config, form: Form::default() }
+    }
+
+    /// The same network with another form of attention over whole sequences.
+    pub fn with_form(self, form: Form) -> Transformer {
+        Transformer { form, ..self }
+    }
+
+    /// Its shape.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Logits [B, T, V] of ids [B, T], in the kind of the weights.
+    pub fn logits(&self, params: &Params, ids_bt: &Tensor, documents: Option<&Documents>) -> Tensor {
+        let plan = self.plan(params, ids_bt, documents);
+        let mut x_btd = self.embed(params, ids_bt);
+        for layer in 0..self.config.layers {
+            x_btd = self.block(params, layer, &plan, &x_btd);
+        }
+        self.head(params, &x_btd)
+    }
+
+    /// Summed loss of a micro-batch, plus `z_loss` times the sum of squared log-normalizers. `stop` is asked before every
+    /// block; none if it said so.
+    pub fn loss_sum(
+        &self,
+        params: &Params,
+        input: &LossInput,
+        z_loss: f64,
+        stop: &dyn Fn() -> bool,
+    ) -> Option<LossSum> {
+        let plan = self.plan(params, &input.inputs_bt, input.documents.as_ref());
+        let mut x_btd = self.embed(params, &input.inputs_bt);
+        for layer in 0..self.config.layers {
+            if stop() {
+                return None;
+            }
+            x_btd = self.block(params, layer, &plan, &x_btd);
+        }
+        let logits_btv = self.head(params, &x_btd);
+        Some(loss::loss_sum(&logits_btv, &input.targets_bt, &input.mask_bt, z_loss))
+    }
+
+    /// Reads a prompt: logits [B, T, V] of ids [B, T], and the state after them.
+    pub fn prefill(&self, params: &Params, ids_bt: &Tensor) -> (Tensor, State) {
+        let mut state = State::new(&self.config, ids_bt.size()[0], params.device(), params.kind());
+        let logits_btv = self.extend(params, &mut state, ids_bt, None);
+        (logits_btv, state)
+    }
+
+    /// Logits [B, V] after one more token of each sequence: ids [B].
+    pub fn step(&self, params: &Params, state: &mut State, ids_b: &Tensor) -> Tensor {
+        self.extend(params, state, &ids_b.unsqueeze(1), None).squeeze_dim(1)
+    }
+
+    /// Logits [B, T, V] of T more tokens of each sequence, from any state; moves the state on. One token takes the
+    /// recurrent form, more take the chunkwise one.
+    pub fn extend(
+        &self,
+        params: &Params,
+        state: &mut State,
+        ids_bt: &Tensor,
+        documents: Option<&Documents>,
+    ) -> Tensor {
+        let tokens = ids_bt.size()[1];
+        let positions_bt = match documents {
+            None => state.positions_b.unsqueeze(1) + Tensor::arange(tokens, (Kind::Int64, ids_bt.device())),
+            // Only the document that was running goes on from where it was.
+            Some(documents) => {
+                let runs_on_bt = documents.segments_bt.eq(0).to_kind(Kind::Int64);
+                &documents.positions_bt + runs_on_bt * state.positions_b.unsqueeze(1)
+            }
+        };
+        let options = (params.kind(), params.device());
+        let mixer = match &self.config.attention {
+            AttentionKind::Softmax => Mixer::Softmax(Mask::new(&state.past, tokens, documents, options.1)),
+            AttentionKind::Supra(supra) if tokens == 1 && documents.is_none() => Mixer::Recurrent(Recurrent::new(
+                &slopes(supra.decay, self.config.heads),
+                (accumulate_kind(options.0), options.1),
+            )),
+            AttentionKind::Supra(supra) => self.chunkwise(supra, tokens, documents, options),
+        };
+        let plan = Plan { rotary: Rotary::new(&self.config, &positions_bt, options.0), mixer };
+
+        let mut x_btd = self.embed(params, ids_bt);
+        for (layer, memory) in (0..).zip(&mut state.layers) {
+            let weights = LayerParams::new(&self.config, params, layer);
+            x_btd = block(&self.config, &weights, &plan, &x_btd, Some(memory));
+        }
+        state.positions_b = positions_bt.select(1, tokens - 1) + 1;
+        state.past = state.past.extended(tokens, documents);
+        self.head(params, &x_btd)
+    }
+
+    /// What the blocks share when they read whole sequences ids [B, T].
+    pub fn plan(&self, params: &Params, ids_bt: &Tensor, documents: Option<&Documents>) -> Plan {
+        let tokens = ids_bt.size()[1];
+        let options = (params.kind(), params.device());
+        let mixer = match &self.config.attention {
+            AttentionKind::Softmax => Mixer::Softmax(Mask::new(&Past::default(), tokens, documents, options.1)),
+            AttentionKind::Supra(supra) => match self.form {
+                Form::Chunkwise => self.chunkwise(supra, tokens, documents, options),
+                Form::Parallel => Mixer::Parallel(Parallel::new(
+                    &slopes(supra.decay, self.config.heads),
+                    tokens,
+                    documents,
+                    (accumulate_kind(options.0), options.1),
+                )),
+            },
+        };
+        let positions_xt = match documents {
+            Some(documents) => documents.positions_bt.shallow_clone(),
+            None => Tensor::arange(tokens, (Kind::Int64, options.1)).unsqueeze(0),
+        };
+        Plan { rotary: Rotary::new(&self.config, &positions_xt, options.0), mixer }
+    }
+
+    fn chunkwise(
+        &self,
+        supra: &SupraConfig,
+        tokens: i64,
+        documents: Option<&Documents>,
+        (kind, device): (Kind, Device),
+    ) -> Mixer {
+        let slopes_h = slopes(supra.decay, self.config.heads);
+        Mixer::Chunkwise(Chunkwise::new(&slopes_h, supra.chunk, tokens, documents, (accumulate_kind(kind), device)))
+    }
+
+    /// Residual stream [B, T, D] before the first block.
+    pub fn embed(&self, params: &Params, ids_bt: &Tensor) -> Tensor {
+        Tensor::embedding(params.get("tok_embeddings.weight"), ids_bt, -1, false, false)
+    }
+
+    /// Residual stream [B, T, D] through block `layer`.
+    pub fn block(&self, params: &Params, layer: i64, plan: &Plan, x_btd: &Tensor) -> Tensor {
+        block(&self.config, &LayerParams::new(&self.config, params, layer), plan, x_btd, None)
+    }
+
+    /// Logits [B, T, V] of the residual stream [B, T, D] after the last block.
+    pub fn head(&self, params: &Params, x_btd: &Tensor) -> Tensor {
+        let output = if self.config.tied { "tok_embeddings.weight" } else { "output.weight" };
+        rms_norm(x_btd, params.get("norm.weight"), self.config.norm_eps).linear(params.get(output), None::<&Tensor>)
+    }
+}
