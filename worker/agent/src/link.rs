@@ -1,0 +1,282 @@
+//! The line between the compute thread and whoever controls it.
+//!
+//! [`pair`] makes both ends for one generation: the training loop holds the [`Link`], the control
+//! thread the [`LinkControl`]. A test holds the other end itself and needs no coordinator.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::SystemTime;
+
+use supra_proto::v1::{CheckpointWritten, Formed, LogLine, Phase, StepReport};
+use tokio::sync::mpsc;
+
+use crate::collective::AbortHandle;
+use crate::job::Outcome;
+
+/// Reports that may wait for the control thread before the training loop has to.
+pub(crate) const QUEUE: usize = 256;
+
+/// The generation is void: drop its state and return [`Outcome::Voided`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the generation is void")]
+pub struct Voided;
+
+/// What the training loop tells the control thread.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Report {
+    /// It began something else, or another step.
+    Phase(Phase, u64),
+    /// The rank has loaded its state and its collective works.
+    Formed(Formed),
+    /// A step is done.
+    Step(StepReport),
+    /// A checkpoint is on disk and waits to be published.
+    CheckpointWritten(CheckpointWritten),
+    /// A line for `supra logs`.
+    Log(LogLine),
+    /// The training loop has returned; the last report of a generation.
+    Done(Outcome),
+}
+
+/// A report and the job that it comes from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tagged {
+    /// Number of the job, counted by this process.
+    pub job: u64,
+    /// What it says.
+    pub report: Report,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    void: AtomicBool,
+    stop: AtomicBool,
+    /// Last published step.
+    published: Mutex<Option<u64>>,
+    changed: Condvar,
+    abort: AbortHandle,
+}
+
+/// The training loop's end. Cheap to clone; clones are the same line.
+#[derive(Clone, Debug)]
+pub struct Link {
+    shared: Arc<Shared>,
+    job: u64,
+    reports: mpsc::Sender<Tagged>,
+}
+
+impl Link {
+    /// Whether the generation is void. One atomic load: ask at least once per transformer block.
+    pub fn void(&self) -> bool {
+        self.shared.void.load(Ordering::Relaxed)
+    }
+
+    /// Whether the coordinator asked to stop after the step in hand, with a checkpoint. The ranks
+    /// learn it at different moments and have to agree on the step among themselves.
+    pub fn stop_requested(&self) -> bool {
+        self.shared.stop.load(Ordering::Relaxed)
+    }
+
+    /// Says what the worker is doing; `step` is the step in hand, 0 outside training.
+    pub fn phase(&self, phase: Phase, step: u64) {
+        self.send(Report::Phase(phase, step));
+    }
+
+    /// Says that state is loaded and the collective works.
+    pub fn formed(&self, formed: Formed) {
+        self.send(Report::Formed(formed));
+    }
+
+    /// Reports an applied or skipped step.
+    pub fn step(&self, report: StepReport) {
+        self.send(Report::Step(report));
+    }
+
+    /// Reports a synced checkpoint whose `manifest.pending` waits to be published (rank 0 only).
+    pub fn checkpoint_written(&self, checkpoint: CheckpointWritten) {
+        self.send(Report::CheckpointWritten(checkpoint));
+    }
+
+    /// Blocks until the checkpoint of `step` is published. Only for the rank that wrote it: the
+    /// others learn of it from that rank.
+    pub fn await_published(&self, step: u64) -> Result<(), Voided> {
+        let mut published = self
+            .shared
+            .published
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        loop {
+            if self.void() {
+                return Err(Voided);
+            }
+            if published.is_some_and(|last| last >= step) {
+                return Ok(());
+            }
+            published = self
+                .shared
+                .changed
+                .wait(published)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Adds a line to `supra logs`; `level` is "INFO", "WARN" or "ERROR".
+    pub fn log(&self, level: &str, text: impl Into<String>) {
+        let since_epoch = SystemTime::now()
+            .duration_since(SystemTime::UNIX_EPOCH)
+            .unwrap_or_default();
+        let unix_ms = since_epoch.as_millis() as u64;
+        self.send(Report::Log(LogLine {
+            unix_ms,
+            level: level.to_owned(),
+            text: text.into(),
+        }));
+    }
+
+    /// Blocks while the queue is full; without anybody at the other end reports go nowhere.
+    pub(crate) fn send(&self, report: Report) {
+        let tagged = Tagged {
+            job: self.job,
+            report,
+        };
+        self.reports.blocking_send(tagged).ok();
+    }
+
+    pub(crate) fn job(&self) -> u64 {
+        self.job
+    }
+
+    pub(crate) fn abort_handle(&self) -> AbortHandle {
+        self.shared.abort.clone()
+    }
+}
+
+/// The controlling end of a [`Link`]. Dropping it voids the generation.
+#[derive(Debug)]
+pub struct LinkControl {
+    shared: Arc<Shared>,
+}
+
+impl LinkControl {
+    /// Voids the generation: raises the flag, aborts the collective, frees waiters.
+    pub fn void(&self) {
+        {
+            // Under the lock of the waiters, or one that has just looked would sleep on.
+            let _published = self
+                .shared
+                .published
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            self.shared.void.store(true, Ordering::SeqCst);
+            self.shared.changed.notify_all();
+        }
+        self.shared.abort.abort();
+    }
+
+    /// Asks to stop after the step in hand, with a checkpoint.
+    pub fn request_stop(&self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+    }
+
+    /// Frees whoever waits for the publication of the checkpoint of `step`.
+    pub fn published(&self, step: u64) {
+        let mut published = self
+            .shared
+            .published
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *published = (*published).max(Some(step));
+        self.shared.changed.notify_all();
+    }
+}
+
+impl Drop for LinkControl {
+    fn drop(&mut self) {
+        self.void();
+    }
+}
+
+/// The reports of a [`pair`], for tests and for training without a coordinator.
+#[derive(Debug)]
+pub struct Reports {
+    receiver: mpsc::Receiver<Tagged>,
+}
+
+impl Reports {
+    /// The next report; blocks. None when every clone of the link is gone.
+    pub fn recv(&mut self) -> Option<Report> {
+        self.receiver.blocking_recv().map(|tagged| tagged.report)
+    }
+
+    /// The next report if there is one.
+    pub fn try_recv(&mut self) -> Option<Report> {
+        self.receiver.try_recv().ok().map(|tagged| tagged.report)
+    }
+}
+
+/// Both ends of a line of its own, and what comes over it.
+///
+/// At most 256 reports wait: somebody has to receive them.
+pub fn pair() -> (Link, LinkControl, Reports) {
+    let (sender, receiver) = mpsc::channel(QUEUE);
+    let (link, control) = on_queue(0, sender);
+    (link, control, Reports { receiver })
+}
+
+/// Both ends of a line for job number `job` that reports to `reports`.
+pub(crate) fn on_queue(job: u64, reports: mpsc::Sender<Tagged>) -> (Link, LinkControl) {
+    let shared = Arc::new(Shared::default());
+    let link = Link {
+        shared: Arc::clone(&shared),
+        job,
+        reports,
+    };
+    (link, LinkControl { shared })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::*;
+
+    #[test]
+    fn a_publication_frees_the_waiter() {
+        let (link, control, _reports) = pair();
+        let waiter = std::thread::spawn(move || link.await_published(7));
+        control.published(6);
+        control.published(7);
+        assert_eq!(waiter.join().unwrap(), Ok(()));
+    }
+
+    #[test]
+    fn a_void_frees_the_waiter_and_aborts_the_collective() {
+        let (link, control, _reports) = pair();
+        let abort = link.abort_handle();
+        let waiter = std::thread::spawn(move || link.await_published(7));
+        std::thread::sleep(Duration::from_millis(20));
+        control.void();
+        assert_eq!(waiter.join().unwrap(), Err(Voided));
+        assert!(abort.aborted());
+    }
+
+    #[test]
+    fn losing_the_control_end_voids() {
+        let (link, control, _reports) = pair();
+        assert!(!link.void());
+        drop(control);
+        assert!(link.void());
+        assert_eq!(link.await_published(1), Err(Voided));
+    }
+
+    #[test]
+    fn reports_without_a_receiver_do_not_block() {
+        let (link, _control, reports) = pair();
+        drop(reports);
+        let start = Instant::now();
+        for step in 0..1000 {
+            link.phase(Phase::Training, step);
+        }
+        assert!(start.elapsed() < Duration::from_secs(1));
+    }
+}

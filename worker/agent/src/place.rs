@@ -1,0 +1,98 @@
+//! An assignment, checked.
+
+use std::path::{Path, PathBuf};
+
+use supra_proto::v1::{Assignment, RestoreFrom};
+use supra_recipes::schema::Recipe;
+
+use crate::job::Restore;
+use crate::publish;
+
+/// A place in a generation, as the coordinator assigned it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Place {
+    /// Id of the run.
+    pub run: String,
+    /// Number of the generation.
+    pub generation: u64,
+    /// The resolved recipe.
+    pub recipe: Recipe,
+    /// This rank.
+    pub rank: u32,
+    /// Number of ranks.
+    pub world: u32,
+    /// Data-plane address of the next rank.
+    pub next_address: String,
+    /// Key of the generation.
+    pub key: [u8; 32],
+    /// Checkpoint to start from.
+    pub restore: Option<Restore>,
+    /// Directory of the run's checkpoints, absolute.
+    pub checkpoint_root: PathBuf,
+    /// A stop was asked for before it began.
+    pub stop: bool,
+}
+
+impl Place {
+    /// Checks an assignment; the error is for people.
+    pub(crate) fn parse(
+        run: &str,
+        generation: u64,
+        assignment: Assignment,
+    ) -> Result<Place, String> {
+        let Assignment {
+            recipe,
+            rank,
+            world,
+            next_address,
+            data_key,
+            restore,
+            checkpoint_root,
+        } = assignment;
+        let recipe =
+            Recipe::parse(&recipe, "the assigned recipe").map_err(|error| error.to_string())?;
+        if rank >= world {
+            return Err(format!("assigned rank {rank} of {world} ranks"));
+        }
+        let key = bytes32(&data_key, "data_key")?;
+        let checkpoint_root = PathBuf::from(checkpoint_root);
+        if !checkpoint_root.is_absolute() {
+            return Err(format!(
+                "the checkpoint root {} is not absolute",
+                checkpoint_root.display()
+            ));
+        }
+        let restore = restore
+            .map(|restore| parse_restore(restore, &checkpoint_root))
+            .transpose()?;
+        Ok(Place {
+            run: run.to_owned(),
+            generation,
+            recipe,
+            rank,
+            world,
+            next_address,
+            key,
+            restore,
+            checkpoint_root,
+            stop: false,
+        })
+    }
+}
+
+fn parse_restore(restore: RestoreFrom, root: &Path) -> Result<Restore, String> {
+    let path = publish::directory(root, &restore.path).map_err(|error| error.to_string())?;
+    let manifest_hash = bytes32(&restore.manifest_hash, "manifest_hash")?;
+    Ok(Restore {
+        step: restore.step,
+        path,
+        relative: restore.path,
+        manifest_hash,
+    })
+}
+
+fn bytes32(bytes: &[u8], field: &str) -> Result<[u8; 32], String> {
+    bytes
+        .try_into()
+        .map_err(|_| format!("the assignment's {field} has {} bytes, not 32", bytes.len()))
+}
