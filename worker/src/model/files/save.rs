@@ -157,10 +157,12 @@ struct Draft {
 impl Draft {
     fn begin(target: &Path) -> Result<Draft, ModelError> {
         let occupied = || ModelError::Occupied { path: target.to_owned() };
-        match fs::read_dir(target) {
-            Ok(mut entries) if entries.next().is_some() => return Err(occupied()),
-            Err(source) if source.kind() != std::io::ErrorKind::NotFound => return Err(occupied()),
-            _ => {}
+        let free = match fs::read_dir(target) {
+            Ok(mut entries) => entries.next().is_none(),
+            Err(source) => source.kind() == std::io::ErrorKind::NotFound,
+        };
+        if !free {
+            return Err(occupied());
         }
         let name = target.file_name().ok_or_else(occupied)?;
         let path = target.with_file_name(format!(".{}.partial-{}", name.display(), std::process::id()));
