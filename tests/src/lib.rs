@@ -1,1 +1,21 @@
-//! Under construction.
+//! Whole-system tests: real processes, real sockets, real files.
+//!
+//! The library is the harness ([`Programs`], [`Process`], [`Cluster`], [`Fixture`]) and the campaigns
+//! ([`campaigns`]) that `scripts/prove` runs large and the tests run small.
+#![forbid(unsafe_code)]
+
+pub mod campaigns;
+pub mod cluster;
+pub mod failure;
+pub mod fixture;
+pub mod ledger;
+pub mod process;
+pub mod programs;
+pub mod report;
+pub mod weights;
+
+pub use cluster::Cluster;
+pub use failure::{Failure, Result};
+pub use fixture::{Fixture, TinyRecipe};
+pub use process::Process;
+pub use programs::Programs;

@@ -1,0 +1,112 @@
+//! `scripts/prove NAME`: runs a campaign large and writes what it showed to `docs/benchmarks`.
+#![forbid(unsafe_code)]
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Parser, ValueEnum};
+use supra_tests::Programs;
+use supra_tests::campaigns::curves::{self, Curves};
+use supra_tests::campaigns::kills::{self, Kills};
+use supra_tests::campaigns::worlds;
+use supra_tests::failure::Result;
+use supra_tests::programs::repository;
+use supra_tests::report::{Report, table};
+
+/// Runs a proof campaign with the programs of this build.
+#[derive(Parser)]
+struct Arguments {
+    /// Which campaign.
+    #[arg(value_enum)]
+    campaign: Campaign,
+    /// Run it small and write nothing.
+    #[arg(long)]
+    quick: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Campaign {
+    /// kill -9 of workers, coordinator and everything, 50 times.
+    Kills,
+    /// Loss of the uptrained quickstart model, of one from random weights, and of the softmax base.
+    Curves,
+    /// World sizes 1, 2 and 4 give the same losses.
+    Worlds,
+}
+
+fn main() -> ExitCode {
+    match prove(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("{failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn prove(arguments: &Arguments) -> Result<()> {
+    let programs = Programs::find()?;
+    let scratch = tempfile::tempdir()?;
+    let name = arguments
+        .campaign
+        .to_possible_value()
+        .map_or_else(String::new, |value| value.get_name().to_owned());
+    let report = Report::begin(&name, &format!("scripts/prove {name}"));
+    let benchmarks = repository().join("docs/benchmarks");
+    let plot = if arguments.quick {
+        scratch.path()
+    } else {
+        &benchmarks
+    };
+    let plot = plot.join(format!("{}.svg", report.stem()));
+    let (about, rows) = match arguments.campaign {
+        Campaign::Kills => (
+            kills::ABOUT,
+            kills(arguments.quick).run(&programs, scratch.path())?,
+        ),
+        Campaign::Worlds => {
+            let steps = if arguments.quick { 20 } else { 200 };
+            (
+                worlds::ABOUT,
+                worlds::run(&programs, scratch.path(), steps)?,
+            )
+        }
+        Campaign::Curves => {
+            let curves = Curves {
+                fraction_of_budget: if arguments.quick { 0.02 } else { 1.0 },
+                plot,
+            };
+            (curves::ABOUT, curves.run(&programs, scratch.path())?)
+        }
+    };
+    print!("{}", table(&rows));
+    if !arguments.quick {
+        let path = report.write(about, &rows, &benchmarks)?;
+        println!(
+            "\nwritten to {}",
+            path.strip_prefix(repository())
+                .unwrap_or(Path::new(&path))
+                .display()
+        );
+    }
+    Ok(())
+}
+
+fn kills(quick: bool) -> Kills {
+    if quick {
+        Kills {
+            kills: 4,
+            steps: 150,
+            pause: Duration::from_secs(2),
+            seed: 11,
+        }
+    } else {
+        Kills {
+            kills: 50,
+            steps: 1500,
+            pause: Duration::from_secs(4),
+            seed: 11,
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! The promise "every sample exactly once", checked from the ledger without any code of the programs.
+
+use std::collections::BTreeMap;
+
+use supra_proto::v1::LedgerRecord;
+use supra_proto::v1::ledger_record::Body;
+
+use crate::failure::{Failure, Result};
+
+/// Fails unless the steps that were not voided are exactly `0..samples`, each once and in order, and
+/// the chain of hashes has no gap.
+pub fn expect_exactly_once(records: &[LedgerRecord], samples: u64) -> Result<()> {
+    let wrong = |text: String| Err(Failure::new(format!("the ledger is wrong: {text}")));
+    let mut kept: BTreeMap<u64, (u64, u64)> = BTreeMap::new();
+    let mut head = vec![0; 32];
+    for (index, record) in (0..).zip(records) {
+        if record.index != index || record.previous != head {
+            return wrong(format!(
+                "record {} does not follow its predecessor",
+                record.index
+            ));
+        }
+        head.clone_from(&record.hash);
+        match &record.body {
+            Some(Body::Step(step)) => {
+                let before = kept.insert(step.step, (step.first_sample, step.samples));
+                if before.is_some() {
+                    return wrong(format!("step {} was applied twice", step.step));
+                }
+            }
+            Some(Body::Void(void)) => drop(kept.split_off(&(void.after_step + 1))),
+            Some(Body::Close(close)) if close.samples != samples => {
+                return wrong(format!(
+                    "closed after {} of {samples} samples",
+                    close.samples
+                ));
+            }
+            _ => {}
+        }
+    }
+    let mut next = 0;
+    for (step, (first, count)) in kept {
+        if first != next {
+            return wrong(format!(
+                "step {step} begins at sample {first} instead of {next}"
+            ));
+        }
+        next = first + count;
+    }
+    if next == samples {
+        Ok(())
+    } else {
+        wrong(format!("{next} of {samples} samples"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use supra_proto::v1::{LedgerStep, LedgerVoid};
+
+    use super::*;
+
+    fn chain(bodies: Vec<Body>) -> Vec<LedgerRecord> {
+        let link = |index: u64| {
+            if index == 0 {
+                vec![0; 32]
+            } else {
+                vec![index as u8; 32]
+            }
+        };
+        let record = |(index, body)| LedgerRecord {
+            index,
+            previous: link(index),
+            hash: link(index + 1),
+            body: Some(body),
+        };
+        (0..).zip(bodies).map(record).collect()
+    }
+
+    fn step(step: u64, first_sample: u64) -> Body {
+        Body::Step(LedgerStep {
+            step,
+            first_sample,
+            samples: 4,
+            ..LedgerStep::default()
+        })
+    }
+
+    #[test]
+    fn a_voided_step_counts_only_once_repeated() {
+        let void = Body::Void(LedgerVoid {
+            after_step: 1,
+            ..LedgerVoid::default()
+        });
+        let records = chain(vec![step(1, 0), step(2, 4), void.clone(), step(2, 4)]);
+        expect_exactly_once(&records, 8).expect("exactly once");
+        expect_exactly_once(&chain(vec![step(1, 0), step(2, 4), void]), 8)
+            .expect_err("one is lost");
+        expect_exactly_once(&chain(vec![step(1, 0), step(2, 4), step(2, 4)]), 8)
+            .expect_err("twice");
+        expect_exactly_once(&chain(vec![step(1, 0), step(2, 5)]), 9).expect_err("a hole");
+    }
+}

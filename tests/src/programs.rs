@@ -1,0 +1,69 @@
+//! Where the programs under test are: beside this executable, as cargo lays them out.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::failure::{Failure, Result};
+
+/// The three programs, all of one build.
+#[derive(Clone, Debug)]
+pub struct Programs {
+    directory: PathBuf,
+}
+
+impl Programs {
+    /// Finds `target/PROFILE` from `target/PROFILE/prove` or `target/PROFILE/deps/main-HASH`.
+    pub fn find() -> Result<Self> {
+        let executable = std::env::current_exe()?;
+        let beside = executable.parent().unwrap_or(Path::new("/"));
+        let directory = if beside.ends_with("deps") {
+            beside.parent().unwrap_or(beside)
+        } else {
+            beside
+        };
+        let programs = Self {
+            directory: directory.to_owned(),
+        };
+        for name in ["supra", "supra-coordinator", "supra-worker"] {
+            if !programs.directory.join(name).is_file() {
+                return Err(Failure::new(format!(
+                    "{} is not there; build it with `cargo build --workspace --bins`",
+                    programs.directory.join(name).display()
+                )));
+            }
+        }
+        Ok(programs)
+    }
+
+    /// The command line.
+    pub fn supra(&self) -> Command {
+        self.command("supra")
+    }
+
+    /// The server.
+    pub fn coordinator(&self) -> Command {
+        self.command("supra-coordinator")
+    }
+
+    /// The compute program.
+    pub fn worker(&self) -> Command {
+        self.command("supra-worker")
+    }
+
+    fn command(&self, name: &str) -> Command {
+        let mut command = Command::new(self.directory.join(name));
+        // One thread per rank: many ranks share few cores here, and the bits must not depend on how many.
+        command
+            .env("OMP_NUM_THREADS", "1")
+            .env_remove("SUPRA_COORDINATOR")
+            .env("NO_COLOR", "1");
+        command
+    }
+}
+
+/// Root of the repository that this was built from.
+pub fn repository() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap_or(Path::new("/"))
+}

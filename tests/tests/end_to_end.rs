@@ -1,0 +1,104 @@
+//! The main road: submit, train, watch, finish exactly on the budget, audit, use the model.
+
+use supra_proto::v1::RunState;
+use supra_tests::process::run;
+use supra_tests::{Result, TinyRecipe, ledger};
+
+use crate::{LIMIT, Stage};
+
+#[test]
+fn a_run_ends_exactly_on_its_budget_and_its_audit_agrees() -> Result<()> {
+    let stage = Stage::new()?;
+    let cluster = stage.cluster("cluster", 2)?;
+    let recipe = TinyRecipe::default();
+    let path = recipe.write(&stage.fixture)?;
+    let id = cluster.submit(&path)?;
+
+    let end = cluster.wait_finished(&id, LIMIT)?;
+    assert_eq!((end.step, end.tokens), (recipe.steps(), recipe.tokens()));
+    assert_eq!((end.world, end.skipped_steps), (2, 0));
+
+    let metrics = cluster.metrics(&id)?;
+    let (first, last) = (&metrics[0], &metrics[metrics.len() - 1]);
+    assert_eq!(metrics.len() as u64, recipe.steps());
+    assert!(
+        last.loss < first.loss - 0.5,
+        "it learns: {} to {}",
+        first.loss,
+        last.loss
+    );
+
+    cluster.audit(&id)?;
+    cluster
+        .supra(&["audit", &id, "--data", &path.to_string_lossy()])?
+        .expect_code(0)?;
+    ledger::expect_exactly_once(&cluster.ledger(&id)?, recipe.samples())?;
+
+    let status = cluster.supra_json(&["status", &id])?;
+    assert_eq!(status["state"], "finished");
+    assert_eq!(status["tokens"], recipe.tokens());
+    let runs = cluster.supra_json(&["runs"])?;
+    assert_eq!(runs[0]["run"], id);
+    let watched = cluster.supra(&["watch", &id])?.expect_code(0)?;
+    assert!(!watched.stdout.is_empty());
+    Ok(())
+}
+
+#[test]
+fn a_checkpoint_is_a_model_that_generates() -> Result<()> {
+    let stage = Stage::new()?;
+    let cluster = stage.cluster("cluster", 1)?;
+    let recipe = TinyRecipe {
+        workers: (1, 1),
+        budget: 5_120,
+        ..TinyRecipe::default()
+    };
+    let id = stage.submit(&cluster, &recipe)?;
+    cluster.wait_finished(&id, LIMIT)?;
+
+    let mut generate = stage.programs.worker();
+    generate.arg("generate").arg(cluster.last_checkpoint(&id)?);
+    generate.args(["--prompt", "w3 w24", "--tokens", "8"]);
+    let output = run(generate, LIMIT)?.expect_code(0)?;
+    assert!(output.stdout.contains('w'), "{output}");
+    Ok(())
+}
+
+#[test]
+fn runs_queue_and_train_one_after_the_other() -> Result<()> {
+    let stage = Stage::new()?;
+    let cluster = stage.cluster("cluster", 2)?;
+    let recipe = |name: &str| TinyRecipe {
+        name: name.to_owned(),
+        ..TinyRecipe::default()
+    };
+    let first = stage.submit(&cluster, &recipe("first"))?;
+    let second = stage.submit(&cluster, &recipe("second"))?;
+    cluster.wait(&first, "training", LIMIT, |status| status.step > 0)?;
+    assert_eq!(cluster.status(&second)?.state(), RunState::Queued);
+    cluster.wait_finished(&first, LIMIT)?;
+    cluster.wait_finished(&second, LIMIT)?;
+    cluster.audit(&second)?;
+    Ok(())
+}
+
+#[test]
+fn up_trains_a_recipe_with_processes_of_its_own() -> Result<()> {
+    let stage = Stage::new()?;
+    let recipe = TinyRecipe::default();
+    let path = recipe.write(&stage.fixture)?;
+    let state = stage.directory.path().join("up");
+    let up = || {
+        let mut command = stage.programs.supra();
+        command
+            .arg("up")
+            .arg(&path)
+            .args(["--workers", "2", "--device", "cpu", "--state"])
+            .arg(&state);
+        run(command, LIMIT)
+    };
+    up()?.expect_code(0)?.expect_words(&["finished"])?;
+    // What is finished stays finished: a second call is quick and trains nothing.
+    up()?.expect_code(0)?;
+    Ok(())
+}
