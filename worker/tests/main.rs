@@ -1,0 +1,3 @@
+//! Integration tests of the worker, in one executable.
+
+mod golden;
