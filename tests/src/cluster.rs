@@ -77,15 +77,9 @@ impl Cluster {
     /// The command that starts a worker for this cluster.
     pub fn worker_command(&self, name: &str) -> Command {
         let mut command = self.programs.worker();
-        command.args([
-            "run",
-            "--device",
-            "cpu",
-            "--coordinator",
-            &self.url,
-            "--name",
-            name,
-        ]);
+        command.args(["run", "--coordinator", &self.url, "--name", name]);
+        // One thread: many ranks share few cores here, and bits must not depend on how many.
+        command.args(["--device", "cpu", "--threads", "1"]);
         command
     }
 

@@ -53,7 +53,9 @@ fn refused_conversion(stage: &Stage, base: &Path) -> Result<Output> {
     let mut convert = stage.programs.worker();
     convert
         .arg("convert")
+        .arg("--base")
         .arg(base)
+        .arg("--out")
         .arg(stage.directory.path().join("converted"));
     run(convert, LIMIT)?.expect_code(2)
 }

@@ -57,8 +57,11 @@ fn a_checkpoint_is_a_model_that_generates() -> Result<()> {
     cluster.wait_finished(&id, LIMIT)?;
 
     let mut generate = stage.programs.worker();
-    generate.arg("generate").arg(cluster.last_checkpoint(&id)?);
-    generate.args(["--prompt", "w3 w24", "--tokens", "8"]);
+    generate
+        .arg("generate")
+        .arg("--model")
+        .arg(cluster.last_checkpoint(&id)?);
+    generate.args(["--prompt", "w3 w24", "--max-tokens", "8"]);
     let output = run(generate, LIMIT)?.expect_code(0)?;
     assert!(output.stdout.contains('w'), "{output}");
     Ok(())

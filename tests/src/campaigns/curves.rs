@@ -42,17 +42,18 @@ impl Curves {
     /// # Errors
     /// When a run or an evaluation fails, or random weights end no worse than the base's.
     pub fn run(&self, programs: &Programs, directory: &Path) -> Result<Vec<Row>> {
-        let recipe = prepare(programs, directory, self.fraction_of_budget)?;
-        let heldout = heldout(&recipe)?;
+        let recipe = prepare(self.fraction_of_budget)?;
         let converted = directory.join("converted");
         let mut convert = programs.worker();
         convert
             .arg("convert")
+            .arg("--base")
             .arg(&recipe.base.path)
+            .arg("--out")
             .arg(&converted);
         process::run(convert, EVALUATION_LIMIT)?.expect_code(0)?;
-        let base = evaluate(programs, &recipe.base.path, &heldout)?;
-        let untrained = evaluate(programs, &converted, &heldout)?;
+        let base = evaluate(programs, &recipe, &recipe.base.path)?;
+        let untrained = evaluate(programs, &recipe, &converted)?;
 
         let cluster = Cluster::with_workers(programs, &directory.join("cluster"), WORKERS)?;
         let uptrained = train(programs, &cluster, directory, &recipe, "uptrained")?;
@@ -135,37 +136,15 @@ impl Trained {
     }
 }
 
-/// Tokenizes the quickstart's text below `directory`, and fits its recipe to it and to the share of the budget.
-fn prepare(programs: &Programs, directory: &Path, fraction: f64) -> Result<Recipe> {
+/// The quickstart's recipe with a share of its budget, and with checkpoints to evaluate.
+fn prepare(fraction: f64) -> Result<Recipe> {
     let source = repository().join("recipes/quickstart.yaml");
     let mut recipe = Recipe::load(&source).map_err(|error| Failure::new(error.to_string()))?;
-    let tokens = directory.join("tokens");
-    let mut tokenize = programs.supra();
-    tokenize
-        .args(["data", "tokenize"])
-        .arg(repository().join("recipes/quickstart/text"));
-    tokenize
-        .arg("--output")
-        .arg(&tokens)
-        .arg("--tokenizer")
-        .arg(&recipe.base.path)
-        .args(["--heldout", "100"]);
-    process::run(tokenize, EVALUATION_LIMIT)?.expect_code(0)?;
-    recipe.data.train = tokens.clone();
-    recipe.data.heldout = Some(tokens.join("heldout.json"));
     let budget = (recipe.budget.tokens() as f64 * fraction) as u64;
     recipe.budget = Budget::exactly(Tokens(budget));
     recipe.checkpoint.every_tokens = Tokens((budget / CHECKPOINTS).max(1));
     recipe.checkpoint.keep = CHECKPOINTS as u32 + 1;
     Ok(recipe)
-}
-
-fn heldout(recipe: &Recipe) -> Result<PathBuf> {
-    recipe
-        .data
-        .heldout
-        .clone()
-        .ok_or_else(|| Failure::new("the quickstart's recipe has no held-out data"))
 }
 
 fn train(
@@ -187,11 +166,7 @@ fn train(
     });
     let mut heldout = Vec::new();
     for checkpoint in cluster.checkpoints(&run)? {
-        let loss = evaluate(
-            programs,
-            Path::new(&checkpoint.path),
-            &self::heldout(recipe)?,
-        )?;
+        let loss = evaluate(programs, recipe, Path::new(&checkpoint.path))?;
         heldout.push((checkpoint.tokens as f64, loss));
     }
     Ok(Trained {
@@ -200,18 +175,22 @@ fn train(
     })
 }
 
-/// Mean loss per token on the held-out text.
-fn evaluate(programs: &Programs, model: &Path, heldout: &Path) -> Result<f64> {
+/// Mean loss per token of a model on the recipe's held-out text.
+fn evaluate(programs: &Programs, recipe: &Recipe, model: &Path) -> Result<f64> {
+    let heldout = recipe.data.heldout.as_ref();
+    let heldout =
+        heldout.ok_or_else(|| Failure::new("the quickstart's recipe has no held-out data"))?;
+    let length = recipe.batch.sequence_length.to_string();
     let mut command = programs.worker();
     command
         .arg("eval")
+        .arg("--model")
         .arg(model)
         .arg("--data")
-        .arg(heldout)
-        .arg("--json");
+        .arg(heldout);
+    command.args(["--sequence-length", &length, "--json"]);
     let output = process::run(command, EVALUATION_LIMIT)?.expect_code(0)?;
     let answer: serde_json::Value = serde_json::from_str(&output.stdout)?;
-    answer["loss"]
-        .as_f64()
-        .ok_or_else(|| Failure::new(format!("eval --json has no `loss`: {answer}")))
+    let loss = answer["loss"].as_f64();
+    loss.ok_or_else(|| Failure::new(format!("eval --json has no `loss`: {answer}")))
 }
