@@ -33,6 +33,15 @@ pub enum DataError {
         /// What to do.
         remedy: &'static str,
     },
+    /// Token parquet that cannot be written.
+    #[error("{}: cannot be written", .path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the parquet writer says.
+        #[source]
+        source: ParquetError,
+    },
     /// A file whose content cannot be used.
     #[error("{}: {cause}; {remedy}", .path.display())]
     Content {

@@ -7,7 +7,13 @@
 //! The *packed stream* is all selected documents, one after the other, in the manifest's order of files, row groups and
 //! rows, each with the BOS and EOT that the manifest says are added. Window `w` of length `L` is the `L + 1` tokens from
 //! `w * L` on, so that neighbours share one token and every token but the first is a target exactly once.
+// Denied rather than forbidden: one file, the memory map of packed stores, allows it.
 #![deny(unsafe_code)]
+
+#[cfg(target_endian = "big")]
+compile_error!(
+    "token files and checksums are little-endian, and are read and taken as they lie in memory"
+);
 
 mod error;
 mod files;
@@ -18,13 +24,16 @@ mod manifest;
 mod mapping;
 mod pack;
 mod packed;
+mod parallel;
 mod progress;
 mod reader;
 mod scan;
 mod select;
+mod stream;
 mod survey;
 mod tokenize;
 mod tokenizer;
+mod writer;
 
 pub use error::DataError;
 pub use index::{Auto3, IndexOptions, index};

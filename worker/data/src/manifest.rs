@@ -79,7 +79,8 @@ pub(crate) struct RowGroup {
     /// Its documents that are in the stream.
     #[serde(default, skip_serializing_if = "Selection::is_all")]
     pub selection: Selection,
-    /// BLAKE3, in hexadecimal, of what it adds: the tokens as u32 LE, then the positions of document starts as u32 LE.
+    /// BLAKE3, in hexadecimal, of what it adds: the tokens as u32 LE, then the positions in them at which documents
+    /// begin as u64 LE.
     pub checksum: String,
 }
 
@@ -285,8 +286,8 @@ impl fmt::Debug for Manifest {
 }
 
 impl Content {
-    /// A content with everything but its files, for this version of the program.
-    pub(crate) fn check(&self, path: &Path) -> Result<(), DataError> {
+    /// Refuses what this program did not write or cannot use.
+    fn check(&self, path: &Path) -> Result<(), DataError> {
         let remedy = "make it again with `supra data index`";
         if self.format != FORMAT {
             let cause = format!(

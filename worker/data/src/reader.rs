@@ -1,36 +1,471 @@
-//! Random access to windows of the packed stream.
-use crate::{DataError, Manifest};
+//! Random access to the windows of the packed stream.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::ops::Range;
 use std::path::Path;
-/// Reads windows.
-#[derive(Debug)]
+
+use crate::manifest::{Content, RowGroup, Store};
+use crate::packed::PackedStore;
+use crate::scan::TokenFile;
+use crate::stream::{Assembler, Checksum, Chunk, Rules, Sieve};
+use crate::{DataError, Manifest, files};
+
+/// Tokens of decoded row groups that are kept unless said: 256 MiB.
+const CACHE_TOKENS: u64 = 1 << 26;
+/// Tokens fetched around a window that nothing announced.
+const STRETCH_TOKENS: u64 = 1 << 20;
+
+/// Reads windows of the packed stream. Every row group is checked against the manifest whenever it is decoded.
+///
+/// [`Reader::hold`] fetches the windows of a pool with one decode per row group; any other window fetches some of its
+/// neighbours with it. Decoded row groups are kept as long as they fit into a cache.
 pub struct Reader {
     manifest: Manifest,
     sequence_length: u64,
+    source: Source,
 }
+
+enum Source {
+    Parquet(Groups),
+    Packed(PackedStore),
+}
+
 impl Reader {
-    /// Opens.
+    /// Opens the dataset at `manifest` (a JSON file, or a directory with `dataset.json`) for windows of
+    /// `sequence_length` inputs.
     ///
     /// # Errors
-    /// Bad input.
+    /// When the files beside it are not the ones it lists, by name and size, or hold less than one window.
     pub fn open(manifest: &Path, sequence_length: u64) -> Result<Reader, DataError> {
+        let manifest = Manifest::load(manifest)?;
+        if sequence_length == 0 {
+            return Err(DataError::Request(
+                "a window must hold at least one token: the sequence length is 0".to_owned(),
+            ));
+        }
+        check_files(&manifest)?;
+        if manifest.windows(sequence_length) == 0 {
+            let cause = format!(
+                "holds {} tokens, one window takes {}",
+                manifest.tokens(),
+                sequence_length.saturating_add(1)
+            );
+            let remedy = "add data, or choose a smaller sequence length";
+            return Err(DataError::content(manifest.path(), cause, remedy));
+        }
+        let source = match manifest.content().store {
+            Store::Parquet => Source::Parquet(Groups::new(&manifest)),
+            Store::Packed { token_bytes } => {
+                Source::Packed(PackedStore::open(&manifest, token_bytes)?)
+            }
+        };
         Ok(Reader {
-            manifest: Manifest::load(manifest)?,
+            manifest,
             sequence_length,
+            source,
         })
     }
+
+    /// Keeps decoded row groups of `tokens` tokens in all (4 bytes each); 64 Mi unless said. A row group larger than a
+    /// quarter of that is not kept, and not held in memory as a whole.
+    pub fn with_cache(mut self, tokens: u64) -> Reader {
+        if let Source::Parquet(groups) = &mut self.source {
+            groups.cache_tokens = tokens;
+        }
+        self
+    }
+
     /// The dataset.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
-    /// Windows of a pass.
+
+    /// Inputs per window.
+    pub fn sequence_length(&self) -> u64 {
+        self.sequence_length
+    }
+
+    /// Windows of the dataset.
     pub fn windows(&self) -> u64 {
         self.manifest.windows(self.sequence_length)
     }
-    /// Tokens and document starts of window `w`.
+
+    /// Window `w`: its `sequence_length + 1` tokens, and the ascending positions in them at which documents begin.
     ///
     /// # Errors
-    /// Bad input.
+    /// Past the last window; when a file cannot be read or has changed.
     pub fn window(&mut self, w: u64) -> Result<(Vec<u32>, Vec<u32>), DataError> {
-        Err(DataError::Request(format!("window {w}")))
+        let windows = self.windows();
+        if w >= windows {
+            let message = format!(
+                "{}: there is no window {w}, it has {windows}",
+                self.manifest.path().display()
+            );
+            return Err(DataError::Request(message));
+        }
+        let tokens = self.tokens_of(w..w + 1);
+        match &mut self.source {
+            Source::Packed(store) => store.read(&self.manifest, tokens),
+            Source::Parquet(groups) => {
+                if groups.find(&tokens).is_none() {
+                    let neighbours = (STRETCH_TOKENS / self.sequence_length).max(1);
+                    let first = w / neighbours * neighbours;
+                    let last = (first + neighbours).min(windows);
+                    let around = first * self.sequence_length..last * self.sequence_length + 1;
+                    groups.recent = groups.fetch(&self.manifest, &[around])?;
+                }
+                let stretch = groups
+                    .find(&tokens)
+                    .expect("invariant: the stretch around the window was just fetched");
+                Ok(stretch.cut(&tokens))
+            }
+        }
     }
+
+    /// Fetches the windows of `blocks` and keeps them until the next call, decoding every row group once.
+    ///
+    /// # Errors
+    /// As [`Reader::window`].
+    pub fn hold(&mut self, blocks: &[Range<u64>]) -> Result<(), DataError> {
+        let mut ranges: Vec<_> = blocks
+            .iter()
+            .map(|block| self.tokens_of(block.clone()))
+            .collect();
+        ranges.sort_by_key(|range| range.start);
+        if ranges
+            .iter()
+            .any(|range| range.end > self.manifest.tokens())
+        {
+            let message = format!(
+                "{}: asked to hold windows past its last",
+                self.manifest.path().display()
+            );
+            return Err(DataError::Request(message));
+        }
+        if let Source::Parquet(groups) = &mut self.source {
+            // The old pool goes first: two never lie in memory together.
+            groups.held = Vec::new();
+            groups.held = groups.fetch(&self.manifest, &ranges)?;
+        }
+        Ok(())
+    }
+
+    /// The tokens of consecutive windows, the last target included.
+    fn tokens_of(&self, windows: Range<u64>) -> Range<u64> {
+        windows.start * self.sequence_length..windows.end * self.sequence_length + 1
+    }
+}
+
+impl fmt::Debug for Reader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "Reader({:?}, {} tokens per window)",
+            self.manifest, self.sequence_length
+        )
+    }
+}
+
+/// The files beside the manifest are the ones it lists, by name and size.
+fn check_files(manifest: &Manifest) -> Result<(), DataError> {
+    let directory = manifest.directory();
+    let known = &manifest.content().files;
+    for file in known {
+        let path = directory.join(&file.name);
+        let found = std::fs::metadata(&path).map_err(|error| match error.kind() {
+            std::io::ErrorKind::NotFound => DataError::changed(&path, "is missing"),
+            _ => DataError::io("read", &path)(error),
+        })?;
+        if found.len() != file.bytes {
+            let cause = format!(
+                "has {} bytes, the manifest says {}",
+                found.len(),
+                file.bytes
+            );
+            return Err(DataError::changed(&path, cause));
+        }
+    }
+    for path in files::parquet_files(files::parent(manifest.path()))? {
+        if !known.iter().any(|file| {
+            path.file_name()
+                .is_some_and(|name| name == file.name.as_str())
+        }) {
+            return Err(DataError::changed(
+                &path,
+                format!("is not in {}", manifest.path().display()),
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// A row group in the stream.
+struct Place {
+    file: usize,
+    /// Index into the file's listed row groups.
+    group: usize,
+    /// Its tokens in the stream.
+    tokens: Range<u64>,
+}
+
+/// A decoded row group.
+struct Decoded {
+    place: usize,
+    tokens: Vec<u32>,
+    /// Ascending positions in `tokens`.
+    starts: Vec<u32>,
+}
+
+/// Consecutive tokens of the stream.
+struct Stretch {
+    range: Range<u64>,
+    tokens: Vec<u32>,
+    /// Ascending positions in `tokens`.
+    starts: Vec<u32>,
+}
+
+impl Stretch {
+    fn new(range: Range<u64>) -> Stretch {
+        let tokens = Vec::with_capacity((range.end - range.start) as usize);
+        Stretch {
+            range,
+            tokens,
+            starts: Vec::new(),
+        }
+    }
+
+    /// Appends the part of `chunk`, which begins at `first` of the stream, that belongs here. Chunks come in order.
+    fn append(&mut self, first: u64, chunk: Chunk<'_>) {
+        let length = chunk.tokens.len() as u64;
+        let from = self.range.start.saturating_sub(first).min(length) as usize;
+        let to = self.range.end.saturating_sub(first).min(length) as usize;
+        if from >= to {
+            return;
+        }
+        let here = self.tokens.len() as u32;
+        let starts = &chunk.starts[chunk
+            .starts
+            .partition_point(|start| (*start as usize) < from)..];
+        let inside = starts.iter().take_while(|start| (**start as usize) < to);
+        self.starts
+            .extend(inside.map(|start| here + start - from as u32));
+        self.tokens.extend_from_slice(&chunk.tokens[from..to]);
+    }
+
+    /// The tokens of `range`, which lies inside, and the document starts among them.
+    fn cut(&self, range: &Range<u64>) -> (Vec<u32>, Vec<u32>) {
+        let first = (range.start - self.range.start) as usize;
+        let end = (range.end - self.range.start) as usize;
+        let starts = &self.starts[self
+            .starts
+            .partition_point(|start| (*start as usize) < first)..];
+        let starts = starts
+            .iter()
+            .take_while(|start| (**start as usize) < end)
+            .map(|start| start - first as u32);
+        (self.tokens[first..end].to_vec(), starts.collect())
+    }
+}
+
+/// The row groups of token parquet.
+struct Groups {
+    places: Vec<Place>,
+    rules: Rules,
+    /// The pool.
+    held: Vec<Stretch>,
+    /// Around the last window that was not in the pool.
+    recent: Vec<Stretch>,
+    /// Whole row groups, the most recently used last, and how many tokens they may hold in all.
+    cache: VecDeque<Decoded>,
+    cache_tokens: u64,
+}
+
+impl Groups {
+    fn new(manifest: &Manifest) -> Groups {
+        let mut places = Vec::new();
+        let mut first = 0;
+        for (file, listed) in manifest.content().files.iter().enumerate() {
+            for (group, row_group) in listed.row_groups.iter().enumerate() {
+                places.push(Place {
+                    file,
+                    group,
+                    tokens: first..first + row_group.tokens,
+                });
+                first += row_group.tokens;
+            }
+        }
+        let rules = Rules::of(manifest.content());
+        Groups {
+            places,
+            rules,
+            held: Vec::new(),
+            recent: Vec::new(),
+            cache: VecDeque::new(),
+            cache_tokens: CACHE_TOKENS,
+        }
+    }
+
+    /// The stretch that holds all of `tokens`.
+    fn find(&self, tokens: &Range<u64>) -> Option<&Stretch> {
+        let inside = |stretch: &&Stretch| {
+            stretch.range.start <= tokens.start && tokens.end <= stretch.range.end
+        };
+        let before = self
+            .held
+            .partition_point(|stretch| stretch.range.start <= tokens.start);
+        self.held[..before]
+            .last()
+            .filter(inside)
+            .or_else(|| self.recent.iter().find(inside))
+    }
+
+    /// Fetches `ranges`, ascending, visiting every row group once.
+    fn fetch(
+        &mut self,
+        manifest: &Manifest,
+        ranges: &[Range<u64>],
+    ) -> Result<Vec<Stretch>, DataError> {
+        let mut stretches: Vec<_> = ranges.iter().cloned().map(Stretch::new).collect();
+        let mut number = 0;
+        while let Some(place) = self.places.get(number) {
+            let tokens = place.tokens.clone();
+            // Ranges ascend and hardly overlap, so those that a row group meets stand together.
+            let first = stretches.partition_point(|stretch| stretch.range.end <= tokens.start);
+            let met = stretches[first..]
+                .iter()
+                .take_while(|stretch| stretch.range.start < tokens.end)
+                .count();
+            if met > 0 {
+                let met = &mut stretches[first..first + met];
+                self.visit(manifest, number, |offset, chunk| {
+                    met.iter_mut()
+                        .for_each(|stretch| stretch.append(tokens.start + offset, chunk));
+                })?;
+                number += 1;
+            } else if let Some(next) = stretches.get(first) {
+                number = self
+                    .places
+                    .partition_point(|place| place.tokens.end <= next.range.start);
+            } else {
+                break;
+            }
+        }
+        Ok(stretches)
+    }
+
+    /// Hands on the stream of row group `number`, from the cache if it lies there, with offsets into the row group.
+    fn visit(
+        &mut self,
+        manifest: &Manifest,
+        number: usize,
+        mut sink: impl FnMut(u64, Chunk<'_>),
+    ) -> Result<(), DataError> {
+        let place = &self.places[number];
+        let size = place.tokens.end - place.tokens.start;
+        // Row groups too large to keep several of them are streamed.
+        if size > self.cache_tokens / 4 {
+            return stream(manifest, place, &self.rules, sink);
+        }
+        let decoded = match self
+            .cache
+            .iter()
+            .position(|decoded| decoded.place == number)
+        {
+            Some(known) => self
+                .cache
+                .remove(known)
+                .expect("invariant: the position was just found"),
+            None => {
+                let mut decoded = Decoded {
+                    place: number,
+                    tokens: Vec::with_capacity(size as usize),
+                    starts: Vec::new(),
+                };
+                stream(manifest, place, &self.rules, |offset, chunk| {
+                    decoded
+                        .starts
+                        .extend(chunk.starts.iter().map(|start| offset as u32 + start));
+                    decoded.tokens.extend_from_slice(chunk.tokens);
+                })?;
+                decoded
+            }
+        };
+        sink(
+            0,
+            Chunk {
+                tokens: &decoded.tokens,
+                starts: &decoded.starts,
+            },
+        );
+        self.cache.push_back(decoded);
+        let mut kept: u64 = self
+            .cache
+            .iter()
+            .map(|decoded| decoded.tokens.len() as u64)
+            .sum();
+        while kept > self.cache_tokens {
+            let Some(oldest) = self.cache.pop_front() else {
+                break;
+            };
+            kept -= oldest.tokens.len() as u64;
+        }
+        Ok(())
+    }
+}
+
+/// Decodes the row group at `place` and checks it against the manifest; an error comes after the last chunk.
+fn stream(
+    manifest: &Manifest,
+    place: &Place,
+    rules: &Rules,
+    mut sink: impl FnMut(u64, Chunk<'_>),
+) -> Result<(), DataError> {
+    let content: &Content = manifest.content();
+    let listed = &content.files[place.file];
+    let expected: &RowGroup = &listed.row_groups[place.group];
+    let path = manifest.directory().join(&listed.name);
+    let group = expected.number as usize;
+    let file = TokenFile::open(&path, &content.column, content.vocabulary)?;
+    if group >= file.file().row_groups() || file.file().group_rows(group) != expected.rows {
+        let cause = format!(
+            "row group {group} does not have the {} rows that the manifest lists",
+            expected.rows
+        );
+        return Err(DataError::changed(&path, cause));
+    }
+    let mut assembler = Assembler::new(*rules, expected.continues);
+    let mut sieve = Sieve::new(&expected.selection);
+    let mut checksum = Checksum::default();
+    file.scan(group, |rows| {
+        let chunk = sieve.select(assembler.assemble(rows));
+        sink(checksum.tokens(), chunk);
+        checksum.update(chunk);
+        true
+    })?;
+    if checksum.finish() != expected.checksum {
+        return Err(DataError::changed(
+            &path,
+            format!("row group {group} does not have the checksum in the manifest"),
+        ));
+    }
+    Ok(())
+}
+
+/// The whole stream of a parquet dataset in order, checked.
+pub(crate) fn stream_all(
+    manifest: &Manifest,
+    mut sink: impl FnMut(Chunk<'_>) -> Result<(), DataError>,
+) -> Result<(), DataError> {
+    let groups = Groups::new(manifest);
+    for place in &groups.places {
+        let mut outcome = Ok(());
+        stream(manifest, place, &groups.rules, |_, chunk| {
+            if outcome.is_ok() {
+                outcome = sink(chunk);
+            }
+        })?;
+        outcome?;
+    }
+    Ok(())
 }
