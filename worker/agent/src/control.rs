@@ -1,33 +1,336 @@
-//! The control thread.
+//! The control thread: a current-thread runtime that turns events into inputs of the session and
+//! its actions into I/O. It never computes and never calls libtorch.
 
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::mpsc::SyncSender;
+use std::time::{Duration, Instant};
 
+use supra_proto::ClientError;
+use supra_proto::v1::CoordinatorMessage;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
+use tokio::time::{MissedTickBehavior, interval, sleep};
 
 use crate::address::DataAddress;
+use crate::collective::RingPlan;
 use crate::error::AgentError;
-use crate::job::Job;
-use crate::link::Tagged;
+use crate::job::{DataPlane, Job};
+use crate::line::{self, Line, Pauses};
+use crate::link::{self, LinkControl, Tagged};
+use crate::place::Place;
+use crate::publish;
+use crate::session::{Action, Input, Session};
+use crate::supervisor;
 use crate::worker::{Exit, WorkerOptions};
 
-/// Everything that the control thread owns.
+/// How often the session looks at the clock.
+const TICK: Duration = Duration::from_millis(100);
+
+/// Everything that the control thread owns. Dropping it voids the job in hand.
 pub(crate) struct Controller {
     options: WorkerOptions,
+    data: DataAddress,
+    jobs: SyncSender<Job>,
+    reports_in: mpsc::Sender<Tagged>,
+    reports: mpsc::Receiver<Tagged>,
+    published_in: mpsc::UnboundedSender<Input>,
+    published: mpsc::UnboundedReceiver<Input>,
+    session: Session,
+    /// The job that was started last.
+    current: Option<LinkControl>,
+    stream: Stream,
+    pauses: Pauses,
+    /// When the search for a coordinator that was never reached began; none once it was reached.
+    unseen_since: Option<Instant>,
+    /// Error that ends the worker as soon as the training loop is back.
+    fatal: Option<ClientError>,
+}
+
+/// The stream, or the attempt to get one.
+enum Stream {
+    Up(Line),
+    Opening(Pin<Box<dyn Future<Output = Opened> + Send>>),
+    /// There will not be another one.
+    Over,
+}
+
+type Opened = Result<(Line, CoordinatorMessage), ClientError>;
+
+/// What the event loop woke up for.
+enum Event {
+    Input(Input),
+    Opened(Box<Opened>),
+    /// The stream has ended; says how.
+    Broken(String),
 }
 
 impl Controller {
     pub fn new(
         options: WorkerOptions,
-        _data: DataAddress,
-        _jobs: SyncSender<Job>,
-        _reports_in: mpsc::Sender<Tagged>,
-        _reports: mpsc::Receiver<Tagged>,
+        data: DataAddress,
+        jobs: SyncSender<Job>,
+        reports_in: mpsc::Sender<Tagged>,
+        reports: mpsc::Receiver<Tagged>,
     ) -> Controller {
-        Controller { options }
+        let now = Instant::now();
+        let (published_in, published) = mpsc::unbounded_channel();
+        Controller {
+            session: Session::new(options.timing.abort, now),
+            options,
+            data,
+            jobs,
+            reports_in,
+            reports,
+            published_in,
+            published,
+            current: None,
+            stream: Stream::Over,
+            pauses: Pauses::new(),
+            unseen_since: Some(now),
+            fatal: None,
+        }
+    }
+
+    async fn serve(mut self) -> Result<Exit, AgentError> {
+        let mut signals = Signals::new()?;
+        let mut ticks = interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        self.stream = self.opening(Duration::ZERO);
+        loop {
+            let event = tokio::select! {
+                // Reports first: a training loop never waits for what comes after it.
+                biased;
+                Some(tagged) = self.reports.recv() => Event::Input(Input::Report(tagged)),
+                event = self.stream.event() => event,
+                Some(input) = self.published.recv() => Event::Input(input),
+                name = signals.next() => {
+                    tracing::info!("{name}: leaving");
+                    Event::Input(Input::Interrupted(format!("the worker was stopped by {name}")))
+                }
+                _ = ticks.tick() => Event::Input(Input::Tick),
+            };
+            let inputs = match event {
+                Event::Input(input) => vec![input],
+                Event::Opened(opened) => self.on_opened(*opened),
+                Event::Broken(cause) => self.on_broken(&cause),
+            };
+            for input in inputs {
+                if let Some(exit) = self.feed(input)? {
+                    return self.finish(exit).await;
+                }
+            }
+        }
+    }
+
+    /// Hands an input to the session and does what it says; an exit ends the worker.
+    fn feed(&mut self, input: Input) -> Result<Option<Exit>, AgentError> {
+        let mut inputs = vec![input];
+        while let Some(input) = inputs.pop() {
+            for action in self.session.handle(input, Instant::now()) {
+                match action {
+                    Action::Send {
+                        run,
+                        generation,
+                        body,
+                    } => {
+                        if let Stream::Up(line) = &mut self.stream
+                            && !line.send(run, generation, body)
+                        {
+                            inputs.extend(
+                                self.on_broken(
+                                    "the coordinator does not take what this worker sends",
+                                ),
+                            );
+                        }
+                    }
+                    Action::Start { job, place } => self.start(job, *place)?,
+                    Action::Void => self.tell(LinkControl::void),
+                    Action::RequestStop => self.tell(LinkControl::request_stop),
+                    Action::TellPublished(step) => self.tell(|control| control.published(step)),
+                    Action::Publish {
+                        job,
+                        step,
+                        root,
+                        path,
+                        manifest_hash,
+                    } => {
+                        let done = self.published_in.clone();
+                        tokio::task::spawn_blocking(move || {
+                            let result = publish::directory(&root, &path)
+                                .and_then(|directory| publish::publish(&directory, manifest_hash))
+                                .map_err(|error| error.to_string());
+                            // Nobody waits for it when the worker ends.
+                            done.send(Input::Published {
+                                job,
+                                step,
+                                manifest_hash,
+                                result,
+                            })
+                            .ok();
+                        });
+                    }
+                    Action::End(exit) => return Ok(Some(exit)),
+                    Action::Die(exit) => supervisor::die(self.options.timing.abort, exit.as_ref()),
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    fn tell(&self, what: impl FnOnce(&LinkControl)) {
+        if let Some(control) = &self.current {
+            what(control);
+        }
+    }
+
+    fn start(&mut self, job: u64, place: Place) -> Result<(), AgentError> {
+        let (link, control) = link::on_queue(job, self.reports_in.clone());
+        tracing::info!(
+            run = place.run,
+            generation = place.generation,
+            rank = place.rank,
+            world = place.world,
+            "assigned"
+        );
+        let ring = RingPlan {
+            generation: place.generation,
+            rank: place.rank,
+            world: place.world,
+            next_address: place.next_address,
+            key: place.key,
+            patience: self.options.timing.connect,
+        };
+        let job = Job {
+            run: place.run,
+            generation: place.generation,
+            recipe: place.recipe,
+            rank: place.rank,
+            world: place.world,
+            restore: place.restore,
+            checkpoint_root: place.checkpoint_root,
+            link,
+            plane: DataPlane::Ring(self.data.listener(), ring),
+        };
+        self.current = Some(control);
+        // The training loop is idle, so that there is room; it is gone only after this thread.
+        self.jobs
+            .try_send(job)
+            .map_err(|error| AgentError::Control {
+                what: "cannot hand over a job",
+                cause: error.to_string(),
+            })
+    }
+
+    /// An attempt to attach, after a pause.
+    fn opening(&self, pause: Duration) -> Stream {
+        let options = self.options.clone();
+        let hello = line::hello(&options, self.data.advertised().to_string());
+        Stream::Opening(Box::pin(async move {
+            sleep(pause).await;
+            Line::open(&options, hello).await
+        }))
+    }
+
+    fn on_opened(&mut self, opened: Opened) -> Vec<Input> {
+        let error = match opened {
+            Ok((line, answer)) => {
+                tracing::info!("attached to {}", self.options.coordinator);
+                self.stream = Stream::Up(line);
+                self.unseen_since = None;
+                self.pauses = Pauses::new();
+                return vec![Input::Message(answer)];
+            }
+            Err(error) => error,
+        };
+        let patience = self.options.timing.first_contact;
+        if !error.is_transient()
+            || self
+                .unseen_since
+                .is_some_and(|since| since.elapsed() >= patience)
+        {
+            self.stream = Stream::Over;
+            let why = error.to_string();
+            self.fatal = Some(error);
+            return vec![Input::Interrupted(why)];
+        }
+        let pause = self.pauses.next();
+        tracing::warn!("{error}; trying again in {:.1} s", pause.as_secs_f64());
+        self.stream = self.opening(pause);
+        Vec::new()
+    }
+
+    fn on_broken(&mut self, cause: &str) -> Vec<Input> {
+        let pause = self.pauses.next();
+        tracing::warn!(
+            "lost the coordinator: {cause}; attaching again in {:.1} s",
+            pause.as_secs_f64()
+        );
+        self.stream = self.opening(pause);
+        vec![Input::Detached]
+    }
+
+    async fn finish(mut self, exit: Exit) -> Result<Exit, AgentError> {
+        if let Stream::Up(line) = std::mem::replace(&mut self.stream, Stream::Over) {
+            line.close().await;
+        }
+        match self.fatal.take() {
+            Some(error) => Err(error.into()),
+            None => Ok(exit),
+        }
+    }
+}
+
+impl Stream {
+    async fn event(&mut self) -> Event {
+        match self {
+            Stream::Up(line) => match line.receive().await {
+                Ok(Some(message)) => Event::Input(Input::Message(message)),
+                Ok(None) => Event::Broken("it closed the stream".to_owned()),
+                Err(status) => Event::Broken(status.message().to_owned()),
+            },
+            Stream::Opening(opening) => Event::Opened(Box::new(opening.await)),
+            Stream::Over => std::future::pending().await,
+        }
+    }
+}
+
+/// SIGTERM and SIGINT.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Signals, AgentError> {
+        let listen = |kind| {
+            signal(kind).map_err(|error| AgentError::Control {
+                what: "cannot listen to signals",
+                cause: error.to_string(),
+            })
+        };
+        Ok(Signals {
+            terminate: listen(SignalKind::terminate())?,
+            interrupt: listen(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
     }
 }
 
 /// Runs until the worker ends.
 pub(crate) fn run(controller: Controller) -> Result<Exit, AgentError> {
-    Ok(Exit::Refused(controller.options.coordinator))
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let runtime = runtime.map_err(|error| AgentError::Control {
+        what: "cannot start its runtime",
+        cause: error.to_string(),
+    })?;
+    runtime.block_on(controller.serve())
 }

@@ -18,6 +18,7 @@ mod control;
 mod error;
 mod job;
 mod limits;
+mod line;
 pub mod link;
 mod panic;
 mod place;

@@ -1,6 +1,27 @@
 //! `supra-worker run` is two processes: a supervisor that stays small, and a child that computes.
+//!
+//! The program asks for its [`role`] before it touches libtorch. As a supervisor it runs itself
+//! again with the same arguments ([`supervise`]), as the leader of a process group of its own. A pipe
+//! ties the child to its supervisor: through the standard input the child learns of its [`Birth`],
+//! and when that closes, because the supervisor died in whatever way, the child's group dies too.
+
+mod cause;
+mod parent;
+mod tail;
+
+pub use parent::{Pace, Supervisor, supervise};
+
+use std::io::{BufRead, Read};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill, killpg};
+use nix::unistd::{Pid, getpgrp, getpid};
 
 use crate::error::AgentError;
+use crate::worker::Exit;
+
+/// Marks a child. Only ever set on the child's own environment.
+const MARK: &str = "SUPRA_SUPERVISED";
 
 /// What a supervisor tells its child.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -30,12 +51,52 @@ pub enum Role {
     Child(Birth),
 }
 
-/// Finds out which process this is. In a child, starts the thread that ends it with its supervisor.
+/// Finds out which process this is. In a child, starts the thread that ends it with its supervisor;
+/// call it once.
+///
+/// # Errors
+///
+/// When the process is marked as a child and its standard input does not come from a supervisor.
 pub fn role() -> Result<Role, AgentError> {
-    Ok(Role::Supervisor)
+    if std::env::var_os(MARK).is_none() {
+        return Ok(Role::Supervisor);
+    }
+    let fail = |cause: std::io::Error| AgentError::Supervisor {
+        what: format!("hear from the supervisor ({MARK} is set, which only a supervisor does)"),
+        cause,
+    };
+    let mut line = String::new();
+    std::io::stdin().lock().read_line(&mut line).map_err(fail)?;
+    let birth = serde_json::from_str(&line).map_err(|error| fail(error.into()))?;
+    let watch = std::thread::Builder::new().name("lifeline".to_owned());
+    watch.spawn(outlive_nobody).map_err(fail)?;
+    Ok(Role::Child(birth))
 }
 
-/// Runs this program again with the same arguments, as a child, and again whenever it dies.
-pub fn supervise() -> std::process::ExitCode {
-    std::process::ExitCode::SUCCESS
+/// Waits for the end of the supervisor, and ends with it.
+fn outlive_nobody() {
+    let mut stdin = std::io::stdin().lock();
+    while matches!(stdin.read(&mut [0; 64]), Ok(1..)) {}
+    if getpgrp() == getpid() {
+        killpg(getpgrp(), Signal::SIGKILL).ok();
+    }
+    kill(getpid(), Signal::SIGKILL).ok();
+}
+
+/// Ends this process although its training loop is busy: with the exit that was due, or by SIGALRM,
+/// so that the supervisor starts another one.
+pub(crate) fn die(limit: Duration, exit: Option<&Exit>) -> ! {
+    tracing::error!(
+        "the training loop did not leave its void generation within {:.1} s: ending the process",
+        limit.as_secs_f64()
+    );
+    // Destructors of libraries may wait for the very thread that hangs.
+    std::thread::spawn(|| {
+        std::thread::sleep(Duration::from_secs(1));
+        kill(getpid(), Signal::SIGKILL)
+    });
+    if exit.is_none() {
+        kill(Pid::this(), Signal::SIGALRM).ok();
+    }
+    std::process::exit(exit.map_or(1, |exit| i32::from(exit.exit_code())))
 }
