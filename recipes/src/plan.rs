@@ -4,11 +4,14 @@
 mod digest;
 pub mod memory;
 mod order;
+mod probe;
+mod shape;
 
 use std::ops::Range;
 
 pub use digest::Digest;
 pub use order::Pool;
+pub use probe::probe;
 
 use crate::schema::Recipe;
 use order::Order;
@@ -157,8 +160,9 @@ impl Plan {
             return self.lr;
         }
         let progress = (done - warmup) as f64 / (end - warmup) as f64;
-        self.final_lr
-            + 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()) * (self.lr - self.final_lr)
+        // Weighed like this, both ends come out exactly; libm's cosine has the same bits on every machine.
+        let rest = 0.5 * (1.0 + libm::cos(std::f64::consts::PI * progress));
+        self.lr * rest + self.final_lr * (1.0 - rest)
     }
 
     /// Whether a checkpoint is due after step `step`: it reached a multiple of `checkpoint.every_tokens`, or is the last.
@@ -175,14 +179,4 @@ impl Plan {
     fn samples_after(&self, step: u64) -> u64 {
         step.saturating_mul(self.batch_samples).min(self.samples)
     }
-}
-
-/// Digest of a fixed evaluation of every function above; two builds with different digests must not train together.
-pub fn probe() -> [u8; 32] {
-    let order = Order::new(100_003, [7; 32], 2048, 17);
-    let mut hasher = blake3::Hasher::new();
-    for sample in (0..300_000).step_by(37) {
-        hasher.update(&order.window(sample).to_le_bytes());
-    }
-    *hasher.finalize().as_bytes()
 }

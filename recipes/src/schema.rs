@@ -1,8 +1,14 @@
 //! The typed recipe: units, defaults, validation, and errors that point at the line.
 
 mod bounds;
+mod check;
+mod explain;
+mod paths;
+mod position;
+mod read;
 mod recipe;
 mod report;
+mod syntax;
 mod units;
 
 pub use recipe::{

@@ -1,16 +1,15 @@
 //! The recipe's structures and their defaults, which are the paper's unless said otherwise (`docs/recipes.md`).
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::bounds;
-use super::report::RecipeError;
 use super::units::{Fraction, RunName, Tokens, Warmup};
+use super::{bounds, paths};
 
 /// What share of the pretraining tokens an uptraining takes unless the recipe says otherwise: the paper's 5 %.
-const DEFAULT_FRACTION: f64 = 0.05;
+pub(super) const DEFAULT_FRACTION: f64 = 0.05;
 
 /// Everything that defines a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -62,6 +61,7 @@ fn default_seed() -> u64 {
 #[serde(deny_unknown_fields)]
 pub struct Base {
     /// A Hugging Face directory: `config.json`, safetensors, `tokenizer.json`.
+    #[serde(deserialize_with = "paths::path", serialize_with = "paths::write")]
     pub path: PathBuf,
     /// Whether the directory's weights are taken.
     #[serde(default)]
@@ -160,9 +160,15 @@ impl Default for Model {
 #[serde(deny_unknown_fields)]
 pub struct Data {
     /// Dataset manifest, or the directory that holds it as `dataset.json`.
+    #[serde(deserialize_with = "paths::path", serialize_with = "paths::write")]
     pub train: PathBuf,
     /// Manifest of the held-out part.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        deserialize_with = "paths::optional_path",
+        serialize_with = "paths::write_optional",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub heldout: Option<PathBuf>,
     /// Seed of the sample order.
     #[serde(default = "default_seed")]
@@ -316,7 +322,11 @@ pub struct Checkpoint {
     #[schemars(range(min = 1))]
     pub keep: u32,
     /// Directory that all workers share; the coordinator's state directory unless said.
-    #[serde(skip_serializing_if = "Option::is_none")]
+    #[serde(
+        deserialize_with = "paths::optional_path",
+        serialize_with = "paths::write_optional",
+        skip_serializing_if = "Option::is_none"
+    )]
     pub to: Option<PathBuf>,
 }
 
@@ -377,41 +387,6 @@ pub struct ReplicaCheck {
 impl Default for ReplicaCheck {
     fn default() -> Self {
         ReplicaCheck { every_steps: 50 }
-    }
-}
-
-impl Recipe {
-    /// Reads a recipe from `text`; `file_name` appears in errors. Paths stay as written.
-    pub fn parse(text: &str, file_name: &str) -> Result<Recipe, RecipeError> {
-        serde_yaml::from_str(text)
-            .map_err(|error| RecipeError::plain(file_name, &error.to_string()))
-    }
-
-    /// Reads the recipe at `path`; relative paths in it are taken from the file's directory.
-    pub fn load(path: &Path) -> Result<Recipe, RecipeError> {
-        let shown = path.display().to_string();
-        let text = std::fs::read_to_string(path)
-            .map_err(|error| RecipeError::plain(&shown, &error.to_string()))?;
-        let directory = path.parent().unwrap_or(Path::new("."));
-        let directory = std::path::absolute(directory)
-            .map_err(|error| RecipeError::plain(&shown, &error.to_string()))?;
-        Ok(Recipe::parse(&text, &shown)?.resolved(&directory))
-    }
-
-    /// The recipe with every relative path taken from `base_dir`.
-    pub fn resolved(mut self, base_dir: &Path) -> Recipe {
-        let resolve = |path: &mut PathBuf| *path = base_dir.join(&*path);
-        resolve(&mut self.base.path);
-        resolve(&mut self.data.train);
-        self.data.heldout.iter_mut().for_each(resolve);
-        self.checkpoint.to.iter_mut().for_each(resolve);
-        self
-    }
-
-    /// The recipe as YAML with every default written out; reads back as the same recipe.
-    pub fn to_yaml(&self) -> String {
-        serde_yaml::to_string(self)
-            .expect("invariant: a recipe holds only strings, numbers and UTF-8 paths")
     }
 }
 

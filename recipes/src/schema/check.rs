@@ -1,0 +1,155 @@
+//! Contradictions between keys, each pointing at the key that the recipe wrote.
+
+use super::position;
+use super::recipe::{Attention, Recipe};
+use super::report::Finding;
+
+/// The first contradiction in `recipe`, which was read from `text`.
+pub(super) fn check(recipe: &Recipe, text: &str) -> Result<(), Finding> {
+    let checks = [budget, batch, schedule, workers, attention];
+    checks
+        .iter()
+        .find_map(|check| check(recipe, text))
+        .map_or(Ok(()), Err)
+}
+
+/// A finding at the first of `paths` that the text has; a default cannot be pointed at.
+fn at(text: &str, paths: &[&[&str]], message: String, help: String) -> Option<Finding> {
+    let span = paths.iter().find_map(|path| position::of_key(text, path));
+    Some(Finding::new(span, message, help))
+}
+
+fn budget(recipe: &Recipe, text: &str) -> Option<Finding> {
+    let budget = &recipe.budget;
+    let length = u64::from(recipe.batch.sequence_length);
+    if budget.tokens.is_some() && (budget.pretraining_tokens.is_some() || budget.fraction.is_some())
+    {
+        let message =
+            "`budget.tokens` together with `pretraining_tokens` or `fraction`: which is it?";
+        let help = "keep either `tokens`, or `pretraining_tokens` with `fraction`";
+        return at(text, &[&["budget", "tokens"]], message.into(), help.into());
+    }
+    if budget.tokens.is_none() && budget.pretraining_tokens.is_none() {
+        let help = "write `budget: { pretraining_tokens: 2T, fraction: 0.05 }` or `budget: { tokens: 20B }`";
+        return at(
+            text,
+            &[&["budget"]],
+            "the budget names no tokens".into(),
+            help.into(),
+        );
+    }
+    if budget.tokens() < length {
+        let message = format!(
+            "the budget of {} tokens is smaller than one sample of {length}",
+            budget.tokens()
+        );
+        let help =
+            "a sample is `batch.sequence_length` tokens: raise the budget or shorten the samples";
+        return at(text, &[&["budget"]], message, help.into());
+    }
+    None
+}
+
+fn batch(recipe: &Recipe, text: &str) -> Option<Finding> {
+    let (tokens, length) = (
+        recipe.batch.tokens.0,
+        u64::from(recipe.batch.sequence_length),
+    );
+    if tokens.is_multiple_of(length) {
+        return None;
+    }
+    let below = tokens - tokens % length;
+    let above = below.checked_add(length);
+    let neighbours: Vec<String> = [Some(below), above]
+        .into_iter()
+        .flatten()
+        .filter(|n| *n > 0)
+        .map(|n| n.to_string())
+        .collect();
+    let message = format!(
+        "`batch.tokens` = {tokens} is not a multiple of `batch.sequence_length` = {length}"
+    );
+    let help = format!("the nearest multiples are {}", neighbours.join(" and "));
+    at(
+        text,
+        &[&["batch", "tokens"], &["batch", "sequence_length"]],
+        message,
+        help,
+    )
+}
+
+fn schedule(recipe: &Recipe, text: &str) -> Option<Finding> {
+    let optimizer = &recipe.optimizer;
+    if optimizer.final_lr > optimizer.lr {
+        let message = format!(
+            "`final_lr` = {} is above `lr` = {}",
+            optimizer.final_lr, optimizer.lr
+        );
+        let help = "the learning rate falls from `lr` to `final_lr`: swap or lower them".into();
+        return at(
+            text,
+            &[&["optimizer", "final_lr"], &["optimizer", "lr"]],
+            message,
+            help,
+        );
+    }
+    let budget = recipe.budget.tokens();
+    let warmup = optimizer.warmup.tokens(recipe.batch.tokens.0);
+    if warmup.is_none_or(|warmup| warmup > budget) {
+        let message = format!(
+            "the warm-up of {} in batches of {} tokens is longer than the budget of {budget} tokens",
+            optimizer.warmup, recipe.batch.tokens
+        );
+        let help = "shorten `optimizer.warmup` (1000 steps unless said) or `batch.tokens`, or raise the budget".into();
+        return at(
+            text,
+            &[&["optimizer", "warmup"], &["batch", "tokens"], &["budget"]],
+            message,
+            help,
+        );
+    }
+    None
+}
+
+fn workers(recipe: &Recipe, text: &str) -> Option<Finding> {
+    let (workers, samples) = (&recipe.workers, recipe.batch.samples());
+    if workers.min > workers.max {
+        let message = format!(
+            "`workers.min` = {} is above `workers.max` = {}",
+            workers.min, workers.max
+        );
+        return at(
+            text,
+            &[&["workers", "min"], &["workers", "max"]],
+            message,
+            "raise `max` or lower `min`".into(),
+        );
+    }
+    if u64::from(workers.min) > samples {
+        let message = format!(
+            "`workers.min` = {} but a step has only {samples} samples to share",
+            workers.min
+        );
+        let help = "lower `workers.min` or raise `batch.tokens`".into();
+        return at(text, &[&["workers", "min"]], message, help);
+    }
+    None
+}
+
+/// Keys of `model` that only linear attention reads.
+pub(super) const SUPRA_ONLY: [&str; 3] = ["decay", "qk_norm", "chunk"];
+
+fn attention(recipe: &Recipe, text: &str) -> Option<Finding> {
+    if recipe.attention == Attention::Supra {
+        return None;
+    }
+    SUPRA_ONLY.iter().find_map(|key| {
+        let span = position::of_key(text, &["model", key])?;
+        let message = format!("`model.{key}` has no meaning with `attention: softmax`");
+        Some(Finding::new(
+            Some(span),
+            message,
+            format!("remove `{key}`, or write `attention: supra`"),
+        ))
+    })
+}

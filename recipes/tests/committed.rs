@@ -1,0 +1,116 @@
+//! The recipes and the JSON Schema of this repository.
+
+use std::path::{Path, PathBuf};
+
+use supra_recipes::{Plan, Recipe, json_schema};
+
+fn directory() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn recipes() -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(directory())
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    let mut paths: Vec<_> = entries
+        .filter(|path| {
+            path.extension()
+                .is_some_and(|extension| extension == "yaml")
+        })
+        .collect();
+    paths.sort();
+    assert!(paths.len() >= 5, "only {paths:?}");
+    paths
+}
+
+#[test]
+fn every_recipe_loads_and_reads_back() {
+    for path in recipes() {
+        let recipe = Recipe::load(&path).unwrap_or_else(|error| panic!("{error}"));
+        let again = Recipe::parse(&recipe.to_yaml(), "resolved.yaml")
+            .unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(recipe, again, "{}", path.display());
+    }
+}
+
+#[test]
+fn every_header_states_the_tokens_and_steps_that_are_planned() {
+    for path in recipes() {
+        let text = std::fs::read_to_string(&path).unwrap();
+        let plan = Plan::new(&Recipe::load(&path).unwrap(), u64::MAX, [0; 32]).unwrap();
+        let header: Vec<&str> = text
+            .lines()
+            .take_while(|line| line.starts_with('#'))
+            .collect();
+        let digits: String = header.join("\n").replace(',', "");
+        let step_tokens = plan.batch_samples * plan.sequence_length;
+        let expected = format!("in {} steps of {step_tokens}", plan.steps);
+        assert!(
+            digits.contains(&expected),
+            "{}: the header lacks `{expected}`",
+            path.display()
+        );
+        let budget = Recipe::load(&path).unwrap().budget.tokens();
+        assert!(
+            digits.contains(&format!("Tokens:  {budget}")),
+            "{}: the header lacks {budget}",
+            path.display()
+        );
+    }
+}
+
+#[test]
+fn the_committed_schema_is_current() {
+    let path = directory().join("recipe.schema.json");
+    let current = json_schema();
+    if std::fs::read_to_string(&path).unwrap_or_default() != current {
+        std::fs::write(&path, &current).unwrap();
+        panic!("recipes/recipe.schema.json was not current; it is now: commit it");
+    }
+}
+
+#[test]
+fn every_recipe_fits_the_schema_as_written_and_as_resolved() {
+    let schema = serde_json::from_str(&json_schema()).unwrap();
+    let validator = jsonschema::validator_for(&schema).unwrap();
+    for path in recipes() {
+        let written = std::fs::read_to_string(&path).unwrap();
+        for text in [written, Recipe::load(&path).unwrap().to_yaml()] {
+            let value: serde_json::Value = serde_yaml::from_str(&text).unwrap();
+            let errors: Vec<String> = validator
+                .iter_errors(&value)
+                .map(|error| error.to_string())
+                .collect();
+            assert!(errors.is_empty(), "{}: {errors:?}", path.display());
+        }
+    }
+}
+
+#[test]
+fn the_schema_refuses_what_the_program_refuses() {
+    let schema = serde_json::from_str(&json_schema()).unwrap();
+    let validator = jsonschema::validator_for(&schema).unwrap();
+    let good = serde_json::json!({
+        "name": "a", "base": { "path": "b" }, "data": { "train": "d" }, "budget": { "tokens": "1.5M" }
+    });
+    assert!(validator.is_valid(&good));
+    let changes = [
+        ("/name", serde_json::json!("Upper")),
+        ("/budget/tokens", serde_json::json!("2Q")),
+        ("/budget/tokens", serde_json::json!(0)),
+        (
+            "/budget",
+            serde_json::json!({ "pretraining_tokens": "2T", "fraction": 1.5 }),
+        ),
+        (
+            "/base",
+            serde_json::json!({ "path": "b", "wieghts": "random" }),
+        ),
+        ("/data", serde_json::json!({})),
+    ];
+    for (pointer, value) in changes {
+        let mut bad = good.clone();
+        *bad.pointer_mut(pointer).unwrap() = value;
+        assert!(!validator.is_valid(&bad), "{bad}");
+    }
+}

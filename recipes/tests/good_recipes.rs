@@ -1,0 +1,155 @@
+//! What a recipe may say, and what it means.
+
+use std::path::Path;
+
+use supra_recipes::Recipe;
+use supra_recipes::schema::{Attention, Budget, Decay, Precision, Tokens, Warmup, Weights};
+
+const SMALLEST: &str =
+    "name: t\nbase: { path: b }\ndata: { train: d }\nbudget: { pretraining_tokens: 2T }\n";
+
+fn parse(text: &str) -> Recipe {
+    Recipe::parse(text, "t.yaml").unwrap_or_else(|error| panic!("{error}"))
+}
+
+#[test]
+fn the_defaults_are_the_papers() {
+    let recipe = parse(SMALLEST);
+    assert_eq!(recipe.attention, Attention::Supra);
+    assert_eq!(recipe.base.weights, Weights::Pretrained);
+    assert_eq!(
+        (
+            recipe.model.decay,
+            recipe.model.qk_norm,
+            recipe.model.precision
+        ),
+        (Decay::Alibi, false, Precision::Bf16)
+    );
+    assert_eq!(recipe.budget.tokens(), 100_000_000_000);
+    assert_eq!(
+        (recipe.batch.tokens, recipe.batch.sequence_length),
+        (Tokens(2_097_152), 2048)
+    );
+    let optimizer = &recipe.optimizer;
+    assert_eq!(
+        (optimizer.lr, optimizer.final_lr, optimizer.warmup),
+        (3e-5, 1e-5, Warmup::Steps(1000))
+    );
+    assert_eq!(
+        (optimizer.betas, optimizer.eps, optimizer.weight_decay),
+        ((0.9, 0.95), 1e-8, 0.1)
+    );
+    assert_eq!(
+        (
+            optimizer.clip,
+            optimizer.z_loss,
+            optimizer.decay_norms_and_biases
+        ),
+        (1.0, 0.0, false)
+    );
+    assert_eq!(
+        (recipe.checkpoint.every_tokens, recipe.checkpoint.keep),
+        (Tokens(1_000_000_000), 3)
+    );
+    assert!(recipe.data.reset_at_document && !recipe.data.repeat);
+}
+
+#[test]
+fn the_resolved_recipe_says_everything() {
+    insta::assert_snapshot!(parse(SMALLEST).resolved(Path::new("/recipes")).to_yaml());
+}
+
+#[test]
+fn a_resolved_recipe_reads_back_as_itself() {
+    for change in [
+        "",
+        "attention: softmax\n",
+        "optimizer: { warmup: 2B, lr: 1, final_lr: 0 }\n",
+        "checkpoint: { to: c }\n",
+    ] {
+        let recipe = parse(&format!("{SMALLEST}{change}")).resolved(Path::new("/recipes"));
+        assert_eq!(parse(&recipe.to_yaml()), recipe, "{change}");
+    }
+}
+
+#[test]
+fn paths_are_taken_from_the_recipes_directory() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("r.yaml");
+    std::fs::write(
+        &file,
+        SMALLEST.replace("{ train: d }", "{ train: /abs, heldout: h.json }"),
+    )
+    .unwrap();
+    let recipe = Recipe::load(&file).unwrap();
+    assert_eq!(recipe.base.path, directory.path().join("b"));
+    assert_eq!(recipe.data.train, Path::new("/abs"));
+    assert_eq!(recipe.data.heldout, Some(directory.path().join("h.json")));
+}
+
+#[test]
+fn token_counts_are_exact_in_every_spelling() {
+    let spellings = [
+        ("131072", 131_072),
+        ("128Ki", 131_072),
+        ("1.5M", 1_500_000),
+        ("\"0.5k tokens\"", 500),
+        ("20 B", 20_000_000_000),
+        ("1e9", 1_000_000_000),
+        ("1.25Gi", 1_342_177_280),
+        ("18446744073709551615", u64::MAX),
+    ];
+    for (spelling, count) in spellings {
+        let text = SMALLEST.replace("pretraining_tokens: 2T", &format!("tokens: {spelling}"));
+        let text = format!(
+            "{text}batch: {{ sequence_length: 1, tokens: 1 }}\noptimizer: {{ warmup: 1 step }}\n"
+        );
+        assert_eq!(parse(&text).budget.tokens(), count, "{spelling}");
+    }
+}
+
+#[test]
+fn a_token_count_displays_exactly_and_reads_back() {
+    for count in [
+        1,
+        999,
+        1_000,
+        1_024,
+        1_500,
+        131_072,
+        2_097_152,
+        2_000_000_000_000,
+        1_500_000,
+        u64::MAX,
+    ] {
+        let text = Tokens(count).to_string();
+        assert_eq!(text.parse(), Ok(Tokens(count)), "{text}");
+    }
+    assert_eq!(Tokens(2_097_152).to_string(), "2Mi");
+    assert_eq!(Tokens(1_500_000).to_string(), "1500k");
+}
+
+#[test]
+fn fractions_round_to_the_nearest_token() {
+    for (share, expected) in [("0.29", 29), ("0.07", 7), ("1", 100)] {
+        let text = SMALLEST.replace(
+            "pretraining_tokens: 2T",
+            &format!("pretraining_tokens: 100, fraction: {share}"),
+        );
+        let text = format!(
+            "{text}batch: {{ sequence_length: 1, tokens: 1 }}\noptimizer: {{ warmup: 1 step }}\n"
+        );
+        assert_eq!(parse(&text).budget.tokens(), expected);
+    }
+    assert_eq!(Budget::exactly(Tokens(5)).tokens(), 5);
+}
+
+#[test]
+fn comments_quotes_and_punctuation_inside_values_are_text() {
+    let text = SMALLEST
+        .replace("{ path: b }", "{ path: 'models/*&!/it''s' } # & * !")
+        .replace("{ train: d }", "\n  train: /data/R, &D *x* [1] #1 !\n");
+    let recipe = parse(&text);
+    assert_eq!(recipe.base.path, Path::new("models/*&!/it's"));
+    assert_eq!(recipe.data.train, Path::new("/data/R, &D *x* [1]"));
+}
