@@ -189,3 +189,68 @@ impl ModelConfig {
         }
     }
 }
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A small model for tests.
+    pub(crate) fn small(attention: AttentionKind) -> ModelConfig {
+        ModelConfig {
+            vocab: 50,
+            dim: 64,
+            layers: 2,
+            heads: 4,
+            kv_heads: 1,
+            head_dim: 16,
+            ffn: 96,
+            norm_eps: 1e-5,
+            rope_theta: 1e4,
+            tied: false,
+            attention,
+            max_positions: 128,
+            sliding_window: None,
+            bos: None,
+            eos: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn weights_have_the_published_names() {
+        let names = |attention| small(attention).params().into_iter().map(|spec| spec.name).collect::<Vec<_>>();
+        let supra = names(AttentionKind::Supra(SupraConfig { qk_norm: true, ..SupraConfig::default() }));
+        assert_eq!(
+            &supra[..8],
+            [
+                "tok_embeddings.weight",
+                "layers.0.attention_norm.weight",
+                "layers.0.attention.in_proj.weight",
+                "layers.0.attention._totrain_embed.weight",
+                "layers.0.attention._totrain_embed.bias",
+                "layers.0.attention._totrain_embed_kv.weight",
+                "layers.0.attention._totrain_embed_kv.bias",
+                "layers.0.attention._totrain_q_norm.weight",
+            ]
+        );
+        assert_eq!(&supra[supra.len() - 2..], ["norm.weight", "output.weight"]);
+        let base: Vec<String> = supra.into_iter().filter(|name| !name.contains("_totrain_")).collect();
+        assert_eq!(names(AttentionKind::Softmax), base);
+    }
+
+    #[test]
+    fn the_published_model_has_its_size() {
+        let mistral = ModelConfig {
+            vocab: 32000,
+            dim: 4096,
+            layers: 32,
+            heads: 32,
+            kv_heads: 8,
+            head_dim: 128,
+            ffn: 14336,
+            ..small(AttentionKind::Supra(SupraConfig::default()))
+        };
+        let elements = |config: &ModelConfig| config.params().iter().map(|spec| spec.elements()).sum::<i64>();
+        assert_eq!(elements(&mistral), 7_812_321_280);
+        assert_eq!(elements(&mistral.clone().with_attention(AttentionKind::Softmax)), 7_812_321_280 - 570_589_184);
+    }
+}

@@ -86,26 +86,12 @@ impl Stream {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::config::tests::small;
     use crate::model::{AttentionKind, SupraConfig};
 
     fn config(kv_heads: i64) -> ModelConfig {
-        ModelConfig {
-            vocab: 50,
-            dim: 64,
-            layers: 2,
-            heads: 4,
-            kv_heads,
-            head_dim: 16,
-            ffn: 96,
-            norm_eps: 1e-5,
-            rope_theta: 1e4,
-            tied: false,
-            attention: AttentionKind::Supra(SupraConfig { qk_norm: true, ..SupraConfig::default() }),
-            max_positions: 128,
-            sliding_window: None,
-            bos: None,
-            eos: Vec::new(),
-        }
+        let supra = SupraConfig { qk_norm: true, ..SupraConfig::default() };
+        ModelConfig { kv_heads, ..small(AttentionKind::Supra(supra)) }
     }
 
     fn values(tensor: &Tensor) -> Vec<f32> {

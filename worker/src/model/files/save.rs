@@ -195,3 +195,28 @@ impl Drop for Draft {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::config::tests::small;
+    use crate::model::{AttentionKind, NewWeights, SupraConfig, init_all, load_params};
+
+    #[test]
+    fn a_large_model_is_cut_into_shards() {
+        let config = small(AttentionKind::Supra(SupraConfig::default()));
+        let params = init_all(&config, 1);
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::Published { prefix: "model.".to_owned() };
+        let limit = 12 << 10;
+        write_weights(dir.path(), &config, &params, &layout, Kind::Float, limit).unwrap();
+        let files = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len());
+        let sizes: Vec<u64> = files.collect();
+        assert!(sizes.len() > 4, "{sizes:?}");
+        // A tensor is never cut, and headers come on top.
+        let largest = params.iter().map(|(_, tensor)| tensor.numel() as u64 * 4).max().unwrap();
+        assert!(sizes.iter().all(|&size| size < limit.max(largest) + 2048), "{sizes:?}");
+        let (read, _) = load_params(dir.path(), &config, NewWeights::Refuse).unwrap();
+        assert!(read.iter().zip(params.iter()).all(|((_, read), (_, written))| read == written));
+    }
+}

@@ -1,0 +1,220 @@
+//! The forms of attention agree where the fixtures do not look: other decays, query and key norms, odd head counts,
+//! documents anywhere, and softmax with its cache.
+
+use supra_worker::model::{
+    AttentionKind, Decay, Documents, Form, LossInput, ModelConfig, Params, RopeFrequencies, State, SupraConfig,
+    Transformer, init_all,
+};
+use tch::{Device, Kind, Tensor};
+
+const VOCAB: i64 = 31;
+
+fn config(heads: i64, kv_heads: i64, attention: AttentionKind) -> ModelConfig {
+    ModelConfig {
+        vocab: VOCAB,
+        dim: heads * 8,
+        layers: 2,
+        heads,
+        kv_heads,
+        head_dim: 8,
+        ffn: 40,
+        norm_eps: 1e-5,
+        rope_theta: 1e4,
+        tied: true,
+        attention,
+        max_positions: 256,
+        sliding_window: None,
+        bos: None,
+        eos: Vec::new(),
+    }
+}
+
+fn supra(decay: Decay, qk_norm: bool, chunk: i64) -> AttentionKind {
+    AttentionKind::Supra(SupraConfig { decay, qk_norm, chunk, ..SupraConfig::default() })
+}
+
+/// Weights in fp64, gains away from 1.
+fn weights(config: &ModelConfig, seed: u64) -> Params {
+    let params = init_all(config, seed).to(Device::Cpu, Kind::Double);
+    let vary = |tensor: &Tensor| match tensor.dim() {
+        1 => tensor * (Tensor::arange(tensor.numel() as i64, (Kind::Double, Device::Cpu)) * 0.7).sin() * 0.3 + tensor,
+        _ => tensor.copy(),
+    };
+    Params::new(params.iter().map(|(name, tensor)| (name.to_owned(), vary(tensor))).collect())
+}
+
+fn ids(rows: i64, tokens: i64, seed: i64) -> Tensor {
+    let number = Tensor::arange(rows * tokens, (Kind::Int64, Device::Cpu)) + seed;
+    (&number * &number * 7 + number * 3).remainder(VOCAB).view([rows, tokens])
+}
+
+#[track_caller]
+fn assert_close(found: &Tensor, expected: &Tensor, what: &str) {
+    assert_eq!(found.size(), expected.size(), "{what}");
+    let error = (found - expected).norm().double_value(&[]) / expected.norm().double_value(&[]);
+    assert!(error <= 1e-10, "{what}: relative difference {error:e}");
+}
+
+/// Logits of each row's documents, each run alone; with the state after the last one.
+fn alone(model: &Transformer, params: &Params, ids_1t: &Tensor, starts: &[u32]) -> (Tensor, State) {
+    let tokens = ids_1t.size()[1];
+    let first = starts.first().is_none_or(|&start| start > 0).then_some(0);
+    let borders: Vec<i64> =
+        first.into_iter().chain(starts.iter().map(|&start| i64::from(start))).chain([tokens]).collect();
+    let runs = borders.windows(2).map(|border| model.prefill(params, &ids_1t.narrow(1, border[0], border[1] - border[0])));
+    let (logits, mut states): (Vec<Tensor>, Vec<State>) = runs.unzip();
+    (Tensor::cat(&logits, 1), states.pop().unwrap())
+}
+
+#[test]
+fn every_variant_has_one_result() {
+    tch::set_num_threads(1);
+    let _guard = tch::no_grad_guard();
+    for (heads, kv_heads) in [(4, 4), (4, 1), (6, 2), (5, 5)] {
+        for decay in [Decay::Alibi, Decay::Retnet, Decay::None] {
+            for qk_norm in [false, true] {
+                let what = format!("{heads}/{kv_heads} heads, {decay:?}, qk_norm {qk_norm}");
+                let config = config(heads, kv_heads, supra(decay, qk_norm, 7));
+                let params = weights(&config, 5);
+                let ids = ids(2, 29, heads);
+                let model = Transformer::new(config.clone());
+                let parallel = model.clone().with_form(Form::Parallel).logits(&params, &ids, None);
+                assert_close(&model.logits(&params, &ids, None), &parallel, &what);
+
+                let mut state = State::new(&config, 2, Device::Cpu, Kind::Double);
+                let steps: Vec<Tensor> =
+                    (0..29).map(|t| model.step(&params, &mut state, &ids.select(1, t))).collect();
+                assert_close(&Tensor::stack(&steps, 1), &parallel, &what);
+            }
+        }
+    }
+}
+
+#[test]
+fn query_and_key_norms_change_the_result() {
+    let ids = ids(1, 12, 0);
+    let [without, with] = [false, true].map(|qk_norm| {
+        let config = config(4, 2, supra(Decay::Alibi, qk_norm, 64));
+        Transformer::new(config.clone()).logits(&weights(&config, 1), &ids, None)
+    });
+    assert!((without - with).abs().max().double_value(&[]) > 1e-3);
+}
+
+#[test]
+fn rounded_frequencies_change_the_result_a_little() {
+    let ids = ids(1, 40, 0);
+    let [exact, rounded] = [RopeFrequencies::Exact, RopeFrequencies::Bf16].map(|rope_frequencies| {
+        let attention = AttentionKind::Supra(SupraConfig { rope_frequencies, ..SupraConfig::default() });
+        let config = config(4, 4, attention);
+        Transformer::new(config.clone()).logits(&weights(&config, 1), &ids, None)
+    });
+    let change = (&exact - rounded).norm().double_value(&[]) / exact.norm().double_value(&[]);
+    assert!((1e-5..0.3).contains(&change), "{change:e}");
+}
+
+#[test]
+fn packed_documents_are_documents_alone() {
+    tch::set_num_threads(1);
+    let _guard = tch::no_grad_guard();
+    // Starts at the borders of chunks, beside them, in rows that go on with an earlier document, in none, behind the end.
+    let rows: [Vec<u32>; 5] = [vec![0, 8, 16], vec![7, 8, 9], vec![], vec![0, 1, 22], vec![15, 23, 99]];
+    let tokens = 23;
+    for attention in [AttentionKind::Softmax, supra(Decay::Alibi, false, 8), supra(Decay::None, true, 5)] {
+        let config = config(4, 2, attention);
+        let params = weights(&config, 9);
+        let ids = ids(5, tokens, 3);
+        let documents = Documents::from_starts(&rows, tokens as usize);
+        let model = Transformer::new(config.clone());
+        let packed = model.logits(&params, &ids, Some(&documents));
+        if config.supra().is_some() {
+            let parallel = model.clone().with_form(Form::Parallel).logits(&params, &ids, Some(&documents));
+            assert_close(&parallel, &packed, "parallel form with documents");
+        }
+        let mut state = State::new(&config, 5, Device::Cpu, Kind::Double);
+        let read = model.extend(&params, &mut state, &ids, Some(&documents));
+        assert_close(&read, &packed, "prefill with documents");
+        let next = Tensor::from_slice(&[1i64, 2, 3, 4, 5]);
+        let continued = model.step(&params, &mut state, &next);
+        for (row, starts) in (0..).zip(&rows) {
+            let inside: Vec<u32> = starts.iter().copied().filter(|&start| i64::from(start) < tokens).collect();
+            let (expected, mut state) = alone(&model, &params, &ids.narrow(0, row, 1), &inside);
+            assert_close(&packed.narrow(0, row, 1), &expected, &format!("{attention:?}, row {row}"));
+            let expected = model.step(&params, &mut state, &next.narrow(0, row, 1));
+            assert_close(&continued.narrow(0, row, 1), &expected, &format!("{attention:?}, after row {row}"));
+        }
+    }
+}
+
+#[test]
+fn a_document_may_go_on_in_the_next_row() {
+    let _guard = tch::no_grad_guard();
+    for attention in [AttentionKind::Softmax, supra(Decay::Alibi, false, 4)] {
+        let config = config(2, 1, attention);
+        let params = weights(&config, 4);
+        let (ids, model) = (ids(1, 20, 8), Transformer::new(config.clone()));
+        let whole = model.logits(&params, &ids, Some(&Documents::from_starts(&[vec![3, 14]], 20)));
+        let mut state = State::new(&config, 1, Device::Cpu, Kind::Double);
+        let parts = [(0, 10, vec![3]), (10, 10, vec![4])].map(|(from, tokens, starts)| {
+            let documents = Documents::from_starts(&[starts], tokens as usize);
+            model.extend(&params, &mut state, &ids.narrow(1, from, tokens), Some(&documents))
+        });
+        assert_close(&Tensor::cat(&parts, 1), &whole, &format!("{attention:?}"));
+    }
+}
+
+#[test]
+fn gradients_do_not_depend_on_form_chunk_or_packing() {
+    tch::set_num_threads(1);
+    let gradients = |attention: AttentionKind, form: Form| {
+        let config = config(4, 2, attention);
+        let leaves = weights(&config, 2);
+        let leaves = leaves.iter().map(|(name, tensor)| (name.to_owned(), tensor.copy().set_requires_grad(true)));
+        let params = Params::new(leaves.collect());
+        let ids = ids(2, 27, 1);
+        let input = LossInput {
+            inputs_bt: ids.narrow(1, 0, 26),
+            targets_bt: ids.narrow(1, 1, 26),
+            mask_bt: Tensor::ones([2, 26], (Kind::Bool, Device::Cpu)),
+            documents: Some(Documents::from_starts(&[vec![0, 9], vec![8, 16]], 26)),
+        };
+        let loss = Transformer::new(config).with_form(form).loss_sum(&params, &input, 1e-3, &|| false).unwrap();
+        loss.objective.backward();
+        Tensor::cat(&params.iter().map(|(_, tensor)| tensor.grad().flatten(0, -1)).collect::<Vec<_>>(), 0)
+    };
+    let expected = gradients(supra(Decay::Alibi, true, 8), Form::Parallel);
+    for chunk in [1, 5, 8, 26, 64] {
+        let found = gradients(supra(Decay::Alibi, true, chunk), Form::Chunkwise);
+        assert_close(&found, &expected, &format!("chunks of {chunk}"));
+    }
+}
+
+#[test]
+fn far_positions_are_as_exact_as_near_ones() {
+    let _guard = tch::no_grad_guard();
+    let config = config(2, 2, supra(Decay::Alibi, false, 16));
+    let params = weights(&config, 6);
+    let (ids, model) = (ids(1, 16, 2), Transformer::new(config.clone()));
+    let near = model.logits(&params, &ids, None);
+    let mut state = State::new(&config, 1, Device::Cpu, Kind::Double);
+    // The attention sees differences of positions only.
+    state.positions_b = &state.positions_b + (1 << 17);
+    let far = model.extend(&params, &mut state, &ids, None);
+    let error = (&far - &near).norm().double_value(&[]) / near.norm().double_value(&[]);
+    assert!(error < 1e-9, "{error:e}");
+}
+
+#[test]
+fn a_forward_pass_can_be_stopped_between_blocks() {
+    let config = config(2, 2, AttentionKind::Softmax);
+    let (params, ids) = (weights(&config, 1), ids(1, 5, 0));
+    let input = LossInput {
+        inputs_bt: ids.shallow_clone(),
+        targets_bt: ids,
+        mask_bt: Tensor::ones([1, 5], (Kind::Bool, Device::Cpu)),
+        documents: None,
+    };
+    let asked = std::cell::Cell::new(0);
+    let stop = || asked.replace(asked.get() + 1) == 1;
+    assert!(Transformer::new(config).loss_sum(&params, &input, 0.0, &stop).is_none());
+    assert_eq!(asked.get(), 2);
+}
