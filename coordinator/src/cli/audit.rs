@@ -1,0 +1,364 @@
+//! `supra audit`: proves from the ledger that every sample of the budget was trained exactly once.
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use rusqlite::ErrorCode;
+use supra_data::{Loader, Manifest, Reader};
+use supra_recipes::{Digest, Plan, Recipe};
+
+use super::connect::{Connect, TokenFile};
+use super::failure::{Exit, Failure, chain};
+use super::format::{self, Table};
+use super::out;
+use super::runs::{Json, Which};
+use crate::audit::{Auditor, Options, Outcome, Recompute, Verdict};
+use crate::journal::{JournalError, Reader as Journal};
+use crate::ledger::{Hash, Record};
+use crate::machine::Run;
+
+/// Records that are read from the journal at once.
+const CHUNK: usize = 4096;
+
+/// Arguments of `supra audit`.
+#[derive(Args, Debug)]
+pub struct Audit {
+    #[command(flatten)]
+    which: Which,
+    /// Also read the training data of RECIPE again and compare it with what was fed: slow, reads
+    /// every sample
+    #[arg(long, value_name = "RECIPE")]
+    data: Option<PathBuf>,
+    #[command(flatten)]
+    json: Json,
+    /// Read the journal of this state directory instead of asking a coordinator: changes nothing,
+    /// and works whether or not a coordinator runs there
+    #[arg(long, value_name = "DIR")]
+    state: Option<PathBuf>,
+    /// Address of the coordinator [default: http://127.0.0.1:7070]
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "SUPRA_COORDINATOR",
+        help_heading = "Coordinator"
+    )]
+    coordinator: Option<String>,
+    #[command(flatten)]
+    token: TokenFile,
+}
+
+/// Reads the ledger, audits it and prints the verdict; ends with 4 when it is broken.
+///
+/// # Errors
+/// An unreachable coordinator, an unreadable journal, or an unknown run.
+pub async fn run(command: Audit) -> Result<Exit, Failure> {
+    let mut data = command.data.as_deref().map(Data::open).transpose()?;
+    let mut recompute = data
+        .as_mut()
+        .map(|data| |samples: Range<u64>| data.digest(samples));
+    let recompute = recompute
+        .as_mut()
+        .map(|function| function as &mut Recompute<'_>);
+    let verdict = match &command.state {
+        Some(state) => offline(state, &command.which.run, recompute)?,
+        None => online(&command, recompute).await?,
+    };
+    let exit = if verdict.verdict == Outcome::Ok {
+        Exit::Done
+    } else {
+        Exit::Broken
+    };
+    let printed = if command.json.json {
+        out::json(&verdict)
+    } else {
+        out::text(&render(&verdict))
+    };
+    match printed {
+        // The verdict stands whether or not somebody reads it.
+        Ok(()) | Err(Failure::Closed) => Ok(exit),
+        Err(other) => Err(other),
+    }
+}
+
+/// Audits what the coordinator streams, up to the head that it names: a ledger without that head
+/// has lost its tail, and what a live run adds meanwhile is left for the next audit.
+async fn online<'a>(
+    command: &Audit,
+    recompute: Option<&'a mut Recompute<'a>>,
+) -> Result<Verdict, Failure> {
+    let coordinator = command.coordinator.clone();
+    let connect = Connect {
+        coordinator,
+        state: None,
+        token: command.token.clone(),
+    };
+    let mut client = connect.client().await?;
+    let status = client.status(&command.which.run).await?;
+    // Zero is the head of a ledger without records.
+    let head = Hash::try_from(status.ledger_head.as_slice())
+        .ok()
+        .filter(|head| *head != Hash::default());
+    let mut auditor = Auditor::new(Options {
+        head,
+        recompute,
+        ..Options::default()
+    });
+    let mut records = client.ledger(&status.run).await?;
+    while let Some(record) = records.next().await? {
+        match Record::try_from(record) {
+            Ok(record) => {
+                auditor.push(&record);
+                if head == Some(record.hash) {
+                    break;
+                }
+            }
+            Err(error) => auditor.unreadable(&error),
+        }
+    }
+    Ok(auditor.finish())
+}
+
+/// Audits what the journal of a state directory holds.
+fn offline<'a>(
+    state: &Path,
+    run: &str,
+    recompute: Option<&'a mut Recompute<'a>>,
+) -> Result<Verdict, Failure> {
+    if !state.is_dir() {
+        return Err(Failure::input(format!(
+            "there is no state directory {}.",
+            state.display()
+        )));
+    }
+    let journal = Journal::open(state).map_err(unreadable)?;
+    let known = journal.state().map_err(unreadable)?;
+    let run = find(known.runs(), run)?;
+    let head = Some(run.ledger.head).filter(|head| *head != Hash::default());
+    let recipe_hash = Some(*blake3::hash(run.recipe.as_bytes()).as_bytes());
+    let mut auditor = Auditor::new(Options {
+        head,
+        recipe_hash,
+        recompute,
+    });
+    let mut from = 0;
+    loop {
+        let records = journal
+            .ledger(run.number, from, CHUNK)
+            .map_err(unreadable)?;
+        let last = records.len() < CHUNK;
+        for record in records {
+            match record {
+                Ok(record) => {
+                    from = record.index + 1;
+                    auditor.push(&record);
+                    // What a live coordinator adds meanwhile is left for the next audit.
+                    if head == Some(record.hash) {
+                        return Ok(auditor.finish());
+                    }
+                }
+                Err(error) => {
+                    from += 1;
+                    auditor.unreadable(&error);
+                }
+            }
+        }
+        if last {
+            return Ok(auditor.finish());
+        }
+    }
+}
+
+/// The run with this id or unique beginning of it; the newest for an empty text.
+fn find<'a>(runs: &'a [Run], prefix: &str) -> Result<&'a Run, Failure> {
+    let mut matching = runs.iter().rev().filter(|run| run.id.starts_with(prefix));
+    let found = runs
+        .iter()
+        .find(|run| run.id == prefix)
+        .or_else(|| matching.next());
+    match found {
+        None if prefix.is_empty() => Err(Failure::input("the journal holds no run yet.")),
+        None => Err(Failure::input(format!(
+            "the journal holds no run {prefix}."
+        ))),
+        Some(run) if prefix.is_empty() || run.id == prefix => Ok(run),
+        Some(run) => match matching.next() {
+            None => Ok(run),
+            Some(other) => Err(Failure::input(format!(
+                "{prefix} may be {} or {}: write more of it.",
+                run.id, other.id
+            ))),
+        },
+    }
+}
+
+/// A damaged journal breaks the proof; anything else only prevents it.
+fn unreadable(error: JournalError) -> Failure {
+    let exit = match &error {
+        JournalError::Damaged { .. } => Exit::Broken,
+        JournalError::Sqlite { cause, .. } => match cause.sqlite_error_code() {
+            Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => Exit::Broken,
+            Some(ErrorCode::CannotOpen) => Exit::Input,
+            _ => Exit::Failed,
+        },
+        _ => Exit::Failed,
+    };
+    Failure::Told {
+        exit,
+        message: error.to_string(),
+    }
+}
+
+/// The training data of a recipe, read again.
+struct Data {
+    loader: Loader,
+}
+
+impl Data {
+    fn open(recipe: &Path) -> Result<Data, Failure> {
+        let recipe = Recipe::load(recipe).map_err(|error| Failure::input(error.to_string()))?;
+        let length = u64::from(recipe.batch.sequence_length);
+        let open = || {
+            let manifest = Manifest::load(&recipe.data.train)?;
+            let plan = Plan::new(&recipe, manifest.windows(length), manifest.hash())?;
+            Ok(Data {
+                loader: Loader::new(Reader::open(&recipe.data.train, length)?, plan),
+            })
+        };
+        open().map_err(|error: supra_data::DataError| Failure::input(chain(&error)))
+    }
+
+    fn digest(&mut self, samples: Range<u64>) -> Result<Digest, String> {
+        let mut sum = Digest::ZERO;
+        for id in samples {
+            let sample = self.loader.sample(id).map_err(|error| chain(&error))?;
+            sum += Digest::of_sample(sample.id, &sample.tokens);
+        }
+        Ok(sum)
+    }
+}
+
+/// The verdict for people: one line, the facts, and every break.
+fn render(verdict: &Verdict) -> String {
+    let (done, budget) = (
+        format::grouped(verdict.tokens),
+        format::grouped(verdict.budget_tokens),
+    );
+    let run = if verdict.run.is_empty() {
+        "(without an opening)"
+    } else {
+        &verdict.run
+    };
+    let mut text = match (verdict.verdict, verdict.finished) {
+        (Outcome::Broken, _) => {
+            format!("BROKEN: the ledger of run {run} does not prove what was trained.\n")
+        }
+        (Outcome::Ok, _) if verdict.records == 0 => {
+            "OK: the ledger is empty, nothing was trained yet.\n".to_owned()
+        }
+        (Outcome::Ok, true) => {
+            format!(
+                "OK: run {run} trained all {budget} tokens of its budget, every sample exactly once.\n"
+            )
+        }
+        (Outcome::Ok, false) => {
+            format!(
+                "OK: run {run} trained {done} of {budget} tokens so far, every sample exactly once.\n"
+            )
+        }
+    };
+    let mut table = Table::new(&["", ""]);
+    let mut fact = |name: &str, value: String| table.row([format!("  {name}"), value]);
+    fact(
+        "steps",
+        format!(
+            "{} of {}",
+            format::grouped(verdict.steps),
+            format::grouped(verdict.budget_steps)
+        ),
+    );
+    fact("samples", format::grouped(verdict.samples));
+    fact(
+        "durable",
+        format!("up to step {}", format::grouped(verdict.durable_step)),
+    );
+    fact("generations", format::grouped(verdict.generations));
+    fact(
+        "trained again",
+        format!(
+            "{} steps that a lost generation had applied",
+            format::grouped(verdict.voided_steps)
+        ),
+    );
+    fact("skipped", skipped(&verdict.skipped));
+    fact("records", format::grouped(verdict.records));
+    fact("head", verdict.head.clone());
+    text.push_str(&table.render());
+    for found in &verdict.breaks {
+        text.push_str(&format!("  record {}: {}\n", found.record, found.what));
+    }
+    if verdict.more_breaks > 0 {
+        text.push_str(&format!(
+            "  and {} more\n",
+            format::grouped(verdict.more_breaks)
+        ));
+    }
+    text
+}
+
+/// `none`, or how many and the first few.
+fn skipped(steps: &[u64]) -> String {
+    const SHOWN: usize = 10;
+    if steps.is_empty() {
+        return "none".to_owned();
+    }
+    let mut shown: Vec<String> = steps
+        .iter()
+        .take(SHOWN)
+        .map(|&step| format::grouped(step))
+        .collect();
+    if steps.len() > SHOWN {
+        shown.push("…".to_owned());
+    }
+    format!(
+        "{} (step {})",
+        format::grouped(steps.len() as u64),
+        shown.join(", ")
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::audit::audit;
+    use crate::ledger::{Body, Tail};
+
+    #[test]
+    fn a_ledger_that_begins_in_the_middle_is_broken() {
+        let record = Tail::default().next(Body::Close {
+            step: 3,
+            samples: 10,
+        });
+        let text = render(&audit([record], Options::default()));
+        assert!(
+            text.starts_with("BROKEN: the ledger of run (without an opening)"),
+            "{text}"
+        );
+        assert!(
+            text.contains("  record 0: the ledger does not begin with an opening\n"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn an_empty_ledger_is_no_break() {
+        assert!(render(&audit([], Options::default())).starts_with("OK: the ledger is empty"));
+    }
+
+    #[test]
+    fn many_skipped_steps_are_cut_short() {
+        assert_eq!(skipped(&[]), "none");
+        assert_eq!(skipped(&[4, 1000]), "2 (step 4, 1,000)");
+        assert!(skipped(&(1..50).collect::<Vec<_>>()).ends_with("10, …)"));
+    }
+}

@@ -1,0 +1,361 @@
+//! `supra plan`: what a recipe will do and need, before anything runs.
+
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde::Serialize;
+use supra_data::Manifest;
+use supra_recipes::plan::memory::{ModelShape, Needs};
+use supra_recipes::{Plan as Order, Recipe};
+
+use super::failure::{Exit, Failure, chain};
+use super::format::{self, Table};
+use super::out;
+use super::runs::Json;
+
+/// Arguments of `supra plan`.
+#[derive(Args, Debug)]
+pub struct Plan {
+    /// Recipe (YAML)
+    #[arg(value_name = "RECIPE")]
+    recipe: PathBuf,
+    /// Workers, one per GPU, that share each step [default: workers.min of the recipe]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    gpus: Option<u32>,
+    /// Directory with the config.json of the base [default: base.path of the recipe]
+    #[arg(long, value_name = "DIR")]
+    base: Option<PathBuf>,
+    #[command(flatten)]
+    json: Json,
+}
+
+/// Everything that the command shows; its JSON form is documented in docs/cli.md.
+#[derive(Debug, Serialize)]
+struct Preview {
+    name: String,
+    budget_tokens: u64,
+    /// The budget cut to whole samples.
+    tokens: u64,
+    samples: u64,
+    steps: u64,
+    sequence_length: u64,
+    batch_tokens: u64,
+    last_step_tokens: u64,
+    workers: u32,
+    samples_per_worker: u64,
+    micro_batch: u32,
+    schedule: Vec<Point>,
+    checkpoints: u64,
+    first_checkpoint_step: u64,
+    /// Absent as long as the data is not there.
+    data: Option<Data>,
+    /// Parameters, memory, disk, operations; absent as long as the base is not there.
+    needs: Option<Needs>,
+    /// Why a part is absent.
+    notes: Vec<String>,
+}
+
+/// The learning rate at one step.
+#[derive(Debug, Serialize)]
+struct Point {
+    step: u64,
+    tokens: u64,
+    learning_rate: f64,
+}
+
+/// What the training data holds, and how the budget goes over it.
+#[derive(Debug, Serialize)]
+struct Data {
+    manifest: PathBuf,
+    hash: String,
+    files: usize,
+    documents: u64,
+    tokens: u64,
+    windows: u64,
+    /// Passes over the data that the budget takes.
+    passes: f64,
+    vocabulary: u32,
+}
+
+/// Shows the plan.
+///
+/// # Errors
+/// A bad recipe, a damaged dataset or base, or a dataset that is too small for the budget. A
+/// dataset or base that is not there yet is no error.
+pub fn run(command: &Plan) -> Result<Exit, Failure> {
+    let recipe =
+        Recipe::load(&command.recipe).map_err(|error| Failure::input(error.to_string()))?;
+    let workers = command.gpus.unwrap_or(recipe.workers.min).max(1);
+    let preview = Preview::new(
+        &recipe,
+        workers,
+        command.base.as_deref().unwrap_or(&recipe.base.path),
+    )?;
+    if command.json.json {
+        out::json(&preview)?;
+    } else {
+        out::text(&preview.render())?;
+    }
+    Ok(Exit::Done)
+}
+
+impl Preview {
+    fn new(recipe: &Recipe, workers: u32, base: &Path) -> Result<Preview, Failure> {
+        let mut notes = Vec::new();
+        let manifest = manifest(&recipe.data.train, &mut notes)?;
+        let shape = shape(base, &mut notes)?;
+        let length = u64::from(recipe.batch.sequence_length);
+        // How much there is to do does not depend on the data: any that is large enough stands in.
+        let (windows, hash) = manifest
+            .as_ref()
+            .map_or((u64::MAX, [0; 32]), |m| (m.windows(length), m.hash()));
+        let order = Order::new(recipe, windows, hash)
+            .map_err(|error| Failure::input(format!("{error}.")))?;
+        let needs = shape
+            .map(|shape| Needs::new(recipe, &shape, workers))
+            .transpose();
+        if let (Some(shape), Some(manifest)) = (&shape, &manifest)
+            && u64::from(manifest.vocabulary()) > shape.vocab
+        {
+            notes.push(format!(
+                "the data has {} token ids, the base only {}: it was made with another tokenizer",
+                format::grouped(u64::from(manifest.vocabulary())),
+                format::grouped(shape.vocab)
+            ));
+        }
+        let due = |step: &u64| order.checkpoint_due(*step);
+        let share = order.rank_samples(1, 0, workers);
+        Ok(Preview {
+            name: recipe.name.as_str().to_owned(),
+            budget_tokens: recipe.budget.tokens(),
+            tokens: order.tokens_after(order.steps),
+            samples: order.samples,
+            steps: order.steps,
+            sequence_length: length,
+            batch_tokens: recipe.batch.tokens.get(),
+            last_step_tokens: order.tokens_after(order.steps) - order.tokens_after(order.steps - 1),
+            workers,
+            samples_per_worker: share.end - share.start,
+            micro_batch: recipe.batch.micro_batch,
+            schedule: schedule(recipe, &order),
+            checkpoints: (1..=order.steps).filter(due).count() as u64,
+            first_checkpoint_step: (1..=order.steps).find(due).unwrap_or(order.steps),
+            data: manifest.map(|manifest| Data::new(&manifest, &order)),
+            needs: needs.map_err(|error| Failure::input(format!("{error}.")))?,
+            notes,
+        })
+    }
+
+    fn render(&self) -> String {
+        let mut text = format!("{}\n\n", self.name);
+        text.push_str(&self.work().render());
+        if let Some(data) = &self.data {
+            text.push_str(&format!("\nData\n{}", data.table().render()));
+        }
+        text.push_str("\nLearning rate\n");
+        let mut table = Table::new(&[">  STEP", ">TOKENS", ">RATE"]);
+        for point in &self.schedule {
+            let tokens = format::short(point.tokens as f64);
+            table.row([
+                format::grouped(point.step),
+                tokens,
+                format::learning_rate(point.learning_rate),
+            ]);
+        }
+        text.push_str(&table.render());
+        if let Some(needs) = &self.needs {
+            text.push_str(&format!("\nNeeds\n{}", needs_table(needs).render()));
+        }
+        if !self.notes.is_empty() {
+            text.push('\n');
+        }
+        for note in &self.notes {
+            text.push_str(&format!("note: {note}\n"));
+        }
+        text
+    }
+
+    fn work(&self) -> Table {
+        let mut table = Table::new(&["", ""]);
+        let mut fact = |name: &str, value: String| table.row([format!("  {name}"), value]);
+        let left = match self.budget_tokens - self.tokens {
+            0 => String::new(),
+            left => format!(
+                ", {} less than the budget: no whole sample fits",
+                format::grouped(left)
+            ),
+        };
+        fact(
+            "budget",
+            format!("{} tokens{left}", format::grouped(self.tokens)),
+        );
+        let length = format::grouped(self.sequence_length);
+        fact(
+            "samples",
+            format!("{} of {length} tokens", format::grouped(self.samples)),
+        );
+        let last = match self.last_step_tokens == self.batch_tokens {
+            true => String::new(),
+            false => format!(", the last of {}", format::grouped(self.last_step_tokens)),
+        };
+        let batch = format::grouped(self.batch_tokens);
+        fact(
+            "steps",
+            format!("{} of {batch} tokens{last}", format::grouped(self.steps)),
+        );
+        fact(
+            "per worker",
+            format!(
+                "{} samples a step in micro-batches of {}, with {} worker{}",
+                format::grouped(self.samples_per_worker),
+                self.micro_batch,
+                self.workers,
+                if self.workers == 1 { "" } else { "s" }
+            ),
+        );
+        let first = format::grouped(self.first_checkpoint_step);
+        fact(
+            "checkpoints",
+            format!(
+                "{}, the first at step {first}",
+                format::grouped(self.checkpoints)
+            ),
+        );
+        table
+    }
+}
+
+impl Data {
+    fn new(manifest: &Manifest, order: &Order) -> Data {
+        Data {
+            manifest: manifest.path().to_owned(),
+            hash: format::hex(&manifest.hash()),
+            files: manifest.files().len(),
+            documents: manifest.documents(),
+            tokens: manifest.tokens(),
+            windows: order.windows,
+            passes: order.samples as f64 / order.windows as f64,
+            vocabulary: manifest.vocabulary(),
+        }
+    }
+
+    fn table(&self) -> Table {
+        let mut table = Table::new(&["", ""]);
+        let mut fact = |name: &str, value: String| table.row([format!("  {name}"), value]);
+        fact("manifest", self.manifest.display().to_string());
+        fact("hash", self.hash.clone());
+        let (documents, files) = (
+            format::grouped(self.documents),
+            format::grouped(self.files as u64),
+        );
+        fact(
+            "tokens",
+            format!(
+                "{} in {documents} documents, {files} files",
+                format::grouped(self.tokens)
+            ),
+        );
+        fact("windows", format::grouped(self.windows));
+        fact("the budget is", format!("{:.3} passes", self.passes));
+        fact("vocabulary", format::grouped(u64::from(self.vocabulary)));
+        table
+    }
+}
+
+fn needs_table(needs: &Needs) -> Table {
+    let mut table = Table::new(&["", ""]);
+    let mut fact = |name: &str, value: String| table.row([format!("  {name}"), value]);
+    let (parameters, new) = (
+        format::grouped(needs.parameters),
+        format::grouped(needs.new_parameters),
+    );
+    fact("parameters", format!("{parameters}, {new} of them new"));
+    fact(
+        "memory per worker",
+        format::bytes(needs.memory_per_rank_bytes),
+    );
+    for component in &needs.memory_per_rank {
+        let about = if component.estimate {
+            " (estimate)"
+        } else {
+            ""
+        };
+        fact(
+            &format!("  {}", component.name),
+            format!("{}{about}", format::bytes(component.bytes)),
+        );
+    }
+    fact(
+        "sent per worker",
+        format!(
+            "{} a step",
+            format::bytes(needs.wire_bytes_per_rank_per_step)
+        ),
+    );
+    fact("checkpoint", format::bytes(needs.checkpoint_bytes));
+    fact(
+        "disk",
+        format!(
+            "{} for the checkpoints that are kept",
+            format::bytes(needs.checkpoint_disk_bytes)
+        ),
+    );
+    let all = needs.flops_per_token * needs.tokens as f64;
+    fact(
+        "operations",
+        format!("{:.3e} a token, {all:.3e} in all", needs.flops_per_token),
+    );
+    table
+}
+
+/// First step, end of warm-up, quarters, last step.
+fn schedule(recipe: &Recipe, order: &Order) -> Vec<Point> {
+    let batch = recipe.batch.tokens.get();
+    let warmup = recipe
+        .optimizer
+        .warmup
+        .tokens(batch)
+        .unwrap_or(u64::MAX)
+        .div_ceil(batch);
+    let quarter = |n: u64| (u128::from(order.steps) * u128::from(n) / 4) as u64;
+    let mut steps = vec![1, warmup, quarter(1), quarter(2), quarter(3), order.steps];
+    steps.retain(|step| (1..=order.steps).contains(step));
+    steps.sort_unstable();
+    steps.dedup();
+    let point = |step| Point {
+        step,
+        tokens: order.tokens_after(step),
+        learning_rate: order.learning_rate(step),
+    };
+    steps.into_iter().map(point).collect()
+}
+
+fn manifest(train: &Path, notes: &mut Vec<String>) -> Result<Option<Manifest>, Failure> {
+    let file = if train.is_dir() {
+        train.join("dataset.json")
+    } else {
+        train.to_owned()
+    };
+    if !file.exists() {
+        notes.push(format!(
+            "there is no dataset at {}: `supra data tokenize` or `supra data index` makes it",
+            file.display()
+        ));
+        return Ok(None);
+    }
+    Manifest::load(train)
+        .map(Some)
+        .map_err(|error| Failure::input(chain(&error)))
+}
+
+fn shape(base: &Path, notes: &mut Vec<String>) -> Result<Option<ModelShape>, Failure> {
+    let file = base.join("config.json");
+    if !file.exists() {
+        let file = file.display();
+        notes.push(format!("there is no {file}, so memory and checkpoint size are unknown: --base DIR names another"));
+        return Ok(None);
+    }
+    ModelShape::load(base)
+        .map(Some)
+        .map_err(|error| Failure::input(format!("{error}.")))
+}

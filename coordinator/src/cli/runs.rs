@@ -1,0 +1,586 @@
+//! Commands that ask a coordinator about runs: submit, runs, status, watch, logs, cancel, resume,
+//! checkpoints, workers.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use supra_proto::Client;
+use supra_proto::v1::{LogEntry, RunStatus, SubmitRequest};
+use supra_recipes::Recipe;
+
+use super::connect::Connect;
+use super::failure::{Exit, Failure};
+use super::format::{self, Table};
+use super::progress::{self, Progress};
+use super::{json, out};
+
+/// Machine-readable output.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct Json {
+    /// Print JSON, as documented in docs/cli.md
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Which run is meant.
+#[derive(Args, Clone, Debug)]
+pub struct Which {
+    /// Id of the run or a unique beginning of it [default: the newest run]
+    #[arg(value_name = "RUN", default_value = "", hide_default_value = true)]
+    pub run: String,
+}
+
+/// Queue a recipe
+#[derive(Args, Debug)]
+pub struct Submit {
+    /// Recipe to run (YAML)
+    #[arg(value_name = "RECIPE")]
+    recipe: PathBuf,
+    /// Then follow the run to its end, as `supra watch` does
+    #[arg(long)]
+    watch: bool,
+    #[command(flatten)]
+    json: Json,
+    #[command(flatten)]
+    connect: Connect,
+}
+
+/// List all runs, newest first
+#[derive(Args, Debug)]
+pub struct Runs {
+    #[command(flatten)]
+    json: Json,
+    #[command(flatten)]
+    connect: Connect,
+}
+
+/// Show one run
+#[derive(Args, Debug)]
+pub struct OfRun {
+    #[command(flatten)]
+    which: Which,
+    #[command(flatten)]
+    json: Json,
+    #[command(flatten)]
+    connect: Connect,
+}
+
+/// Show a run's log lines
+#[derive(Args, Debug)]
+pub struct Logs {
+    #[command(flatten)]
+    which: Which,
+    /// Go on with new lines until the run ends
+    #[arg(long, short)]
+    follow: bool,
+    #[command(flatten)]
+    json: Json,
+    #[command(flatten)]
+    connect: Connect,
+}
+
+/// Ask a run for a checkpoint and a stop
+#[derive(Args, Debug)]
+pub struct Cancel {
+    #[command(flatten)]
+    which: Which,
+    /// Wait until the run has stopped
+    #[arg(long)]
+    wait: bool,
+    #[command(flatten)]
+    json: Json,
+    #[command(flatten)]
+    connect: Connect,
+}
+
+/// Queue a stopped run again: it goes on from its last checkpoint with the very next sample
+#[derive(Args, Debug)]
+pub struct Resume {
+    #[command(flatten)]
+    which: Which,
+    /// Then follow the run to its end, as `supra watch` does
+    #[arg(long)]
+    watch: bool,
+    #[command(flatten)]
+    json: Json,
+    #[command(flatten)]
+    connect: Connect,
+}
+
+/// What to send for a recipe file. The recipe is checked here first, so that a mistake is told even
+/// when no coordinator runs.
+///
+/// # Errors
+/// The rendered report of what is wrong with the recipe.
+pub fn submission(path: &Path) -> Result<(Recipe, SubmitRequest), Failure> {
+    let recipe = Recipe::load(path).map_err(|error| Failure::input(error.to_string()))?;
+    let read = || -> std::io::Result<SubmitRequest> {
+        let directory = std::path::absolute(path)?
+            .parent()
+            .map(Path::to_owned)
+            .unwrap_or_default();
+        Ok(SubmitRequest {
+            recipe: std::fs::read_to_string(path)?,
+            file_name: path.display().to_string(),
+            base_directory: directory.display().to_string(),
+        })
+    };
+    let request = read()
+        .map_err(|error| Failure::input(format!("cannot read {}: {error}.", path.display())))?;
+    Ok((recipe, request))
+}
+
+/// `supra submit`.
+///
+/// # Errors
+/// A bad recipe, or a coordinator that does not take it.
+pub async fn submit(command: Submit) -> Result<Exit, Failure> {
+    let (_, request) = submission(&command.recipe)?;
+    let mut client = command.connect.client().await?;
+    let run = client.submit(request).await?;
+    if command.watch {
+        return follow(&mut client, &run, command.json.json).await;
+    }
+    if command.json.json {
+        out::json(&serde_json::json!({ "run": run }))?;
+    } else {
+        out::line(&format!(
+            "Queued as run {run}. `supra watch {run}` follows it."
+        ))?;
+    }
+    Ok(Exit::Done)
+}
+
+/// `supra runs`.
+///
+/// # Errors
+/// An unreachable coordinator.
+pub async fn runs(command: Runs) -> Result<Exit, Failure> {
+    let runs = command.connect.client().await?.list().await?;
+    if command.json.json {
+        out::json(&runs.iter().map(json::Run::from).collect::<Vec<_>>())?;
+    } else if runs.is_empty() {
+        out::line("No runs yet. `supra submit RECIPE` queues one.")?;
+    } else {
+        out::text(&runs_table(&runs))?;
+    }
+    Ok(Exit::Done)
+}
+
+/// `supra status`.
+///
+/// # Errors
+/// An unreachable coordinator or an unknown run.
+pub async fn status(command: OfRun) -> Result<Exit, Failure> {
+    let status = command
+        .connect
+        .client()
+        .await?
+        .status(&command.which.run)
+        .await?;
+    show(&status, command.json)?;
+    Ok(Exit::Done)
+}
+
+/// `supra watch`.
+///
+/// # Errors
+/// An unreachable coordinator or an unknown run.
+pub async fn watch(command: OfRun) -> Result<Exit, Failure> {
+    let mut client = command.connect.client().await?;
+    follow(&mut client, &command.which.run, command.json.json).await
+}
+
+/// `supra logs`.
+///
+/// # Errors
+/// An unreachable coordinator or an unknown run.
+pub async fn logs(command: Logs) -> Result<Exit, Failure> {
+    let mut client = command.connect.client().await?;
+    let mut entries = client.logs(&command.which.run, command.follow).await?;
+    while let Some(entry) = entries.next().await? {
+        if command.json.json {
+            out::json_line(&json::LogEntry::from(&entry))?;
+        } else {
+            out::line(&log_line(&entry))?;
+        }
+    }
+    Ok(Exit::Done)
+}
+
+/// `supra cancel`.
+///
+/// # Errors
+/// An unreachable coordinator, an unknown run, or one that has ended.
+pub async fn cancel(command: Cancel) -> Result<Exit, Failure> {
+    let mut client = command.connect.client().await?;
+    let mut status = client.cancel(&command.which.run).await?;
+    if command.wait {
+        let mut changes = client.watch(&status.run).await?;
+        while let Some(change) = changes.next().await? {
+            status = change;
+        }
+    }
+    if command.json.json {
+        out::json(&json::Run::from(&status))?;
+    } else if progress::ended(&status) {
+        out::text(&progress::ending(&status))?;
+        out::text(&resume_hint(&status))?;
+    } else {
+        out::line(&format!(
+            "Run {} stops after a checkpoint. `supra status {0}` shows when it has.",
+            status.run
+        ))?;
+    }
+    Ok(Exit::Done)
+}
+
+/// `supra resume`.
+///
+/// # Errors
+/// An unreachable coordinator, an unknown run, or one that cannot be resumed.
+pub async fn resume(command: Resume) -> Result<Exit, Failure> {
+    let mut client = command.connect.client().await?;
+    let status = client.resume(&command.which.run).await?;
+    if command.watch {
+        return follow(&mut client, &status.run, command.json.json).await;
+    }
+    if command.json.json {
+        out::json(&json::Run::from(&status))?;
+    } else {
+        let from = status.checkpoint.as_ref().map_or_else(
+            || "from the beginning".to_owned(),
+            |checkpoint| format!("after step {}", format::grouped(checkpoint.step)),
+        );
+        out::line(&format!(
+            "Run {} is queued again and goes on {from}. `supra watch {0}` follows it.",
+            status.run
+        ))?;
+    }
+    Ok(Exit::Done)
+}
+
+/// `supra checkpoints`.
+///
+/// # Errors
+/// An unreachable coordinator or an unknown run.
+pub async fn checkpoints(command: OfRun) -> Result<Exit, Failure> {
+    let checkpoints = command
+        .connect
+        .client()
+        .await?
+        .checkpoints(&command.which.run)
+        .await?;
+    if command.json.json {
+        out::json(
+            &checkpoints
+                .iter()
+                .map(json::Checkpoint::from)
+                .collect::<Vec<_>>(),
+        )?;
+        return Ok(Exit::Done);
+    }
+    if checkpoints.is_empty() {
+        out::line("No checkpoints yet.")?;
+        return Ok(Exit::Done);
+    }
+    let mut table = Table::new(&[">STEP", ">TOKENS", ">SIZE", "STATE", "PATH"]);
+    for checkpoint in checkpoints {
+        table.row([
+            format::grouped(checkpoint.step),
+            format::short(checkpoint.tokens as f64),
+            format::bytes(checkpoint.bytes),
+            if checkpoint.published {
+                "published"
+            } else {
+                "pending"
+            }
+            .to_owned(),
+            checkpoint.path,
+        ]);
+    }
+    out::text(&table.render())?;
+    Ok(Exit::Done)
+}
+
+/// `supra workers`.
+///
+/// # Errors
+/// An unreachable coordinator.
+pub async fn workers(command: Runs) -> Result<Exit, Failure> {
+    let workers = command.connect.client().await?.workers().await?;
+    if command.json.json {
+        out::json(&workers.iter().map(json::Worker::from).collect::<Vec<_>>())?;
+        return Ok(Exit::Done);
+    }
+    if workers.is_empty() {
+        out::line("No workers yet. `supra-worker run --coordinator URL` attaches one.")?;
+        return Ok(Exit::Done);
+    }
+    let mut table = Table::new(&[
+        "NAME",
+        "DEVICE",
+        "PHASE",
+        "RUN",
+        ">RANK",
+        ">STEP",
+        ">SILENT",
+        "DATA ADDRESS",
+        ">PID",
+    ]);
+    for worker in workers {
+        let placed = !worker.run.is_empty();
+        table.row([
+            worker.name,
+            worker.device,
+            worker.phase,
+            if placed { worker.run } else { "-".to_owned() },
+            if placed {
+                worker.rank.to_string()
+            } else {
+                "-".to_owned()
+            },
+            if placed {
+                format::grouped(worker.step)
+            } else {
+                "-".to_owned()
+            },
+            format::duration(worker.silent_ms as f64 / 1000.0),
+            worker.data_address,
+            worker.pid.to_string(),
+        ]);
+    }
+    out::text(&table.render())?;
+    Ok(Exit::Done)
+}
+
+/// Shows a run until it ends; gives the exit code of its end. Ctrl-C leaves the run alone.
+async fn follow(client: &mut Client, run: &str, json: bool) -> Result<Exit, Failure> {
+    let mut display = Progress::new(json);
+    let mut changes = client.watch(run).await?;
+    let mut last: Option<RunStatus> = None;
+    loop {
+        let change = tokio::select! {
+            change = changes.next() => change,
+            _ = tokio::signal::ctrl_c() => {
+                display.leave();
+                let run = last.map_or_else(|| run.to_owned(), |status| status.run);
+                out::complain(&format!("Run {run} goes on. `supra cancel {run}` stops it."));
+                return Ok(Exit::Interrupted);
+            }
+        };
+        match change {
+            Ok(Some(status)) => {
+                display.show(&status)?;
+                last = Some(status);
+            }
+            Ok(None) => break,
+            Err(error) => {
+                display.leave();
+                return Err(error.into());
+            }
+        }
+    }
+    let Some(status) = last.filter(progress::ended) else {
+        display.leave();
+        return Err(Failure::unreachable(
+            "the coordinator ended while the run was still going. It goes on when the coordinator is started again.",
+        ));
+    };
+    display.end(&status)?;
+    if !json {
+        out::text(&resume_hint(&status))?;
+    }
+    Ok(progress::exit(&status))
+}
+
+fn resume_hint(status: &RunStatus) -> String {
+    match progress::exit(status) {
+        Exit::Done => String::new(),
+        _ => format!("`supra resume {}` goes on from there.\n", status.run),
+    }
+}
+
+fn show(status: &RunStatus, json: Json) -> Result<(), Failure> {
+    if json.json {
+        out::json(&json::Run::from(status))
+    } else {
+        out::text(&facts(status))
+    }
+}
+
+/// Everything about a run, a fact a line.
+fn facts(status: &RunStatus) -> String {
+    let mut table = Table::new(&["", ""]);
+    let mut fact = |name: &str, value: String| table.row([name.to_owned(), value]);
+    fact("run", format!("{} ({})", status.run, status.name));
+    let state = json::state_name(status.state());
+    fact(
+        "state",
+        if status.reason.is_empty() {
+            state.to_owned()
+        } else {
+            format!("{state}: {}", status.reason)
+        },
+    );
+    fact("submitted", format::moment(status.submitted_unix_ms));
+    if status.ended_unix_ms > 0 {
+        fact("ended", format::moment(status.ended_unix_ms));
+    }
+    let share = 100.0 * status.tokens as f64 / status.budget_tokens.max(1) as f64;
+    let (tokens, budget) = (
+        format::grouped(status.tokens),
+        format::grouped(status.budget_tokens),
+    );
+    fact("tokens", format!("{tokens} of {budget} ({share:.1} %)"));
+    let of = if status.steps > 0 {
+        format!(" of {}", format::grouped(status.steps))
+    } else {
+        String::new()
+    };
+    let skipped = match status.skipped_steps {
+        0 => String::new(),
+        skipped => format!(", {} skipped", format::grouped(skipped)),
+    };
+    fact(
+        "step",
+        format!("{}{of}{skipped}", format::grouped(status.step)),
+    );
+    if status.step > 0 {
+        fact("loss", format::metric(status.loss));
+        fact("gradient norm", format::metric(status.grad_norm));
+        fact("learning rate", format::learning_rate(status.learning_rate));
+    }
+    if !progress::ended(status) {
+        fact("speed", format::rate(status.tokens_per_second));
+        fact("time left", format::duration(status.eta_seconds));
+        fact(
+            "workers",
+            format!("{} in generation {}", status.world, status.generation),
+        );
+    }
+    if let Some(checkpoint) = &status.checkpoint {
+        let (step, size) = (
+            format::grouped(checkpoint.step),
+            format::bytes(checkpoint.bytes),
+        );
+        fact(
+            "checkpoint",
+            format!("step {step}, {size}, {}", checkpoint.path),
+        );
+    }
+    if status.ledger_head.iter().any(|&byte| byte != 0) {
+        fact("ledger head", format::hex(&status.ledger_head));
+    }
+    table.render()
+}
+
+fn runs_table(runs: &[RunStatus]) -> String {
+    let mut table = Table::new(&[
+        "RUN",
+        "NAME",
+        "STATE",
+        ">STEP",
+        ">TOKENS",
+        ">DONE",
+        ">LOSS",
+        "SUBMITTED",
+        "REASON",
+    ]);
+    for run in runs {
+        let share = 100.0 * run.tokens as f64 / run.budget_tokens.max(1) as f64;
+        table.row([
+            run.run.clone(),
+            run.name.clone(),
+            json::state_name(run.state()).to_owned(),
+            format::grouped(run.step),
+            format::short(run.tokens as f64),
+            format!("{share:.1} %"),
+            if run.step > 0 {
+                format::metric(run.loss)
+            } else {
+                "-".to_owned()
+            },
+            format::moment(run.submitted_unix_ms),
+            run.reason.clone(),
+        ]);
+    }
+    table.render()
+}
+
+/// `2026-11-23 20:02:59  WARN  worker-0: text`; warnings in colour on a terminal.
+fn log_line(entry: &LogEntry) -> String {
+    let plain = format!(
+        "{}  {:5} {}: {}",
+        format::moment(entry.unix_ms),
+        entry.level,
+        entry.source,
+        entry.text
+    );
+    let colour = match entry.level.as_str() {
+        "ERROR" => "\x1b[31m",
+        "WARN" => "\x1b[33m",
+        _ => return plain,
+    };
+    if std::io::stdout().is_terminal()
+        && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+    {
+        format!("{colour}{plain}\x1b[0m")
+    } else {
+        plain
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use supra_proto::v1::RunState;
+
+    #[test]
+    fn the_facts_of_a_training_run_read_well() {
+        let status = RunStatus {
+            run: "r1".to_owned(),
+            name: "quickstart".to_owned(),
+            state: RunState::Training as i32,
+            step: 1200,
+            steps: 4000,
+            tokens: 1_228_800,
+            budget_tokens: 4_096_000,
+            loss: 3.25,
+            grad_norm: 0.5,
+            learning_rate: 2.5e-5,
+            tokens_per_second: 2500.0,
+            eta_seconds: 1147.0,
+            world: 2,
+            generation: 3,
+            skipped_steps: 1,
+            ..RunStatus::default()
+        };
+        assert_eq!(
+            facts(&status),
+            "run            r1 (quickstart)\n\
+             state          training\n\
+             submitted      -\n\
+             tokens         1,228,800 of 4,096,000 (30.0 %)\n\
+             step           1,200 of 4,000, 1 skipped\n\
+             loss           3.2500\n\
+             gradient norm  0.5000\n\
+             learning rate  2.5e-5\n\
+             speed          2.5 k tok/s\n\
+             time left      19 min 7 s\n\
+             workers        2 in generation 3\n"
+        );
+    }
+
+    #[test]
+    fn log_lines_align_their_levels() {
+        let entry = LogEntry {
+            level: "INFO".to_owned(),
+            source: "worker-0".to_owned(),
+            text: "hello".to_owned(),
+            ..LogEntry::default()
+        };
+        assert_eq!(log_line(&entry), "-  INFO  worker-0: hello");
+    }
+}
