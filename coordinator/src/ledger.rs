@@ -48,7 +48,7 @@ pub enum Body {
 }
 
 /// The promise of a run.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Open {
     /// Id of the run.
     pub run: String,
@@ -131,6 +131,7 @@ pub struct Tail {
     /// Records so far.
     pub length: u64,
     /// Hash of the last one; zero when there is none.
+    #[serde(with = "hex32")]
     pub head: Hash,
 }
 
@@ -391,6 +392,30 @@ pub fn hex(bytes: &[u8]) -> String {
         let _ = write!(text, "{byte:02x}");
         text
     })
+}
+
+/// Serde form of a [`Hash`] for people: 64 hexadecimal digits.
+pub(crate) mod hex32 {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    use super::{HASH_BYTES, Hash, hex};
+
+    pub fn serialize<S: Serializer>(hash: &Hash, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&hex(hash))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Hash, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let bad = || D::Error::custom("not a hash of 64 hexadecimal digits");
+        if text.len() != 2 * HASH_BYTES || !text.is_ascii() {
+            return Err(bad());
+        }
+        let mut hash = [0; HASH_BYTES];
+        for (place, byte) in hash.iter_mut().enumerate() {
+            *byte = u8::from_str_radix(&text[2 * place..2 * place + 2], 16).map_err(|_| bad())?;
+        }
+        Ok(hash)
+    }
 }
 
 #[cfg(test)]

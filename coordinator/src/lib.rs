@@ -7,4 +7,12 @@
 
 pub mod address;
 pub mod audit;
+pub mod cli;
+pub mod journal;
 pub mod ledger;
+pub mod machine;
+pub mod service;
+pub mod telemetry;
+
+/// Version of this program; workers have to be of the same.
+pub const BUILD: &str = env!("CARGO_PKG_VERSION");

@@ -4,4 +4,7 @@ mod cli_connect;
 mod cli_help;
 mod cli_recipes;
 mod cli_up;
+mod server_process;
+mod server_rig;
+mod server_runs;
 mod support;

@@ -1,1 +1,165 @@
-fn main() {}
+//! `supra-coordinator`: the server of the head node.
+
+#![forbid(unsafe_code)]
+
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use supra_coordinator::machine::Limits;
+use supra_coordinator::service::{Options, Service, ServiceError};
+use supra_coordinator::{BUILD, address};
+use supra_proto::Token;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+/// Exit codes, as of every program here.
+const FAILED: u8 = 1;
+const BAD_INPUT: u8 = 2;
+const RESUMABLE: u8 = 75;
+const INTERRUPTED: u8 = 130;
+
+/// The head node: decides who trains what and keeps the account of it.
+#[derive(Parser)]
+#[command(name = "supra-coordinator", version = BUILD, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the coordinator until it is told to stop
+    ///
+    /// SIGTERM or SIGINT stops it: the run in hand writes a checkpoint first and workers are told to leave. A second
+    /// signal ends it at once; the journal is whole at any moment, so nothing is lost either way.
+    ///
+    /// Exit codes: 0 stopped, 1 failed, 2 bad arguments, 75 stopped while a run was training (it can be resumed),
+    /// 130 ended by a second signal.
+    Run(Run),
+}
+
+#[derive(Args)]
+struct Run {
+    /// Where to listen; port 0 takes a free one, which is printed and written to DIR/address
+    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7070", env = "SUPRA_LISTEN")]
+    listen: String,
+
+    /// State directory: journal, metrics, logs, and the checkpoints of runs that name no other place
+    #[arg(long, value_name = "DIR", env = "SUPRA_STATE")]
+    state: PathBuf,
+
+    /// File with a secret that every call must bring
+    #[arg(long, value_name = "FILE", env = "SUPRA_TOKEN_FILE")]
+    token_file: Option<PathBuf>,
+
+    /// Listen beyond this machine without encryption, on a network that you trust; needs --token-file
+    #[arg(long, requires = "token_file")]
+    insecure_plaintext: bool,
+
+    /// How log lines on standard error look
+    #[arg(long, value_enum, default_value_t = LogFormat::Human)]
+    log_format: LogFormat,
+
+    /// Serve gRPC reflection, for tools such as grpcurl
+    #[arg(long)]
+    reflection: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum LogFormat {
+    /// One line for people
+    Human,
+    /// One JSON object per line
+    Json,
+}
+
+fn main() -> ExitCode {
+    let Command::Run(run) = Cli::parse().command;
+    log_to_stderr(run.log_format);
+    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(FAILED, &format!("cannot start threads: {error}")),
+    };
+    let code = runtime.block_on(serve(run));
+    // A stream that somebody does not read must not keep the process.
+    runtime.shutdown_background();
+    code
+}
+
+fn log_to_stderr(format: LogFormat) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    match format {
+        LogFormat::Human => builder.init(),
+        LogFormat::Json => builder.json().flatten_event(true).init(),
+    }
+}
+
+async fn serve(run: Run) -> ExitCode {
+    let token = match run.token_file.as_deref().map(Token::from_file).transpose() {
+        Ok(token) => token,
+        Err(error) => return fail(BAD_INPUT, &error.to_string()),
+    };
+    let options = Options {
+        listen: run.listen,
+        state: run.state,
+        token,
+        insecure_plaintext: run.insecure_plaintext,
+        reflection: run.reflection,
+        limits: Limits::default(),
+        build: BUILD.into(),
+    };
+    let shown = options.state.display().to_string();
+    let service = match Service::start(options).await {
+        Ok(service) => service,
+        Err(error) => return failed(&error),
+    };
+    say(&format!("listening on {}, state in {shown}", address::url(service.address())));
+    let stop = service.stopper();
+    tokio::select! {
+        ended = service.wait() => match ended {
+            Ok(ending) if ending.stopped_a_run => ExitCode::from(RESUMABLE),
+            Ok(_) => ExitCode::SUCCESS,
+            Err(error) => failed(&error),
+        },
+        code = signals(stop) => code,
+    }
+}
+
+/// Asks for the end at the first signal; returns at the second.
+async fn signals(stop: supra_coordinator::service::Stopper) -> ExitCode {
+    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+        tracing::warn!("signals cannot be caught: they end the coordinator at once");
+        return std::future::pending().await;
+    };
+    let mut asked = false;
+    loop {
+        let name = tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+        };
+        if asked {
+            tracing::warn!("{name} again: ending at once");
+            return ExitCode::from(INTERRUPTED);
+        }
+        asked = true;
+        stop.shut_down(name).await;
+    }
+}
+
+/// To standard output; a closed one is nobody's fault.
+fn say(line: &str) {
+    let mut out = std::io::stdout().lock();
+    let _ = writeln!(out, "{line}").and_then(|()| out.flush());
+}
+
+fn failed(error: &ServiceError) -> ExitCode {
+    fail(if error.is_bad_input() { BAD_INPUT } else { FAILED }, &error.to_string())
+}
+
+fn fail(code: u8, message: &str) -> ExitCode {
+    let _ = writeln!(std::io::stderr(), "error: {message}");
+    ExitCode::from(code)
+}

@@ -1,0 +1,356 @@
+//! The state machine: `(state, event, now) -> actions`.
+//!
+//! Pure: no async, clock, socket, file or randomness; time, wall clock and a fresh random key come with every event.
+//! What must survive is in [`State`], changed only by [`Fact`]s that the machine decides and the journal keeps; the
+//! rest (attached workers, the generation in hand) begins anew when the coordinator restarts.
+//!
+//! The life of a generation: enough workers are idle -> each gets its assignment -> every rank says that it has formed
+//! and all agree -> steps are applied when all ranks have reported the same -> checkpoints are journalled, then
+//! published -> the last one ends the run. Anything that breaks it ends it for all: the others are told at once, steps
+//! after the newest journalled checkpoint become void, and when all have left the next generation forms.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use supra_proto::v1::{self, coordinator_message::Body as Down, worker_message::Body as Up};
+
+mod agreement;
+mod attach;
+mod clients;
+mod ending;
+mod fact;
+mod generation;
+mod muster;
+#[cfg(test)]
+mod rig;
+#[cfg(test)]
+mod simulation;
+mod state;
+#[cfg(test)]
+mod tests;
+mod training;
+mod view;
+mod worker;
+
+pub use clients::{Refused, Submission};
+pub use fact::{Fact, Outcome};
+pub use state::{Checkpoint, Failures, Run, RunNumber, RunPhase, State, Workers};
+pub use view::FindError;
+pub use worker::Conn;
+
+use crate::ledger::Body;
+use generation::Generation;
+use worker::Worker;
+
+/// Times and counts that the machine decides with.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Time between heartbeats that workers are asked for.
+    pub heartbeat: Duration,
+    /// A worker that is silent for longer is lost.
+    pub silence: Duration,
+    /// A member that has not left a void generation after this long is dropped.
+    pub leave: Duration,
+    /// The same after the last step or a stop, where nothing is wrong.
+    pub farewell: Duration,
+    /// Quiet time before a generation forms while more workers could join.
+    pub grace: Duration,
+    /// How long lost members of the last generation are waited for.
+    pub rejoin: Duration,
+    /// Generations in a row that may fail at the same step.
+    pub failures: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            heartbeat: Duration::from_secs(1),
+            silence: Duration::from_secs(10),
+            leave: Duration::from_secs(10),
+            farewell: Duration::from_secs(30),
+            grace: Duration::from_secs(1),
+            rejoin: Duration::from_secs(5),
+            failures: 3,
+        }
+    }
+}
+
+/// What a worker has to match to be let in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Version and commit of the program.
+    pub build: String,
+    /// Version of the plan.
+    pub plan_version: u32,
+    /// Digest of a fixed plan evaluation.
+    pub plan_probe: Vec<u8>,
+}
+
+/// When an event happens, and the randomness that its decisions may use.
+#[derive(Clone, Debug, Default)]
+pub struct Moment {
+    /// Monotonic time since the coordinator started. The only time that decisions are made with.
+    pub now: Duration,
+    /// Wall clock, milliseconds since the Unix epoch. Only kept and shown.
+    pub unix_ms: u64,
+    /// Fresh random bytes: the data-plane key of a generation, should one form.
+    pub key: [u8; 32],
+}
+
+/// What happened.
+#[derive(Clone, Debug)]
+pub enum Event {
+    /// A stream opened with a Hello.
+    Hello {
+        /// The stream.
+        conn: Conn,
+        /// Where it comes from.
+        peer: String,
+        /// Who it is.
+        hello: v1::Hello,
+    },
+    /// A worker said something else.
+    Message {
+        /// The stream.
+        conn: Conn,
+        /// What it said.
+        message: v1::WorkerMessage,
+    },
+    /// A stream is gone.
+    Lost {
+        /// The stream.
+        conn: Conn,
+        /// Why, as far as known.
+        cause: String,
+    },
+    /// A client submits a validated recipe.
+    Submit(Submission),
+    /// A client wants a run stopped.
+    Cancel(RunNumber),
+    /// A client wants a stopped run continued.
+    Resume(RunNumber),
+    /// The coordinator is to end.
+    Shutdown(String),
+    /// The directory of a retired checkpoint is gone.
+    Deleted {
+        /// Run.
+        run: RunNumber,
+        /// Which checkpoint.
+        path: String,
+    },
+    /// Time passed.
+    Tick,
+}
+
+/// What is to be done, in order.
+#[derive(Clone, Debug)]
+pub enum Action {
+    /// Write the fact down. An urgent one has to be on disk before any later action of the list is carried out.
+    Journal(Fact),
+    /// Tell a worker.
+    Send {
+        /// The stream.
+        conn: Conn,
+        /// Run that the message speaks of; empty for none.
+        run: String,
+        /// Generation that the message speaks of.
+        generation: u64,
+        /// What.
+        body: Down,
+    },
+    /// End a stream after what was sent.
+    Close(Conn),
+    /// Delete the directory of a retired checkpoint, then say [`Event::Deleted`].
+    Delete {
+        /// Run.
+        run: RunNumber,
+        /// Which checkpoint.
+        path: String,
+        /// Its directory.
+        directory: PathBuf,
+    },
+    /// Keep the metrics of an applied step.
+    Measured {
+        /// Run.
+        run: RunNumber,
+        /// The metrics.
+        metrics: v1::StepMetrics,
+    },
+    /// Tell people.
+    Log {
+        /// Run that it is about.
+        run: Option<RunNumber>,
+        /// The line.
+        entry: v1::LogEntry,
+    },
+    /// All is written and everybody is told: end the process.
+    Exit,
+}
+
+/// The coordinator's decisions.
+#[derive(Debug)]
+pub struct Machine {
+    limits: Limits,
+    identity: Identity,
+    state: State,
+    workers: BTreeMap<Conn, Worker>,
+    /// Workers that left, newest last.
+    departed: VecDeque<Worker>,
+    generation: Option<Generation>,
+    /// Why the coordinator is ending, once it is.
+    shutdown: Option<String>,
+    said_goodbye: bool,
+    /// When a worker last attached, when the last generation ended, and when the last tick came.
+    attached_at: Duration,
+    free_since: Duration,
+    ticked_at: Duration,
+    moment: Moment,
+    out: Vec<Action>,
+}
+
+impl Machine {
+    /// The machine of a coordinator that starts with what its journal remembers. The actions bring runs that the last
+    /// coordinator left in the middle of something to where a new generation can take over.
+    pub fn new(state: State, limits: Limits, identity: Identity, moment: &Moment) -> (Machine, Vec<Action>) {
+        let mut machine = Machine {
+            limits,
+            identity,
+            state,
+            workers: BTreeMap::new(),
+            departed: VecDeque::new(),
+            generation: None,
+            shutdown: None,
+            said_goodbye: false,
+            attached_at: moment.now,
+            free_since: moment.now,
+            ticked_at: moment.now,
+            moment: moment.clone(),
+            out: Vec::new(),
+        };
+        machine.recover();
+        let actions = std::mem::take(&mut machine.out);
+        (machine, actions)
+    }
+
+    /// Takes an event and answers with what is to be done about it.
+    ///
+    /// # Errors
+    /// What a client asked for cannot be done; nothing has changed then.
+    pub fn handle(&mut self, event: Event, moment: &Moment) -> Result<Vec<Action>, Refused> {
+        let now = self.moment.now.max(moment.now);
+        self.moment = Moment { now, ..moment.clone() };
+        match event {
+            Event::Hello { conn, peer, hello } => self.attach(conn, peer, hello),
+            Event::Message { conn, message } => self.message(conn, message),
+            Event::Lost { conn, cause } => self.drop_worker(conn, &cause),
+            Event::Submit(submission) => self.submit(submission)?,
+            Event::Cancel(run) => self.cancel(run)?,
+            Event::Resume(run) => self.resume(run)?,
+            Event::Shutdown(reason) => self.shut_down(reason),
+            Event::Deleted { run, path } => self.deleted(run, path),
+            Event::Tick => self.tick(),
+        }
+        self.advance();
+        Ok(std::mem::take(&mut self.out))
+    }
+
+    /// What must survive.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// What follows from the state as it now is: a generation that all have left is over, and the next one forms.
+    fn advance(&mut self) {
+        self.conclude();
+        if self.generation.is_some() {
+            return;
+        }
+        if self.shutdown.is_some() {
+            self.say_goodbye();
+        } else {
+            self.form();
+        }
+    }
+
+    fn message(&mut self, conn: Conn, message: v1::WorkerMessage) {
+        let Some(worker) = self.workers.get_mut(&conn) else { return };
+        worker.heard = self.moment.now;
+        let Some(body) = message.body else { return };
+        match body {
+            Up::Heartbeat(heartbeat) => {
+                worker.phase = heartbeat.phase();
+                worker.step = heartbeat.step;
+                return;
+            }
+            Up::Log(line) => return self.worker_log(conn, &message.run, line),
+            Up::Hello(_) => return,
+            _ => {}
+        }
+        let Some((rank, run)) = self.place(conn, &message.run, message.generation) else { return };
+        match body {
+            Up::Formed(formed) => self.formed(rank, formed),
+            Up::Step(report) => self.reported(rank, run, report),
+            Up::CheckpointWritten(written) => self.written(rank, run, written),
+            Up::CheckpointPublished(published) => self.published(run, &published),
+            Up::Fault(fault) => self.fault(rank, &fault),
+            Up::Left(left) => self.left(rank, left.reason()),
+            Up::Hello(_) | Up::Heartbeat(_) | Up::Log(_) => {}
+        }
+    }
+
+    /// Rank and run of a worker that speaks of the generation in hand; what it says about any other is void.
+    fn place(&self, conn: Conn, run: &str, number: u64) -> Option<(usize, RunNumber)> {
+        let generation = self.generation.as_ref()?;
+        let same = generation.number == number && self.state.run(generation.run)?.id == run;
+        Some((generation.rank(conn).filter(|_| same)?, generation.run))
+    }
+
+    /// Applies a fact and has it written down.
+    fn decide(&mut self, fact: Fact) {
+        self.state.apply(&fact);
+        self.out.push(Action::Journal(fact));
+    }
+
+    /// Puts a body at the end of a run's ledger.
+    fn record(&mut self, run: RunNumber, body: Body) {
+        if let Some(record) = self.state.run(run).map(|known| known.ledger.next(body)) {
+            self.decide(Fact::Recorded { run, record });
+        }
+    }
+
+    /// Tells a member of the generation in hand.
+    fn tell(&mut self, rank: usize, body: Down) {
+        let Some(generation) = &self.generation else { return };
+        let run = self.state.run(generation.run).map(|run| run.id.clone()).unwrap_or_default();
+        let (conn, number) = (generation.members[rank].conn, generation.number);
+        self.out.push(Action::Send { conn, run, generation: number, body });
+    }
+
+    /// Tells every member that has not left, except `spared`.
+    fn tell_all(&mut self, body: &Down, spared: Option<usize>) {
+        let Some(generation) = &self.generation else { return };
+        let ranks: Vec<usize> =
+            (0..generation.members.len()).filter(|rank| !generation.members[*rank].gone() && Some(*rank) != spared).collect();
+        for rank in ranks {
+            self.tell(rank, body.clone());
+        }
+    }
+
+    fn log(&mut self, run: Option<RunNumber>, level: &str, text: String) {
+        let entry = v1::LogEntry {
+            unix_ms: self.moment.unix_ms,
+            source: "coordinator".to_owned(),
+            level: level.to_owned(),
+            text,
+        };
+        self.out.push(Action::Log { run, entry });
+    }
+
+    fn worker_log(&mut self, conn: Conn, run: &str, line: v1::LogLine) {
+        let source = self.workers.get(&conn).map(|worker| worker.hello.name.clone()).unwrap_or_default();
+        let run = self.state.runs().iter().find(|known| known.id == run).map(|known| known.number);
+        let entry = v1::LogEntry { unix_ms: line.unix_ms, source, level: line.level, text: line.text };
+        self.out.push(Action::Log { run, entry });
+    }
+}

@@ -1,0 +1,199 @@
+//! What ranks must agree on: with each other, with the plan and with the ledger. Pure comparisons that name the
+//! ranks and the field when they do not.
+
+use std::fmt::Display;
+
+use supra_proto::v1::{Formed, StepReport};
+use supra_recipes::plan::{Digest, Plan};
+
+use crate::ledger::{self, Hash, Open};
+
+/// What one rank said, with the name of its worker; in rank order.
+pub(crate) type Said<'a, T> = (&'a str, &'a T);
+
+/// Learning rates are computed by the same code everywhere; only libm may differ in the last bits.
+const LEARNING_RATE_TOLERANCE: f64 = 1e-12;
+
+/// What all ranks saw when they had formed.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Ground {
+    pub windows: u64,
+    pub manifest_hash: Hash,
+}
+
+/// Holds what the ranks of a forming generation said against each other and against the run's ledger.
+pub(crate) fn formed(said: &[Said<Formed>], from_step: u64, open: Option<&Open>) -> Result<Ground, String> {
+    let step = same(said, "the step of their state", |formed| formed.step)?;
+    if step != from_step {
+        return Err(format!("the ranks hold the state of step {step}, they were to restore step {from_step}"));
+    }
+    same(said, "the hash of their parameters", |formed| ledger::hex(&formed.replica_hash))?;
+    let windows = same(said, "the windows of the training data", |formed| formed.windows)?;
+    same(said, "the hash of the training data's manifest", |formed| ledger::hex(&formed.manifest_hash))?;
+    let manifest_hash = said
+        .first()
+        .and_then(|(_, formed)| Hash::try_from(formed.manifest_hash.as_slice()).ok())
+        .ok_or("the hash of the training data's manifest is not 32 bytes")?;
+    if let Some(open) = open
+        && (open.windows != windows || open.manifest_hash != manifest_hash)
+    {
+        return Err(format!(
+            "the training data changed since the run began: {} windows and manifest {}, was {} and {}; \
+             put the old data back, or submit a new run",
+            windows,
+            ledger::hex(&manifest_hash),
+            open.windows,
+            ledger::hex(&open.manifest_hash),
+        ));
+    }
+    Ok(Ground { windows, manifest_hash })
+}
+
+/// Holds the reports of all ranks on one step against each other and against the plan; answers with the sum of the
+/// digests of what they fed.
+pub(crate) fn step(said: &[Said<StepReport>], step: u64, plan: &Plan) -> Result<Digest, String> {
+    let planned = plan.step_samples(step);
+    let first = same(said, "the first sample", |report| report.first_sample)?;
+    let samples = same(said, "the number of samples", |report| report.samples)?;
+    if step > plan.steps || first != planned.start || samples != planned.end - planned.start {
+        return Err(format!("the ranks fed samples {first}..{}, the plan says {planned:?}", first.saturating_add(samples)));
+    }
+    same(said, "the sum of the loss", |report| Bits(report.loss_sum))?;
+    same(said, "the number of targets", |report| report.targets)?;
+    same(said, "the gradient norm", |report| Bits(report.grad_norm))?;
+    let skipped = same(said, "whether the update was skipped", |report| report.skipped)?;
+    let rate = same(said, "the learning rate", |report| Bits(report.learning_rate))?.0;
+    let expected = plan.learning_rate(step);
+    let close = (rate - expected).abs() <= LEARNING_RATE_TOLERANCE * expected.abs();
+    if !skipped && !close {
+        return Err(format!("the ranks applied learning rate {rate}, the plan says {expected}"));
+    }
+    let hash = same(said, "the hash of their parameters", |report| ledger::hex(&report.replica_hash))?;
+    if plan.replica_check_due(step) && hash.is_empty() {
+        return Err("a hash of the parameters is due and no rank sent one".into());
+    }
+    fed(said, step, plan)
+}
+
+/// Each rank fed its own share, so together they fed the step.
+fn fed(said: &[Said<StepReport>], step: u64, plan: &Plan) -> Result<Digest, String> {
+    let mut sum = Digest::ZERO;
+    for (rank, (name, report)) in said.iter().enumerate() {
+        let share = plan.rank_samples(step, rank as u32, said.len() as u32);
+        if report.fed_samples != share.end - share.start {
+            return Err(format!(
+                "rank {rank} ({name}) fed {} samples, its share is {}",
+                report.fed_samples,
+                share.end - share.start,
+            ));
+        }
+        let digest = Hash::try_from(report.fed_digest.as_slice())
+            .map_err(|_| format!("rank {rank} ({name}) sent a digest of {} bytes", report.fed_digest.len()))?;
+        sum += Digest::from_bytes(digest);
+    }
+    Ok(sum)
+}
+
+/// The value that all ranks gave; an error names the first two ranks that differ.
+fn same<T, V: PartialEq + Display>(said: &[Said<T>], what: &str, value: impl Fn(&T) -> V) -> Result<V, String> {
+    let mut ranks = said.iter().enumerate().map(|(rank, (name, report))| (rank, *name, value(report)));
+    let Some((_, first_name, first)) = ranks.next() else { return Err("no rank reported".into()) };
+    match ranks.find(|(_, _, other)| *other != first) {
+        None => Ok(first),
+        Some((rank, name, other)) => Err(format!(
+            "the ranks disagree about {what}: {first} on rank 0 ({first_name}), {other} on rank {rank} ({name})"
+        )),
+    }
+}
+
+/// A float that equals only its own bits, so that NaN equals NaN and a last-bit difference is one.
+struct Bits(f64);
+
+impl PartialEq for Bits {
+    fn eq(&self, other: &Self) -> bool {
+        self.0.to_bits() == other.0.to_bits()
+    }
+}
+
+impl Display for Bits {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::machine::rig;
+
+    fn reports(plan: &Plan, step: u64, world: u32) -> Vec<StepReport> {
+        (0..world).map(|rank| rig::report(plan, step, rank, world)).collect()
+    }
+
+    fn check(reports: &[StepReport], number: u64, plan: &Plan) -> Result<Digest, String> {
+        let said: Vec<_> = reports.iter().map(|report| ("worker", report)).collect();
+        step(&said, number, plan)
+    }
+
+    #[test]
+    fn honest_reports_add_up_to_the_same_digest_whatever_the_world() {
+        let plan = rig::plan();
+        let alone = check(&reports(&plan, 2, 1), 2, &plan).unwrap();
+        for world in 2..6 {
+            assert_eq!(check(&reports(&plan, 2, world), 2, &plan).unwrap(), alone);
+        }
+    }
+
+    #[test]
+    fn each_disagreement_is_named_with_its_rank() {
+        let plan = rig::plan();
+        let has = |change: &dyn Fn(&mut StepReport), text: &str| {
+            let mut reports = reports(&plan, 2, 3);
+            change(&mut reports[1]);
+            let error = check(&reports, 2, &plan).unwrap_err();
+            assert!(error.contains(text) && error.contains("rank 1"), "{error}");
+        };
+        has(&|report| report.loss_sum = f64::NAN, "loss");
+        has(&|report| report.targets += 1, "targets");
+        has(&|report| report.grad_norm = -report.grad_norm, "gradient norm");
+        has(&|report| report.learning_rate *= 2.0, "learning rate");
+        has(&|report| report.skipped = true, "skipped");
+        has(&|report| report.samples += 1, "number of samples");
+        has(&|report| report.replica_hash = vec![9; 32], "parameters");
+        has(&|report| report.fed_samples += 1, "its share");
+        has(&|report| report.fed_digest.clear(), "digest of 0 bytes");
+    }
+
+    #[test]
+    fn ranks_that_agree_on_something_else_than_the_plan_are_wrong() {
+        let plan = rig::plan();
+        let mut shifted = reports(&plan, 2, 2);
+        shifted.iter_mut().for_each(|report| report.first_sample += 1);
+        assert!(check(&shifted, 2, &plan).unwrap_err().contains("the plan says"));
+        let mut faster = reports(&plan, 2, 2);
+        faster.iter_mut().for_each(|report| report.learning_rate += 1e-9);
+        assert!(check(&faster, 2, &plan).unwrap_err().contains("learning rate"));
+    }
+
+    #[test]
+    fn both_infinite_and_nan_losses_agree_with_themselves() {
+        let plan = rig::plan();
+        let mut skipped = reports(&plan, 2, 2);
+        skipped.iter_mut().for_each(|report| (report.loss_sum, report.skipped) = (f64::NAN, true));
+        assert!(check(&skipped, 2, &plan).is_ok());
+    }
+
+    #[test]
+    fn changed_data_and_a_wrong_state_are_refused() {
+        let fine = Formed { step: 4, replica_hash: vec![1; 32], windows: 10, manifest_hash: vec![2; 32] };
+        let said = [("a", &fine), ("b", &fine)];
+        assert_eq!(formed(&said, 4, None), Ok(Ground { windows: 10, manifest_hash: [2; 32] }));
+        assert!(formed(&said, 3, None).unwrap_err().contains("were to restore step 3"));
+        let mut open = rig::open();
+        open.windows = 11;
+        assert!(formed(&said, 4, Some(&open)).unwrap_err().contains("training data changed"));
+        let other = Formed { replica_hash: vec![3; 32], ..fine.clone() };
+        let error = formed(&[("a", &fine), ("b", &other)], 4, None).unwrap_err();
+        assert!(error.contains("rank 1 (b)") && error.contains("parameters"), "{error}");
+    }
+}

@@ -1,0 +1,158 @@
+//! Decided facts: what the journal keeps.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::state::{Checkpoint, RunNumber, Workers};
+use crate::ledger::{Body, Record};
+
+/// Something that was decided. Replaying facts applies them and decides nothing, so a newer build reads an older
+/// journal; for the same reason a variant or field, once written, keeps its meaning.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "fact", rename_all = "snake_case")]
+pub enum Fact {
+    /// A recipe was accepted and queued.
+    Submitted {
+        /// Number of the new run.
+        run: RunNumber,
+        /// Its id.
+        id: String,
+        /// The recipe's name.
+        name: String,
+        /// The resolved recipe as YAML.
+        recipe: String,
+        /// Directory of the checkpoints, absolute.
+        checkpoint_root: PathBuf,
+        /// Published checkpoints that are kept.
+        keep: u32,
+        /// Tokens of the whole samples of the budget.
+        budget_tokens: u64,
+        /// Workers that a generation needs, and may have.
+        workers: Workers,
+        /// Milliseconds since the Unix epoch.
+        at: u64,
+    },
+    /// A stopped run was queued again.
+    Queued {
+        /// Run.
+        run: RunNumber,
+        /// Milliseconds since the Unix epoch.
+        at: u64,
+    },
+    /// A stop with a checkpoint was asked for.
+    StopAsked {
+        /// Run.
+        run: RunNumber,
+        /// By whom or why.
+        reason: String,
+    },
+    /// A generation got its members.
+    Formed {
+        /// Run.
+        run: RunNumber,
+        /// Number of the generation.
+        generation: u64,
+        /// Names of its workers, in rank order.
+        members: Vec<String>,
+        /// Step that it starts from.
+        from_step: u64,
+    },
+    /// A generation is void.
+    Broke {
+        /// Run.
+        run: RunNumber,
+        /// Number of the generation.
+        generation: u64,
+        /// Last applied step at that moment.
+        step: u64,
+        /// It counts towards giving up.
+        counts: bool,
+        /// Rank, worker, phase and cause in one line.
+        cause: String,
+    },
+    /// A ledger record. Stored in a table of its own.
+    #[serde(skip)]
+    Recorded {
+        /// Run.
+        run: RunNumber,
+        /// The record.
+        record: Record,
+    },
+    /// Rank 0 has written a checkpoint of an applied step.
+    Written {
+        /// Run.
+        run: RunNumber,
+        /// The checkpoint, unpublished.
+        checkpoint: Checkpoint,
+    },
+    /// A checkpoint's manifest has its final name.
+    Published {
+        /// Run.
+        run: RunNumber,
+        /// Which checkpoint.
+        path: String,
+    },
+    /// A checkpoint is not needed any more: nothing starts from it from here on.
+    Retired {
+        /// Run.
+        run: RunNumber,
+        /// Which checkpoint.
+        path: String,
+    },
+    /// The directory of a retired checkpoint is gone.
+    Deleted {
+        /// Run.
+        run: RunNumber,
+        /// Which checkpoint.
+        path: String,
+    },
+    /// A run is over, for good or until it is resumed.
+    Ended {
+        /// Run.
+        run: RunNumber,
+        /// How.
+        outcome: Outcome,
+        /// Why, in one line; empty when it finished.
+        reason: String,
+        /// Milliseconds since the Unix epoch.
+        at: u64,
+    },
+}
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// The budget is spent.
+    Finished,
+    /// Stopped on request.
+    Cancelled,
+    /// Gave up.
+    Failed,
+}
+
+impl Fact {
+    /// The run that it speaks of.
+    pub fn run(&self) -> RunNumber {
+        match self {
+            Fact::Submitted { run, .. }
+            | Fact::Queued { run, .. }
+            | Fact::StopAsked { run, .. }
+            | Fact::Formed { run, .. }
+            | Fact::Broke { run, .. }
+            | Fact::Recorded { run, .. }
+            | Fact::Written { run, .. }
+            | Fact::Published { run, .. }
+            | Fact::Retired { run, .. }
+            | Fact::Deleted { run, .. }
+            | Fact::Ended { run, .. } => *run,
+        }
+    }
+
+    /// It has to be on disk before anyone is told. Only applied steps may follow later: nobody acts on them, and
+    /// a lost one is trained again.
+    pub fn urgent(&self) -> bool {
+        !matches!(self, Fact::Recorded { record, .. } if matches!(record.body, Body::Step(_)))
+    }
+}

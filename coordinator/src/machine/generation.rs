@@ -1,0 +1,97 @@
+//! The generation in hand: volatile, since a coordinator that restarts begins a new one.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use supra_proto::v1::{CheckpointWritten, Formed, LeftReason, StepReport};
+use supra_recipes::plan::Plan;
+
+use super::state::RunNumber;
+use super::worker::Conn;
+
+/// Steps that a rank may report ahead of the slowest rank. The all-reduce of a step keeps ranks within one step of
+/// each other, so more is a broken worker.
+pub(crate) const MAX_AHEAD: u64 = 16;
+
+/// Which workers train which run.
+#[derive(Debug)]
+pub(crate) struct Generation {
+    pub run: RunNumber,
+    pub number: u64,
+    /// In rank order.
+    pub members: Vec<Member>,
+    pub stage: Stage,
+    /// Step that it starts from.
+    pub from_step: u64,
+    /// Known once all have formed.
+    pub plan: Option<Plan>,
+    /// Reports on steps that not all ranks have reported yet: one place per rank.
+    pub reports: BTreeMap<u64, Vec<Option<StepReport>>>,
+    /// A checkpoint of a step that is not applied yet.
+    pub held: Option<CheckpointWritten>,
+}
+
+/// How far a generation is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stage {
+    /// Not every rank has formed.
+    Forming,
+    /// Steps are applied.
+    Training,
+    /// Over: waiting for the members to leave, since then.
+    Leaving { since: Duration, limit: Duration },
+}
+
+/// One rank.
+#[derive(Debug)]
+pub(crate) struct Member {
+    pub conn: Conn,
+    pub name: String,
+    pub formed: Option<Formed>,
+    /// How it left, when it did.
+    pub left: Option<LeftReason>,
+    /// Its stream is gone.
+    pub lost: bool,
+}
+
+impl Member {
+    /// It has nothing to do with the generation any more.
+    pub fn gone(&self) -> bool {
+        self.lost || self.left.is_some()
+    }
+}
+
+impl Generation {
+    /// Rank of the worker on this stream.
+    pub fn rank(&self, conn: Conn) -> Option<usize> {
+        self.members.iter().position(|member| member.conn == conn)
+    }
+
+    /// It is over.
+    pub fn leaving(&self) -> bool {
+        matches!(self.stage, Stage::Leaving { .. })
+    }
+
+    /// All members have left or are lost.
+    pub fn empty(&self) -> bool {
+        self.members.iter().all(Member::gone)
+    }
+
+    /// What every rank said when it had formed; none until all have.
+    pub fn all_formed(&self) -> Option<Vec<(&str, &Formed)>> {
+        self.members.iter().map(|member| Some((member.name.as_str(), member.formed.as_ref()?))).collect()
+    }
+
+    /// Notes a report; a repeat changes nothing.
+    pub fn note(&mut self, rank: usize, report: StepReport) {
+        let world = self.members.len();
+        let reports = self.reports.entry(report.step).or_insert_with(|| vec![None; world]);
+        reports[rank].get_or_insert(report);
+    }
+
+    /// The reports on `step`; none until all ranks have reported.
+    pub fn all_reported(&self, step: u64) -> Option<Vec<(&str, &StepReport)>> {
+        let reports = self.reports.get(&step)?;
+        self.members.iter().zip(reports).map(|(member, report)| Some((member.name.as_str(), report.as_ref()?))).collect()
+    }
+}

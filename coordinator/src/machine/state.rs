@@ -1,0 +1,297 @@
+//! What the coordinator must never forget: the state that replaying the journal's facts rebuilds.
+
+use std::collections::{BTreeSet, VecDeque};
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::fact::{Fact, Outcome};
+use crate::ledger::{Body, Hash, Open, Tail};
+
+/// Number of a run in the order of submission, from 1. Short, since every ledger row carries it.
+pub type RunNumber = u32;
+
+/// All runs.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// Run n is at place n - 1.
+    runs: Vec<Run>,
+    /// Runs that wait or train, in order; the first is the one that trains.
+    pub queue: VecDeque<RunNumber>,
+}
+
+/// One run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Run {
+    /// Number in the journal.
+    pub number: RunNumber,
+    /// Name for people: recipe name, time and a random part.
+    pub id: String,
+    /// The recipe's name.
+    pub name: String,
+    /// The resolved recipe as YAML.
+    pub recipe: String,
+    /// Directory of the checkpoints, absolute.
+    pub checkpoint_root: PathBuf,
+    /// Published checkpoints that are kept.
+    pub keep: u32,
+    /// Tokens of the whole samples of the budget.
+    pub budget_tokens: u64,
+    /// Workers that a generation needs, and may have.
+    pub workers: Workers,
+    /// Where it stands.
+    pub phase: RunPhase,
+    /// Why it is there; empty when there is nothing to say.
+    pub reason: String,
+    /// Why it is to stop, once that was asked.
+    pub stop: Option<String>,
+    /// Last generation, and the names of its members in rank order.
+    pub generation: u64,
+    /// Members of the last generation, in rank order.
+    pub members: Vec<String>,
+    /// The last generation has not ended yet.
+    pub alive: bool,
+    /// Consecutive failed generations, and the step at which they failed.
+    pub failures: Failures,
+    /// End of the ledger's chain.
+    pub ledger: Tail,
+    /// The ledger's opening, once the data is known.
+    pub open: Option<Open>,
+    /// Last applied step.
+    pub step: u64,
+    /// Last step that the ledger calls durable.
+    pub durable: u64,
+    /// The ledger is closed.
+    pub closed: bool,
+    /// Applied steps whose update was skipped.
+    pub skipped: BTreeSet<u64>,
+    /// Journalled checkpoints, oldest first.
+    pub checkpoints: Vec<Checkpoint>,
+    /// Retired checkpoints whose directories may still exist, relative to the root.
+    pub doomed: Vec<String>,
+    /// Milliseconds since the Unix epoch.
+    pub submitted_unix_ms: u64,
+    /// Milliseconds since the Unix epoch; 0 while it has not ended.
+    pub ended_unix_ms: u64,
+}
+
+/// How many workers train together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Workers {
+    /// A generation forms with no fewer.
+    pub min: u32,
+    /// Nor with more.
+    pub max: u32,
+}
+
+/// Where a run stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RunPhase {
+    /// In the queue: waiting for its turn or for workers, or between two generations, or training.
+    Queued,
+    /// Stopped on request; resumable.
+    Cancelled,
+    /// The budget is spent.
+    Finished,
+    /// Gave up; resumable once the cause is gone.
+    Failed,
+}
+
+/// Failed generations in a row.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failures {
+    /// Last applied step when they failed.
+    pub step: u64,
+    /// How many.
+    pub count: u32,
+}
+
+/// A checkpoint whose manifest hash is journalled.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Checkpoint {
+    /// Step whose state it holds.
+    pub step: u64,
+    /// Tokens trained up to there.
+    pub tokens: u64,
+    /// Generation that wrote it.
+    pub generation: u64,
+    /// Directory, relative to the run's checkpoint root.
+    pub path: String,
+    /// Bytes of all files.
+    pub bytes: u64,
+    /// BLAKE3 of its manifest.
+    #[serde(with = "crate::ledger::hex32")]
+    pub manifest_hash: Hash,
+    /// Its manifest has its final name.
+    pub published: bool,
+}
+
+impl State {
+    /// All runs, oldest first.
+    pub fn runs(&self) -> &[Run] {
+        &self.runs
+    }
+
+    /// Run `number`; none if there is no such run.
+    pub fn run(&self, number: RunNumber) -> Option<&Run> {
+        self.runs.get((number as usize).checked_sub(1)?)
+    }
+
+    fn run_mut(&mut self, number: RunNumber) -> Option<&mut Run> {
+        self.runs.get_mut((number as usize).checked_sub(1)?)
+    }
+
+    /// The number that the next run gets.
+    pub fn next_number(&self) -> RunNumber {
+        self.runs.len() as RunNumber + 1
+    }
+
+    /// Applies a decided fact. Decides nothing: the same facts give the same state in every build.
+    pub fn apply(&mut self, fact: &Fact) {
+        if let Fact::Submitted { .. } = fact {
+            return self.submit(fact);
+        }
+        let number = fact.run();
+        match fact {
+            Fact::Queued { .. } => self.queue.push_back(number),
+            Fact::Ended { .. } => self.queue.retain(|queued| *queued != number),
+            _ => {}
+        }
+        if let Some(run) = self.run_mut(number) {
+            run.apply(fact);
+        }
+    }
+
+    fn submit(&mut self, fact: &Fact) {
+        let Fact::Submitted { run, id, name, recipe, checkpoint_root, keep, budget_tokens, workers, at } = fact else { return };
+        self.runs.push(Run {
+            number: *run,
+            id: id.clone(),
+            name: name.clone(),
+            recipe: recipe.clone(),
+            checkpoint_root: checkpoint_root.clone(),
+            keep: *keep,
+            budget_tokens: *budget_tokens,
+            workers: *workers,
+            phase: RunPhase::Queued,
+            reason: String::new(),
+            stop: None,
+            generation: 0,
+            members: Vec::new(),
+            alive: false,
+            failures: Failures::default(),
+            ledger: Tail::default(),
+            open: None,
+            step: 0,
+            durable: 0,
+            closed: false,
+            skipped: BTreeSet::new(),
+            checkpoints: Vec::new(),
+            doomed: Vec::new(),
+            submitted_unix_ms: *at,
+            ended_unix_ms: 0,
+        });
+        self.queue.push_back(*run);
+    }
+}
+
+impl Run {
+    /// The newest checkpoint: where a new generation begins.
+    pub fn recovery(&self) -> Option<&Checkpoint> {
+        self.checkpoints.last()
+    }
+
+    /// The step at which a new generation begins.
+    pub fn recovery_step(&self) -> u64 {
+        self.recovery().map_or(0, |checkpoint| checkpoint.step)
+    }
+
+    /// Tokens of the applied steps.
+    pub fn tokens(&self) -> u64 {
+        self.open.as_ref().map_or(0, |open| {
+            self.step.saturating_mul(open.batch_samples).min(open.samples) * open.sequence_length
+        })
+    }
+
+    /// It has stopped, in one way or another.
+    pub fn ended(&self) -> bool {
+        self.phase != RunPhase::Queued
+    }
+
+    fn apply(&mut self, fact: &Fact) {
+        match fact {
+            Fact::Submitted { .. } => {}
+            Fact::Queued { .. } => {
+                self.phase = RunPhase::Queued;
+                self.reason.clear();
+                self.stop = None;
+                self.failures = Failures::default();
+                self.ended_unix_ms = 0;
+            }
+            Fact::StopAsked { reason, .. } => self.stop = Some(reason.clone()),
+            Fact::Formed { generation, members, .. } => {
+                self.generation = *generation;
+                self.members.clone_from(members);
+                self.alive = true;
+            }
+            Fact::Broke { step, counts, cause, .. } => self.broke(*step, *counts, cause),
+            Fact::Recorded { record, .. } => {
+                self.ledger.advance(record);
+                self.record(&record.body);
+            }
+            Fact::Written { checkpoint, .. } => {
+                self.checkpoints.retain(|known| known.path != checkpoint.path);
+                self.checkpoints.push(checkpoint.clone());
+            }
+            Fact::Published { path, .. } => {
+                if let Some(known) = self.checkpoints.iter_mut().find(|known| known.path == *path) {
+                    known.published = true;
+                }
+            }
+            Fact::Retired { path, .. } => {
+                self.checkpoints.retain(|known| known.path != *path);
+                self.doomed.push(path.clone());
+            }
+            Fact::Deleted { path, .. } => self.doomed.retain(|doomed| doomed != path),
+            Fact::Ended { outcome, reason, at, .. } => {
+                self.phase = match outcome {
+                    Outcome::Finished => RunPhase::Finished,
+                    Outcome::Cancelled => RunPhase::Cancelled,
+                    Outcome::Failed => RunPhase::Failed,
+                };
+                self.reason.clone_from(reason);
+                self.ended_unix_ms = *at;
+                self.alive = false;
+                self.stop = None;
+            }
+        }
+    }
+
+    fn broke(&mut self, step: u64, counts: bool, cause: &str) {
+        self.alive = false;
+        cause.clone_into(&mut self.reason);
+        if counts {
+            let before = if self.failures.step == step { self.failures.count } else { 0 };
+            self.failures = Failures { step, count: before + 1 };
+        }
+    }
+
+    fn record(&mut self, body: &Body) {
+        match body {
+            Body::Open(open) => self.open = Some(open.clone()),
+            Body::Step(step) => {
+                self.step = step.step;
+                if step.skipped {
+                    self.skipped.insert(step.step);
+                }
+            }
+            Body::Void { after_step, .. } => {
+                self.step = self.step.min(*after_step);
+                self.skipped.split_off(&(after_step + 1));
+            }
+            Body::Durable { step, .. } => self.durable = *step,
+            Body::Close { .. } => self.closed = true,
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! What members of a generation report while it lives.
+
+use std::path::{Component, Path};
+
+use supra_proto::v1::{
+    CheckpointPublished, CheckpointWritten, Fault, FaultKind, Formed, LeftReason, PublishCheckpoint, StepMetrics,
+    StepReport, coordinator_message::Body as Down,
+};
+use supra_recipes::plan::Plan;
+use supra_recipes::schema::Recipe;
+
+use super::ending::Severity;
+use super::fact::Fact;
+use super::generation::{MAX_AHEAD, Stage};
+use super::state::{Checkpoint, RunNumber};
+use super::{Action, Machine, agreement};
+use crate::ledger::{Body, Hash, Open, Step};
+
+impl Machine {
+    pub(super) fn formed(&mut self, rank: usize, formed: Formed) {
+        let Some(generation) = self.generation.as_mut().filter(|generation| generation.stage == Stage::Forming) else {
+            return;
+        };
+        generation.members[rank].formed.get_or_insert(formed);
+        let run = generation.run;
+        match self.ground() {
+            None => {}
+            Some(Ok((plan, open))) => self.begin(run, plan, open),
+            Some(Err(cause)) => {
+                let number = self.generation.as_ref().map_or(0, |generation| generation.number);
+                self.break_up(format!("generation {number} cannot train: {cause}"), Severity::Fatal, None);
+            }
+        }
+    }
+
+    /// Once all ranks have formed: the plan that they agree on and the opening of a ledger for it, or why they do not.
+    fn ground(&self) -> Option<Result<(Plan, Open), String>> {
+        let generation = self.generation.as_ref()?;
+        let run = self.state.run(generation.run)?;
+        let said = generation.all_formed()?;
+        let plan = || {
+            let ground = agreement::formed(&said, generation.from_step, run.open.as_ref())?;
+            let recipe = Recipe::parse(&run.recipe, &run.id).map_err(|error| error.to_string())?;
+            let plan =
+                Plan::new(&recipe, ground.windows, ground.manifest_hash).map_err(|error| error.to_string())?;
+            let open = Open {
+                run: run.id.clone(),
+                recipe_hash: *blake3::hash(run.recipe.as_bytes()).as_bytes(),
+                manifest_hash: ground.manifest_hash,
+                windows: ground.windows,
+                sequence_length: plan.sequence_length,
+                batch_samples: plan.batch_samples,
+                samples: plan.samples,
+                steps: plan.steps,
+            };
+            Ok((plan, open))
+        };
+        Some(plan())
+    }
+
+    fn begin(&mut self, number: RunNumber, plan: Plan, open: Open) {
+        if self.state.run(number).is_some_and(|run| run.open.is_none()) {
+            self.record(number, Body::Open(open));
+        }
+        let Some(generation) = &mut self.generation else { return };
+        generation.stage = Stage::Training;
+        generation.plan = Some(plan);
+        let (generation, world) = (generation.number, generation.members.len());
+        self.log(Some(number), "INFO", format!("generation {generation} trains with {world} workers"));
+        // Rank 0 publishes the checkpoint that it restores from, if the last generation could not.
+        let unpublished = self.state.run(number).and_then(|run| run.recovery()).filter(|known| !known.published);
+        if let Some(path) = unpublished.map(|known| known.path.clone()) {
+            self.decide(Fact::Published { run: number, path });
+        }
+        self.settle(number);
+        self.release(number);
+        self.apply_steps(number);
+    }
+
+    /// Journals the held checkpoint, if its step is applied by now.
+    fn release(&mut self, number: RunNumber) {
+        let applied = self.state.run(number).map_or(0, |run| run.step);
+        let Some(generation) = &mut self.generation else { return };
+        if let Some(held) = generation.held.take_if(|held| held.step <= applied) {
+            self.accept(number, held);
+        }
+    }
+
+    pub(super) fn reported(&mut self, rank: usize, number: RunNumber, report: StepReport) {
+        let Some(applied) = self.state.run(number).map(|run| run.step) else { return };
+        let Some(generation) = self.generation.as_mut().filter(|generation| !generation.leaving()) else { return };
+        if report.step <= applied {
+            return;
+        }
+        if report.step > applied + MAX_AHEAD {
+            let cause = format!(
+                "rank {rank} ({}) reports step {}, but step {} is not complete",
+                generation.members[rank].name,
+                report.step,
+                applied + 1,
+            );
+            return self.break_up(cause, Severity::Transient, None);
+        }
+        generation.note(rank, report);
+        self.apply_steps(number);
+    }
+
+    /// Applies the steps that all ranks have reported, in order.
+    fn apply_steps(&mut self, number: RunNumber) {
+        while let Some((step, result)) = self.next_step(number) {
+            let (entry, metrics) = match result {
+                Ok(applied) => applied,
+                Err(cause) => return self.break_up(format!("step {step}: {cause}"), Severity::Fatal, None),
+            };
+            if entry.skipped {
+                self.log(Some(number), "WARN", format!("step {step} was skipped: loss or gradient was not finite"));
+            }
+            self.record(number, Body::Step(entry));
+            self.out.push(Action::Measured { run: number, metrics });
+            let Some(generation) = &mut self.generation else { return };
+            generation.reports.remove(&step);
+            self.release(number);
+        }
+    }
+
+    /// The next step, if all ranks have reported it: its ledger entry and metrics, or why they do not add up.
+    #[allow(clippy::type_complexity)]
+    fn next_step(&self, number: RunNumber) -> Option<(u64, Result<(Step, StepMetrics), String>)> {
+        let generation = self.generation.as_ref().filter(|generation| generation.stage == Stage::Training)?;
+        let plan = generation.plan.as_ref()?;
+        let step = self.state.run(number)?.step + 1;
+        let said = generation.all_reported(step)?;
+        let (_, first) = said.first()?;
+        let slowest = |seconds: fn(&StepReport) -> f64| said.iter().map(|(_, report)| seconds(report)).fold(0.0, f64::max);
+        let result = agreement::step(&said, step, plan).map(|digest| {
+            let entry = Step {
+                generation: generation.number,
+                step,
+                first_sample: first.first_sample,
+                samples: first.samples,
+                digest: *digest.as_bytes(),
+                skipped: first.skipped,
+            };
+            let metrics = StepMetrics {
+                step,
+                tokens: plan.tokens_after(step),
+                loss: first.loss_sum / first.targets as f64,
+                grad_norm: first.grad_norm,
+                learning_rate: first.learning_rate,
+                skipped: first.skipped,
+                seconds: slowest(|report| report.seconds),
+                data_seconds: slowest(|report| report.data_seconds),
+                comm_seconds: slowest(|report| report.comm_seconds),
+                generation: generation.number,
+            };
+            (entry, metrics)
+        });
+        Some((step, result))
+    }
+
+    pub(super) fn written(&mut self, rank: usize, number: RunNumber, written: CheckpointWritten) {
+        let Some(generation) = self.generation.as_mut().filter(|generation| !generation.leaving()) else { return };
+        let who = format!("rank {rank} ({})", generation.members[rank].name);
+        if rank != 0 {
+            return self.break_up(format!("{who} wrote a checkpoint, which is rank 0's task"), Severity::Transient, None);
+        }
+        if !inside(&written.path) || written.manifest_hash.len() != crate::ledger::HASH_BYTES {
+            let cause = format!("{who} wrote a checkpoint to {:?}, which is not below the run's directory", written.path);
+            return self.break_up(cause, Severity::Fatal, None);
+        }
+        let applied = self.state.run(number).map_or(0, |run| run.step);
+        // Before all ranks have reported its step a checkpoint holds samples that nobody has accounted for.
+        if generation.stage == Stage::Forming || written.step > applied {
+            generation.held = Some(written);
+        } else {
+            self.accept(number, written);
+        }
+    }
+
+    /// Journals a checkpoint of applied steps and lets rank 0 publish it.
+    fn accept(&mut self, number: RunNumber, written: CheckpointWritten) {
+        let Some(run) = self.state.run(number) else { return };
+        let Some(generation) = self.generation.as_ref() else { return };
+        let Ok(manifest_hash) = Hash::try_from(written.manifest_hash.as_slice()) else { return };
+        if written.step < run.recovery_step() {
+            return;
+        }
+        let repeat =
+            run.checkpoints.iter().any(|known| known.path == written.path && known.manifest_hash == manifest_hash);
+        if !repeat {
+            let checkpoint = Checkpoint {
+                step: written.step,
+                tokens: generation.plan.as_ref().map_or(0, |plan| plan.tokens_after(written.step)),
+                generation: generation.number,
+                path: written.path,
+                bytes: written.bytes,
+                manifest_hash,
+                published: false,
+            };
+            self.decide(Fact::Written { run: number, checkpoint });
+        }
+        let publish = PublishCheckpoint { step: written.step, manifest_hash: written.manifest_hash };
+        self.tell(0, Down::Publish(publish));
+    }
+
+    pub(super) fn published(&mut self, number: RunNumber, published: &CheckpointPublished) {
+        let Some(run) = self.state.run(number) else { return };
+        let known = run.checkpoints.iter().find(|known| {
+            known.step == published.step && known.manifest_hash.as_slice() == published.manifest_hash
+        });
+        let Some(path) = known.filter(|known| !known.published).map(|known| known.path.clone()) else { return };
+        self.log(Some(number), "INFO", format!("checkpoint of step {} is published: {path}", published.step));
+        self.decide(Fact::Published { run: number, path });
+        self.settle(number);
+    }
+
+    pub(super) fn fault(&mut self, rank: usize, fault: &Fault) {
+        let Some(generation) = &self.generation else { return };
+        let member = &generation.members[rank];
+        let doing = self.workers.get(&member.conn).map(|worker| {
+            super::worker::Worker { phase: fault.phase(), step: fault.step, ..worker.clone() }.doing()
+        });
+        let cause =
+            format!("rank {rank} ({}) failed while {}: {}", member.name, doing.unwrap_or_default(), fault.message);
+        let severity = match fault.kind() {
+            FaultKind::Unspecified | FaultKind::Transient => Severity::Transient,
+            FaultKind::Input | FaultKind::Diverged => Severity::Fatal,
+        };
+        self.break_up(cause, severity, Some(rank));
+    }
+
+    pub(super) fn left(&mut self, rank: usize, reason: LeftReason) {
+        let Some(generation) = &mut self.generation else { return };
+        let member = &mut generation.members[rank];
+        member.left = Some(reason);
+        let name = member.name.clone();
+        match reason {
+            LeftReason::Finished | LeftReason::Stopped => {}
+            LeftReason::Void | LeftReason::Fault | LeftReason::Unspecified => {
+                self.break_up(format!("rank {rank} ({name}) left the generation"), Severity::Transient, None);
+            }
+        }
+    }
+}
+
+/// The path stays below the directory that it is relative to, and names something in it.
+fn inside(path: &str) -> bool {
+    !path.is_empty() && Path::new(path).components().all(|part| matches!(part, Component::Normal(_)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::inside;
+
+    #[test]
+    fn checkpoint_paths_stay_below_their_root() {
+        assert!(inside("step-00000010-gen-2") && inside("a/b"));
+        for path in ["", "/a", "../a", "a/../../b", ".", "./a"] {
+            assert!(!inside(path), "{path}");
+        }
+    }
+}

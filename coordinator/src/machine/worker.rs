@@ -1,0 +1,48 @@
+//! An attached worker as the machine sees it.
+
+use std::time::Duration;
+
+use supra_proto::v1::{self, Phase};
+
+/// Number of a worker's stream, new for each.
+pub type Conn = u64;
+
+/// One attached worker.
+#[derive(Clone, Debug)]
+pub(crate) struct Worker {
+    pub hello: v1::Hello,
+    /// Where its stream comes from.
+    pub peer: String,
+    /// When it was last heard of.
+    pub heard: Duration,
+    /// What its last heartbeat said.
+    pub phase: Phase,
+    pub step: u64,
+}
+
+impl Worker {
+    pub fn new(hello: v1::Hello, peer: String, now: Duration) -> Self {
+        Worker { hello, peer, heard: now, phase: Phase::Idle, step: 0 }
+    }
+
+    /// What it is doing, for one-line reasons.
+    pub fn doing(&self) -> String {
+        match self.phase {
+            Phase::Training => format!("training step {}", self.step),
+            Phase::Checkpointing => format!("writing the checkpoint of step {}", self.step),
+            other => phase_name(other).to_owned(),
+        }
+    }
+}
+
+/// The phase as clients see it.
+pub(crate) fn phase_name(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Unspecified | Phase::Idle => "idle",
+        Phase::Forming => "forming",
+        Phase::Loading => "loading",
+        Phase::Training => "training",
+        Phase::Checkpointing => "checkpointing",
+        Phase::Leaving => "leaving",
+    }
+}

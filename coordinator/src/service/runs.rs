@@ -1,0 +1,179 @@
+//! The clients' service.
+
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+use supra_proto::v1::runs_server::Runs;
+use supra_proto::v1::{
+    CheckpointsResponse, LedgerRecord, ListRequest, ListResponse, LogEntry, LogsRequest, RunRequest, RunStatus,
+    ShutdownRequest, ShutdownResponse, StepMetrics, SubmitRequest, SubmitResponse, WorkersRequest, WorkersResponse,
+};
+use supra_recipes::schema::Recipe;
+use tonic::{Request, Response, Status};
+
+use super::owner::{Handle, Owner};
+use super::streams::{self, Stream};
+use crate::journal::Reader;
+use crate::machine::{Event, FindError, Refused, RunNumber, Submission, Workers};
+
+pub(super) struct RunsService {
+    owner: Handle,
+    state: PathBuf,
+}
+
+impl RunsService {
+    pub fn new(owner: Handle, state: &Path) -> Self {
+        RunsService { owner, state: state.to_owned() }
+    }
+
+    /// The run that a client names.
+    async fn find(&self, prefix: String) -> Result<RunNumber, Status> {
+        self.with(prefix, |_, run| run).await
+    }
+
+    /// Looks at the run that a client names.
+    async fn with<T: Send + 'static>(
+        &self,
+        prefix: String,
+        look: impl FnOnce(&Owner, RunNumber) -> T + Send + 'static,
+    ) -> Result<T, Status> {
+        let found = self.owner.look(move |owner| owner.find(&prefix).map(|run| look(owner, run))).await?;
+        found.map_err(|error| match &error {
+            FindError::Empty | FindError::None(_) => Status::not_found(error.to_string()),
+            FindError::Many { .. } => Status::invalid_argument(error.to_string()),
+        })
+    }
+
+    /// Lets a client's wish happen and shows what became of its run.
+    async fn act(&self, prefix: String, event: fn(RunNumber) -> Event) -> Result<Response<RunStatus>, Status> {
+        let run = self.find(prefix).await?;
+        self.owner.client(event(run)).await?.map_err(refused)?;
+        Ok(Response::new(self.owner.look(move |owner| owner.status(run)).await?))
+    }
+}
+
+#[tonic::async_trait]
+impl Runs for RunsService {
+    type WatchStream = Stream<RunStatus>;
+    type LogsStream = Stream<LogEntry>;
+    type LedgerStream = Stream<LedgerRecord>;
+    type MetricsStream = Stream<StepMetrics>;
+
+    async fn submit(&self, request: Request<SubmitRequest>) -> Result<Response<SubmitResponse>, Status> {
+        let submission = submission(&request.into_inner(), &self.state).map_err(Status::invalid_argument)?;
+        let run = submission.id.clone();
+        self.owner.client(Event::Submit(submission)).await?.map_err(refused)?;
+        Ok(Response::new(SubmitResponse { run }))
+    }
+
+    async fn list(&self, _: Request<ListRequest>) -> Result<Response<ListResponse>, Status> {
+        let all = |owner: &Owner| owner.newest_first().into_iter().map(|run| owner.status(run)).collect();
+        Ok(Response::new(ListResponse { runs: self.owner.look(all).await? }))
+    }
+
+    async fn status(&self, request: Request<RunRequest>) -> Result<Response<RunStatus>, Status> {
+        let status = self.with(request.into_inner().run, |owner, run| owner.status(run)).await?;
+        Ok(Response::new(status))
+    }
+
+    async fn watch(&self, request: Request<RunRequest>) -> Result<Response<Self::WatchStream>, Status> {
+        let run = self.find(request.into_inner().run).await?;
+        Ok(Response::new(streams::watch(self.owner.clone(), run)))
+    }
+
+    async fn logs(&self, request: Request<LogsRequest>) -> Result<Response<Self::LogsStream>, Status> {
+        let LogsRequest { run, follow } = request.into_inner();
+        let run = self.find(run).await?;
+        // Subscribing and asking for the flush happen between two events, so that no line is missed or shown twice.
+        let (new, written, reader) =
+            self.owner.look(|owner| (owner.new_logs(), owner.telemetry_written(), owner.telemetry())).await?;
+        written.await;
+        let kept = read_blocking(move || reader?.logs(run)).await?;
+        Ok(Response::new(streams::logs(kept, run, follow.then_some(new))))
+    }
+
+    async fn cancel(&self, request: Request<RunRequest>) -> Result<Response<RunStatus>, Status> {
+        self.act(request.into_inner().run, Event::Cancel).await
+    }
+
+    async fn resume(&self, request: Request<RunRequest>) -> Result<Response<RunStatus>, Status> {
+        self.act(request.into_inner().run, Event::Resume).await
+    }
+
+    async fn checkpoints(&self, request: Request<RunRequest>) -> Result<Response<CheckpointsResponse>, Status> {
+        let checkpoints = self.with(request.into_inner().run, |owner, run| owner.checkpoints(run)).await?;
+        Ok(Response::new(CheckpointsResponse { checkpoints }))
+    }
+
+    async fn workers(&self, _: Request<WorkersRequest>) -> Result<Response<WorkersResponse>, Status> {
+        Ok(Response::new(WorkersResponse { workers: self.owner.look(Owner::workers).await? }))
+    }
+
+    async fn ledger(&self, request: Request<RunRequest>) -> Result<Response<Self::LedgerStream>, Status> {
+        let (run, written) = self.with(request.into_inner().run, |owner, run| (run, owner.journal_written())).await?;
+        written.await;
+        let reader = Reader::open(self.owner.state()).map_err(|error| Status::internal(error.to_string()))?;
+        Ok(Response::new(streams::ledger(reader, run)))
+    }
+
+    async fn metrics(&self, request: Request<RunRequest>) -> Result<Response<Self::MetricsStream>, Status> {
+        let look = |owner: &Owner, run| (run, owner.telemetry_written(), owner.telemetry());
+        let (run, written, reader) = self.with(request.into_inner().run, look).await?;
+        written.await;
+        let rows = read_blocking(move || reader?.metrics(run)).await?;
+        Ok(Response::new(streams::all(rows)))
+    }
+
+    async fn shutdown(&self, _: Request<ShutdownRequest>) -> Result<Response<ShutdownResponse>, Status> {
+        self.owner.shut_down("a client asked for it".into()).await;
+        Ok(Response::new(ShutdownResponse {}))
+    }
+}
+
+async fn read_blocking<T: Send + 'static>(
+    read: impl FnOnce() -> rusqlite::Result<T> + Send + 'static,
+) -> Result<T, Status> {
+    let broken = |cause: String| Status::internal(format!("telemetry.db: {cause}"));
+    let result = tokio::task::spawn_blocking(read).await.map_err(|error| broken(error.to_string()))?;
+    result.map_err(|error| broken(error.to_string()))
+}
+
+fn refused(refused: Refused) -> Status {
+    match refused {
+        Refused::NoRun(_) => Status::not_found(refused.to_string()),
+        Refused::ShuttingDown => Status::unavailable(refused.to_string()),
+        Refused::Taken(_) | Refused::Over { .. } => Status::failed_precondition(refused.to_string()),
+    }
+}
+
+/// A recipe as it will be run, or the rendered report of what is wrong with it.
+fn submission(request: &SubmitRequest, state: &Path) -> Result<Submission, String> {
+    let base = Path::new(&request.base_directory);
+    if !base.is_absolute() {
+        return Err(format!("the base directory {:?} is not an absolute path", request.base_directory));
+    }
+    let file = if request.file_name.is_empty() { "recipe" } else { &request.file_name };
+    let recipe = Recipe::parse(&request.recipe, file).map_err(|error| error.to_string())?.resolved(base);
+    let id = run_id(recipe.name.as_str());
+    let checkpoint_root = match &recipe.checkpoint.to {
+        // Runs of the same recipe must not overwrite each other's checkpoints.
+        Some(to) => to.join(&id),
+        None => state.join("runs").join(&id).join("checkpoints"),
+    };
+    let length = u64::from(recipe.batch.sequence_length.max(1));
+    Ok(Submission {
+        name: recipe.name.to_string(),
+        checkpoint_root,
+        keep: recipe.checkpoint.keep,
+        budget_tokens: recipe.budget.tokens() / length * length,
+        workers: Workers { min: recipe.workers.min, max: recipe.workers.max },
+        recipe: recipe.to_yaml(),
+        id,
+    })
+}
+
+/// NAME-YYYYMMDD-HHMMSS-xxxx: sorts by time, unique by its random end.
+fn run_id(name: &str) -> String {
+    let time = Timestamp::now().strftime("%Y%m%d-%H%M%S");
+    format!("{name}-{time}-{:04x}", rand::random::<u16>())
+}
