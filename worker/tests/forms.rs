@@ -2,8 +2,8 @@
 //! documents anywhere, and softmax with its cache.
 
 use supra_worker::model::{
-    AttentionKind, Decay, Documents, Form, LossInput, ModelConfig, Params, RopeFrequencies, State, SupraConfig,
-    Transformer, init_all,
+    AttentionKind, Decay, Documents, Form, LossInput, ModelConfig, Params, RopeFrequencies, State,
+    SupraConfig, Transformer, init_all,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -30,22 +30,39 @@ fn config(heads: i64, kv_heads: i64, attention: AttentionKind) -> ModelConfig {
 }
 
 fn supra(decay: Decay, qk_norm: bool, chunk: i64) -> AttentionKind {
-    AttentionKind::Supra(SupraConfig { decay, qk_norm, chunk, ..SupraConfig::default() })
+    AttentionKind::Supra(SupraConfig {
+        decay,
+        qk_norm,
+        chunk,
+        ..SupraConfig::default()
+    })
 }
 
 /// Weights in fp64, gains away from 1.
 fn weights(config: &ModelConfig, seed: u64) -> Params {
     let params = init_all(config, seed).to(Device::Cpu, Kind::Double);
     let vary = |tensor: &Tensor| match tensor.dim() {
-        1 => tensor * (Tensor::arange(tensor.numel() as i64, (Kind::Double, Device::Cpu)) * 0.7).sin() * 0.3 + tensor,
+        1 => {
+            tensor
+                * (Tensor::arange(tensor.numel() as i64, (Kind::Double, Device::Cpu)) * 0.7).sin()
+                * 0.3
+                + tensor
+        }
         _ => tensor.copy(),
     };
-    Params::new(params.iter().map(|(name, tensor)| (name.to_owned(), vary(tensor))).collect())
+    Params::new(
+        params
+            .iter()
+            .map(|(name, tensor)| (name.to_owned(), vary(tensor)))
+            .collect(),
+    )
 }
 
 fn ids(rows: i64, tokens: i64, seed: i64) -> Tensor {
     let number = Tensor::arange(rows * tokens, (Kind::Int64, Device::Cpu)) + seed;
-    (&number * &number * 7 + number * 3).remainder(VOCAB).view([rows, tokens])
+    (&number * &number * 7 + number * 3)
+        .remainder(VOCAB)
+        .view([rows, tokens])
 }
 
 #[track_caller]
@@ -59,9 +76,14 @@ fn assert_close(found: &Tensor, expected: &Tensor, what: &str) {
 fn alone(model: &Transformer, params: &Params, ids_1t: &Tensor, starts: &[u32]) -> (Tensor, State) {
     let tokens = ids_1t.size()[1];
     let first = starts.first().is_none_or(|&start| start > 0).then_some(0);
-    let borders: Vec<i64> =
-        first.into_iter().chain(starts.iter().map(|&start| i64::from(start))).chain([tokens]).collect();
-    let runs = borders.windows(2).map(|border| model.prefill(params, &ids_1t.narrow(1, border[0], border[1] - border[0])));
+    let borders: Vec<i64> = first
+        .into_iter()
+        .chain(starts.iter().map(|&start| i64::from(start)))
+        .chain([tokens])
+        .collect();
+    let runs = borders
+        .windows(2)
+        .map(|border| model.prefill(params, &ids_1t.narrow(1, border[0], border[1] - border[0])));
     let (logits, mut states): (Vec<Tensor>, Vec<State>) = runs.unzip();
     (Tensor::cat(&logits, 1), states.pop().unwrap())
 }
@@ -78,12 +100,16 @@ fn every_variant_has_one_result() {
                 let params = weights(&config, 5);
                 let ids = ids(2, 29, heads);
                 let model = Transformer::new(config.clone());
-                let parallel = model.clone().with_form(Form::Parallel).logits(&params, &ids, None);
+                let parallel = model
+                    .clone()
+                    .with_form(Form::Parallel)
+                    .logits(&params, &ids, None);
                 assert_close(&model.logits(&params, &ids, None), &parallel, &what);
 
                 let mut state = State::new(&config, 2, Device::Cpu, Kind::Double);
-                let steps: Vec<Tensor> =
-                    (0..29).map(|t| model.step(&params, &mut state, &ids.select(1, t))).collect();
+                let steps: Vec<Tensor> = (0..29)
+                    .map(|t| model.step(&params, &mut state, &ids.select(1, t)))
+                    .collect();
                 assert_close(&Tensor::stack(&steps, 1), &parallel, &what);
             }
         }
@@ -103,11 +129,15 @@ fn query_and_key_norms_change_the_result() {
 #[test]
 fn rounded_frequencies_change_the_result_a_little() {
     let ids = ids(1, 40, 0);
-    let [exact, rounded] = [RopeFrequencies::Exact, RopeFrequencies::Bf16].map(|rope_frequencies| {
-        let attention = AttentionKind::Supra(SupraConfig { rope_frequencies, ..SupraConfig::default() });
-        let config = config(4, 4, attention);
-        Transformer::new(config.clone()).logits(&weights(&config, 1), &ids, None)
-    });
+    let [exact, rounded] =
+        [RopeFrequencies::Exact, RopeFrequencies::Bf16].map(|rope_frequencies| {
+            let attention = AttentionKind::Supra(SupraConfig {
+                rope_frequencies,
+                ..SupraConfig::default()
+            });
+            let config = config(4, 4, attention);
+            Transformer::new(config.clone()).logits(&weights(&config, 1), &ids, None)
+        });
     let change = (&exact - rounded).norm().double_value(&[]) / exact.norm().double_value(&[]);
     assert!((1e-5..0.3).contains(&change), "{change:e}");
 }
@@ -117,9 +147,19 @@ fn packed_documents_are_documents_alone() {
     tch::set_num_threads(1);
     let _guard = tch::no_grad_guard();
     // Starts at the borders of chunks, beside them, in rows that go on with an earlier document, in none, behind the end.
-    let rows: [Vec<u32>; 5] = [vec![0, 8, 16], vec![7, 8, 9], vec![], vec![0, 1, 22], vec![15, 23, 99]];
+    let rows: [Vec<u32>; 5] = [
+        vec![0, 8, 16],
+        vec![7, 8, 9],
+        vec![],
+        vec![0, 1, 22],
+        vec![15, 23, 99],
+    ];
     let tokens = 23;
-    for attention in [AttentionKind::Softmax, supra(Decay::Alibi, false, 8), supra(Decay::None, true, 5)] {
+    for attention in [
+        AttentionKind::Softmax,
+        supra(Decay::Alibi, false, 8),
+        supra(Decay::None, true, 5),
+    ] {
         let config = config(4, 2, attention);
         let params = weights(&config, 9);
         let ids = ids(5, tokens, 3);
@@ -127,7 +167,11 @@ fn packed_documents_are_documents_alone() {
         let model = Transformer::new(config.clone());
         let packed = model.logits(&params, &ids, Some(&documents));
         if config.supra().is_some() {
-            let parallel = model.clone().with_form(Form::Parallel).logits(&params, &ids, Some(&documents));
+            let parallel =
+                model
+                    .clone()
+                    .with_form(Form::Parallel)
+                    .logits(&params, &ids, Some(&documents));
             assert_close(&parallel, &packed, "parallel form with documents");
         }
         let mut state = State::new(&config, 5, Device::Cpu, Kind::Double);
@@ -136,11 +180,23 @@ fn packed_documents_are_documents_alone() {
         let next = Tensor::from_slice(&[1i64, 2, 3, 4, 5]);
         let continued = model.step(&params, &mut state, &next);
         for (row, starts) in (0..).zip(&rows) {
-            let inside: Vec<u32> = starts.iter().copied().filter(|&start| i64::from(start) < tokens).collect();
+            let inside: Vec<u32> = starts
+                .iter()
+                .copied()
+                .filter(|&start| i64::from(start) < tokens)
+                .collect();
             let (expected, mut state) = alone(&model, &params, &ids.narrow(0, row, 1), &inside);
-            assert_close(&packed.narrow(0, row, 1), &expected, &format!("{attention:?}, row {row}"));
+            assert_close(
+                &packed.narrow(0, row, 1),
+                &expected,
+                &format!("{attention:?}, row {row}"),
+            );
             let expected = model.step(&params, &mut state, &next.narrow(0, row, 1));
-            assert_close(&continued.narrow(0, row, 1), &expected, &format!("{attention:?}, after row {row}"));
+            assert_close(
+                &continued.narrow(0, row, 1),
+                &expected,
+                &format!("{attention:?}, after row {row}"),
+            );
         }
     }
 }
@@ -152,11 +208,20 @@ fn a_document_may_go_on_in_the_next_row() {
         let config = config(2, 1, attention);
         let params = weights(&config, 4);
         let (ids, model) = (ids(1, 20, 8), Transformer::new(config.clone()));
-        let whole = model.logits(&params, &ids, Some(&Documents::from_starts(&[vec![3, 14]], 20)));
+        let whole = model.logits(
+            &params,
+            &ids,
+            Some(&Documents::from_starts(&[vec![3, 14]], 20)),
+        );
         let mut state = State::new(&config, 1, Device::Cpu, Kind::Double);
         let parts = [(0, 10, vec![3]), (10, 10, vec![4])].map(|(from, tokens, starts)| {
             let documents = Documents::from_starts(&[starts], tokens as usize);
-            model.extend(&params, &mut state, &ids.narrow(1, from, tokens), Some(&documents))
+            model.extend(
+                &params,
+                &mut state,
+                &ids.narrow(1, from, tokens),
+                Some(&documents),
+            )
         });
         assert_close(&Tensor::cat(&parts, 1), &whole, &format!("{attention:?}"));
     }
@@ -168,7 +233,9 @@ fn gradients_do_not_depend_on_form_chunk_or_packing() {
     let gradients = |attention: AttentionKind, form: Form| {
         let config = config(4, 2, attention);
         let leaves = weights(&config, 2);
-        let leaves = leaves.iter().map(|(name, tensor)| (name.to_owned(), tensor.copy().set_requires_grad(true)));
+        let leaves = leaves
+            .iter()
+            .map(|(name, tensor)| (name.to_owned(), tensor.copy().set_requires_grad(true)));
         let params = Params::new(leaves.collect());
         let ids = ids(2, 27, 1);
         let input = LossInput {
@@ -177,9 +244,18 @@ fn gradients_do_not_depend_on_form_chunk_or_packing() {
             mask_bt: Tensor::ones([2, 26], (Kind::Bool, Device::Cpu)),
             documents: Some(Documents::from_starts(&[vec![0, 9], vec![8, 16]], 26)),
         };
-        let loss = Transformer::new(config).with_form(form).loss_sum(&params, &input, 1e-3, &|| false).unwrap();
+        let loss = Transformer::new(config)
+            .with_form(form)
+            .loss_sum(&params, &input, 1e-3, &|| false)
+            .unwrap();
         loss.objective.backward();
-        Tensor::cat(&params.iter().map(|(_, tensor)| tensor.grad().flatten(0, -1)).collect::<Vec<_>>(), 0)
+        Tensor::cat(
+            &params
+                .iter()
+                .map(|(_, tensor)| tensor.grad().flatten(0, -1))
+                .collect::<Vec<_>>(),
+            0,
+        )
     };
     let expected = gradients(supra(Decay::Alibi, true, 8), Form::Parallel);
     for chunk in [1, 5, 8, 26, 64] {
@@ -215,6 +291,10 @@ fn a_forward_pass_can_be_stopped_between_blocks() {
     };
     let asked = std::cell::Cell::new(0);
     let stop = || asked.replace(asked.get() + 1) == 1;
-    assert!(Transformer::new(config).loss_sum(&params, &input, 0.0, &stop).is_none());
+    assert!(
+        Transformer::new(config)
+            .loss_sum(&params, &input, 0.0, &stop)
+            .is_none()
+    );
     assert_eq!(asked.get(), 2);
 }

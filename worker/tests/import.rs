@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use supra_worker::model::files::tensors::{self, TensorFiles};
 use supra_worker::model::{
-    AttentionKind, Decay, ModelConfig, ModelError, NewWeights, RopeFrequencies, SaveFormat, SupraConfig, load_params,
-    save_model,
+    AttentionKind, Decay, ModelConfig, ModelError, NewWeights, RopeFrequencies, SaveFormat,
+    SupraConfig, load_params, save_model,
 };
 use tch::{Kind, Tensor};
 use tempfile::TempDir;
@@ -15,7 +15,9 @@ use tempfile::TempDir;
 const HUGGING_FACE: [&str; 3] = ["hf-llama-mha", "hf-mistral-gqa", "hf-llama-tied"];
 
 fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden").join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../tests/golden")
+        .join(name)
 }
 
 /// A copy of a fixture to spoil.
@@ -65,7 +67,10 @@ impl Copy {
     fn complaint(&self) -> String {
         let error = self.load().expect_err("should have been refused");
         let mut message = error.to_string();
-        assert!(message.contains(&self.dir.display().to_string()), "{message}");
+        assert!(
+            message.contains(&self.dir.display().to_string()),
+            "{message}"
+        );
         let mut source = std::error::Error::source(&error);
         while let Some(error) = source {
             message = format!("{message}: {error}");
@@ -78,7 +83,10 @@ impl Copy {
 /// All tensors of a directory, sorted by name, in their stored kinds.
 fn stored(dir: &Path) -> Vec<(String, Tensor)> {
     let files = TensorFiles::open(dir).unwrap();
-    files.names().map(|name| (name.to_owned(), files.read(name).unwrap().unwrap())).collect()
+    files
+        .names()
+        .map(|name| (name.to_owned(), files.read(name).unwrap().unwrap()))
+        .collect()
 }
 
 fn bits(tensor: &Tensor) -> (Kind, Vec<i64>, Vec<u8>) {
@@ -90,7 +98,12 @@ fn bits(tensor: &Tensor) -> (Kind, Vec<i64>, Vec<u8>) {
 #[track_caller]
 fn assert_same_tensors(found: &Path, expected: &Path) {
     let (found, expected) = (stored(found), stored(expected));
-    let names = |named: &[(String, Tensor)]| named.iter().map(|(name, _)| name.clone()).collect::<Vec<_>>();
+    let names = |named: &[(String, Tensor)]| {
+        named
+            .iter()
+            .map(|(name, _)| name.clone())
+            .collect::<Vec<_>>()
+    };
     assert_eq!(names(&found), names(&expected));
     for ((name, found), (_, expected)) in found.iter().zip(&expected) {
         assert_eq!(bits(found), bits(expected), "{name}");
@@ -112,9 +125,16 @@ fn an_exported_import_is_the_original() {
         let dir = tempfile::tempdir().unwrap();
         let [native, exported] = ["native", "exported"].map(|name| dir.path().join(name));
         resave(&fixture(name), &native, SaveFormat::Native);
-        resave(&native, &exported, SaveFormat::Interchange { kind: Kind::Float });
+        resave(
+            &native,
+            &exported,
+            SaveFormat::Interchange { kind: Kind::Float },
+        );
         assert_same_tensors(&exported, &fixture(name));
-        assert!(exported.join("generation_config.json").exists(), "companions travel along");
+        assert!(
+            exported.join("generation_config.json").exists(),
+            "companions travel along"
+        );
     }
 }
 
@@ -122,7 +142,11 @@ fn an_exported_import_is_the_original() {
 fn half_precision_survives_the_way_through_fp32() {
     for kind in [Kind::BFloat16, Kind::Half] {
         let copy = Copy::of("hf-mistral-gqa");
-        copy.rewrite(|named| named.iter_mut().for_each(|(_, tensor)| *tensor = tensor.to_kind(kind)));
+        copy.rewrite(|named| {
+            named
+                .iter_mut()
+                .for_each(|(_, tensor)| *tensor = tensor.to_kind(kind))
+        });
         let exported = copy.dir.with_file_name("exported");
         resave(&copy.dir, &exported, SaveFormat::Interchange { kind });
         assert_same_tensors(&exported, &copy.dir);
@@ -133,8 +157,15 @@ fn half_precision_survives_the_way_through_fp32() {
 fn a_supra_model_is_exported_under_the_released_names() {
     let dir = tempfile::tempdir().unwrap();
     let exported = dir.path().join("exported");
-    resave(&fixture("supra-gqa"), &exported, SaveFormat::Interchange { kind: Kind::Float });
-    let names: Vec<String> = stored(&exported).into_iter().map(|(name, _)| name).collect();
+    resave(
+        &fixture("supra-gqa"),
+        &exported,
+        SaveFormat::Interchange { kind: Kind::Float },
+    );
+    let names: Vec<String> = stored(&exported)
+        .into_iter()
+        .map(|(name, _)| name)
+        .collect();
     assert!(names.iter().all(|name| name.starts_with("model.")));
     let native = dir.path().join("native");
     resave(&exported, &native, SaveFormat::Native);
@@ -143,9 +174,18 @@ fn a_supra_model_is_exported_under_the_released_names() {
 
 #[test]
 fn prefixes_of_training_wrappers_are_understood() {
-    for prefix in ["module.", "_orig_mod.", "module._orig_mod.", "module.model."] {
+    for prefix in [
+        "module.",
+        "_orig_mod.",
+        "module._orig_mod.",
+        "module.model.",
+    ] {
         let copy = Copy::of("supra-mha");
-        copy.rewrite(|named| named.iter_mut().for_each(|(name, _)| name.insert_str(0, prefix)));
+        copy.rewrite(|named| {
+            named
+                .iter_mut()
+                .for_each(|(name, _)| name.insert_str(0, prefix))
+        });
         copy.load().unwrap();
     }
 }
@@ -157,7 +197,12 @@ fn configurations_survive_a_round_trip() {
     assert_eq!(base.rope_theta, 500_000.0);
     assert_eq!((base.bos, base.eos.as_slice()), (Some(1), [2].as_slice()));
     let supra = |decay, rope_frequencies, qk_norm| {
-        AttentionKind::Supra(SupraConfig { decay, rope_frequencies, qk_norm, ..SupraConfig::default() })
+        AttentionKind::Supra(SupraConfig {
+            decay,
+            rope_frequencies,
+            qk_norm,
+            ..SupraConfig::default()
+        })
     };
     for attention in [
         AttentionKind::Softmax,
@@ -166,7 +211,12 @@ fn configurations_survive_a_round_trip() {
         supra(Decay::None, RopeFrequencies::Exact, true),
     ] {
         for (sliding_window, eos) in [(None, vec![]), (Some(4096), vec![2, 7])] {
-            let config = ModelConfig { attention, sliding_window, eos, ..base.clone() };
+            let config = ModelConfig {
+                attention,
+                sliding_window,
+                eos,
+                ..base.clone()
+            };
             config.save(dir.path()).unwrap();
             assert_eq!(ModelConfig::load(dir.path()).unwrap(), config);
         }
@@ -179,7 +229,10 @@ fn what_is_not_supported_is_refused_by_name() {
     let supra = |field: &'static str, value: Value| ("supra-mha", field, value);
     for (name, field, value) in [
         llama("rope_scaling", json!({"type": "linear", "factor": 2.0})),
-        llama("rope_parameters", json!({"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0})),
+        llama(
+            "rope_parameters",
+            json!({"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}),
+        ),
         llama("attention_bias", json!(true)),
         llama("mlp_bias", json!(true)),
         llama("head_dim", json!(32)),
@@ -198,7 +251,10 @@ fn what_is_not_supported_is_refused_by_name() {
         let copy = Copy::of(name);
         copy.configure(|json| json[field] = value.clone());
         let complaint = copy.complaint();
-        assert!(complaint.contains(&format!("`{field}`")) && complaint.contains("supported"), "{complaint}");
+        assert!(
+            complaint.contains(&format!("`{field}`")) && complaint.contains("supported"),
+            "{complaint}"
+        );
     }
 }
 
@@ -229,8 +285,14 @@ fn a_sliding_window_bounds_the_sequence() {
     let config = ModelConfig::load(&copy.dir).unwrap();
     config.check_sequence_length(64).unwrap();
     let complaint = config.check_sequence_length(65).unwrap_err().to_string();
-    assert!(complaint.contains("64") && complaint.contains("sliding_window"), "{complaint}");
-    ModelConfig::load(&fixture("hf-mistral-gqa")).unwrap().check_sequence_length(1 << 20).unwrap();
+    assert!(
+        complaint.contains("64") && complaint.contains("sliding_window"),
+        "{complaint}"
+    );
+    ModelConfig::load(&fixture("hf-mistral-gqa"))
+        .unwrap()
+        .check_sequence_length(1 << 20)
+        .unwrap();
 }
 
 #[test]
@@ -242,14 +304,43 @@ fn damaged_weights_are_named() {
     const NORM: &str = "model.norm.weight";
     const KEYS: &str = "model.layers.1.self_attn.k_proj.weight";
     let damages: [(Damage, &[&str]); 8] = [
-        (|named| named.retain(|(name, _)| name != NORM), &["missing (1)", "norm.weight"]),
-        (|named| named.retain(|(name, _)| name != KEYS), &["missing (1)", KEYS]),
-        (|named| named.push(("extra".to_owned(), Tensor::zeros([1], (Kind::Float, tch::Device::Cpu)))), &["unexpected (1)", "extra"]),
-        (|named| at(named, KEYS).1 = at(named, KEYS).1.narrow(0, 0, 31), &["wrong shape (1)", KEYS, "[31, 64]", "[32, 64]"]),
-        (|named| at(named, KEYS).1 = at(named, KEYS).1.transpose(0, 1).contiguous(), &["wrong shape (1)", KEYS]),
-        (|named| drop(at(named, NORM).1.narrow(0, 3, 2).fill_(f64::NAN)), &[NORM, "2 values", "NaN"]),
-        (|named| drop(at(named, KEYS).1.narrow(0, 3, 1).fill_(f64::INFINITY)), &[KEYS, "64 values"]),
-        (|named| at(named, NORM).1 = at(named, NORM).1.to_kind(Kind::Double), &[NORM, "Double", "BF16"]),
+        (
+            |named| named.retain(|(name, _)| name != NORM),
+            &["missing (1)", "norm.weight"],
+        ),
+        (
+            |named| named.retain(|(name, _)| name != KEYS),
+            &["missing (1)", KEYS],
+        ),
+        (
+            |named| {
+                named.push((
+                    "extra".to_owned(),
+                    Tensor::zeros([1], (Kind::Float, tch::Device::Cpu)),
+                ))
+            },
+            &["unexpected (1)", "extra"],
+        ),
+        (
+            |named| at(named, KEYS).1 = at(named, KEYS).1.narrow(0, 0, 31),
+            &["wrong shape (1)", KEYS, "[31, 64]", "[32, 64]"],
+        ),
+        (
+            |named| at(named, KEYS).1 = at(named, KEYS).1.transpose(0, 1).contiguous(),
+            &["wrong shape (1)", KEYS],
+        ),
+        (
+            |named| drop(at(named, NORM).1.narrow(0, 3, 2).fill_(f64::NAN)),
+            &[NORM, "2 values", "NaN"],
+        ),
+        (
+            |named| drop(at(named, KEYS).1.narrow(0, 3, 1).fill_(f64::INFINITY)),
+            &[KEYS, "64 values"],
+        ),
+        (
+            |named| at(named, NORM).1 = at(named, NORM).1.to_kind(Kind::Double),
+            &[NORM, "Double", "BF16"],
+        ),
     ];
     for (damage, words) in damages {
         let copy = Copy::of("hf-mistral-gqa");
@@ -270,13 +361,22 @@ fn damaged_files_are_named() {
         (&bytes[..3], "truncated"),
         (&b""[..], "truncated"),
         (&[&bytes[..], b"more"].concat(), "damaged"),
-        (&b"PK\x03\x04 not a safetensors file at all"[..], "safetensors"),
-        (&[&8u64.to_le_bytes()[..], b"{\"a\": 1}"].concat(), "safetensors"),
+        (
+            &b"PK\x03\x04 not a safetensors file at all"[..],
+            "safetensors",
+        ),
+        (
+            &[&8u64.to_le_bytes()[..], b"{\"a\": 1}"].concat(),
+            "safetensors",
+        ),
     ] {
         let copy = Copy::of("supra-mha");
         fs::write(copy.weights(), content).unwrap();
         let complaint = copy.complaint();
-        assert!(complaint.contains(word) && complaint.contains(tensors::SINGLE), "{complaint}");
+        assert!(
+            complaint.contains(word) && complaint.contains(tensors::SINGLE),
+            "{complaint}"
+        );
     }
 }
 
@@ -302,20 +402,35 @@ fn incomplete_directories_are_named() {
     let text = fs::read_to_string(&index).unwrap();
     fs::write(&index, text.replace(shard, "../elsewhere.safetensors")).unwrap();
     assert!(copy.complaint().contains("../elsewhere.safetensors"));
-    fs::write(&index, text.replace(shard, "model-00001-of-00006.safetensors")).unwrap();
-    assert!(copy.complaint().contains("model-00001-of-00006.safetensors"));
+    fs::write(
+        &index,
+        text.replace(shard, "model-00001-of-00006.safetensors"),
+    )
+    .unwrap();
+    assert!(
+        copy.complaint()
+            .contains("model-00001-of-00006.safetensors")
+    );
 }
 
 #[test]
 fn a_tied_output_matrix_may_be_stored_but_not_differ() {
     let copy = Copy::of("supra-gqa");
     let same = |named: &[(String, Tensor)]| {
-        let (_, embedding) = named.iter().find(|(name, _)| name == "tok_embeddings.weight").unwrap();
+        let (_, embedding) = named
+            .iter()
+            .find(|(name, _)| name == "tok_embeddings.weight")
+            .unwrap();
         ("output.weight".to_owned(), embedding.copy())
     };
     copy.rewrite(|named| named.push(same(named)));
     copy.load().unwrap();
-    copy.rewrite(|named| named.iter_mut().filter(|(name, _)| name == "output.weight").for_each(|(_, output)| *output += 1));
+    copy.rewrite(|named| {
+        named
+            .iter_mut()
+            .filter(|(name, _)| name == "output.weight")
+            .for_each(|(_, output)| *output += 1)
+    });
     assert!(copy.complaint().contains("`output.weight`"));
 }
 
@@ -324,7 +439,10 @@ fn stored_rotary_tables_are_ignored() {
     let copy = Copy::of("hf-llama-mha");
     copy.rewrite(|named| {
         let table = Tensor::ones([8], (Kind::Float, tch::Device::Cpu));
-        named.push(("model.layers.0.self_attn.rotary_emb.inv_freq".to_owned(), table));
+        named.push((
+            "model.layers.0.self_attn.rotary_emb.inv_freq".to_owned(),
+            table,
+        ));
     });
     copy.load().unwrap();
 }
@@ -333,28 +451,51 @@ fn stored_rotary_tables_are_ignored() {
 fn new_weights_are_all_there_or_all_made() {
     let supra = ModelConfig::load(&fixture("convert-mistral-gqa")).unwrap();
     let base = fixture("hf-mistral-gqa");
-    let complaint = load_params(&base, &supra, NewWeights::Refuse).unwrap_err().to_string();
-    assert!(complaint.contains("supra-worker convert") && complaint.contains("missing (8)"), "{complaint}");
+    let complaint = load_params(&base, &supra, NewWeights::Refuse)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        complaint.contains("supra-worker convert") && complaint.contains("missing (8)"),
+        "{complaint}"
+    );
     let (_, report) = load_params(&base, &supra, NewWeights::Seeded(1)).unwrap();
     assert_eq!((report.missing.len(), report.matched.len()), (8, 15));
 
     let copy = Copy::of("convert-mistral-gqa");
-    copy.rewrite(|named| named.retain(|(name, _)| !name.contains("layers.0.attention._totrain_embed.")));
-    let complaint = load_params(&copy.dir, &supra, NewWeights::Seeded(1)).unwrap_err().to_string();
+    copy.rewrite(|named| {
+        named.retain(|(name, _)| !name.contains("layers.0.attention._totrain_embed."))
+    });
+    let complaint = load_params(&copy.dir, &supra, NewWeights::Seeded(1))
+        .unwrap_err()
+        .to_string();
     assert!(complaint.contains("missing (2)"), "{complaint}");
 
     let init = copy.dir.join("supra_init.safetensors");
     let mut maps: Vec<(String, Tensor)> = {
         let files = TensorFiles::open_file(&init).unwrap();
-        files.names().map(|name| (name.to_owned(), files.read(name).unwrap().unwrap())).collect()
+        files
+            .names()
+            .map(|name| (name.to_owned(), files.read(name).unwrap().unwrap()))
+            .collect()
     };
     let (name, _) = maps.pop().unwrap();
     tensors::write(&init, maps).unwrap();
-    let complaint = load_params(&base, &supra, NewWeights::File(&init)).unwrap_err().to_string();
-    assert!(complaint.contains(&name) && complaint.contains("supra_init.safetensors"), "{complaint}");
+    let complaint = load_params(&base, &supra, NewWeights::File(&init))
+        .unwrap_err()
+        .to_string();
+    assert!(
+        complaint.contains(&name) && complaint.contains("supra_init.safetensors"),
+        "{complaint}"
+    );
 
     let softmax = ModelConfig::load(&base).unwrap();
-    let complaint = load_params(&fixture("convert-mistral-gqa"), &softmax, NewWeights::Refuse).unwrap_err().to_string();
+    let complaint = load_params(
+        &fixture("convert-mistral-gqa"),
+        &softmax,
+        NewWeights::Refuse,
+    )
+    .unwrap_err()
+    .to_string();
     assert!(complaint.contains("unexpected (8)"), "{complaint}");
 }
 
@@ -369,12 +510,21 @@ fn a_model_is_written_whole_or_not_at_all() {
     fs::create_dir(&taken).unwrap();
     fs::write(taken.join("file"), b"mine").unwrap();
     assert!(matches!(write(&taken), Err(ModelError::Occupied { .. })));
-    assert!(matches!(write(&taken.join("file")), Err(ModelError::Occupied { .. })));
+    assert!(matches!(
+        write(&taken.join("file")),
+        Err(ModelError::Occupied { .. })
+    ));
 
     let empty = dir.path().join("empty");
     fs::create_dir(&empty).unwrap();
     write(&empty).unwrap();
     write(&dir.path().join("deep/new")).unwrap();
-    let entries = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
-    assert!(entries.into_iter().all(|name| !name.to_string_lossy().contains("partial")));
+    let entries = fs::read_dir(dir.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name());
+    assert!(
+        entries
+            .into_iter()
+            .all(|name| !name.to_string_lossy().contains("partial"))
+    );
 }

@@ -32,16 +32,28 @@ impl<'a> LayerParams<'a> {
     pub fn new(config: &ModelConfig, params: &'a Params, layer: i64) -> LayerParams<'a> {
         let get = |name: &str| params.get(&in_layer(layer, name));
         let features = config.supra().map(|supra| {
-            let map = |weight, bias| FeatureMap { weight: get(weight), bias: get(bias) };
-            let query = map("attention._totrain_embed.weight", "attention._totrain_embed.bias");
+            let map = |weight, bias| FeatureMap {
+                weight: get(weight),
+                bias: get(bias),
+            };
+            let query = map(
+                "attention._totrain_embed.weight",
+                "attention._totrain_embed.bias",
+            );
             let key = if config.group() == 1 {
                 FeatureMap { ..query }
             } else {
-                map("attention._totrain_embed_kv.weight", "attention._totrain_embed_kv.bias")
+                map(
+                    "attention._totrain_embed_kv.weight",
+                    "attention._totrain_embed_kv.bias",
+                )
             };
-            let norms = supra
-                .qk_norm
-                .then(|| (get("attention._totrain_q_norm.weight"), get("attention._totrain_k_norm.weight")));
+            let norms = supra.qk_norm.then(|| {
+                (
+                    get("attention._totrain_q_norm.weight"),
+                    get("attention._totrain_k_norm.weight"),
+                )
+            });
             Features { query, key, norms }
         });
         LayerParams {

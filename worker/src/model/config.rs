@@ -2,6 +2,9 @@
 
 use std::path::Path;
 
+// A recipe chooses among these, so the recipe's types are the model's.
+pub use supra_recipes::schema::{Decay, RopeFrequencies};
+
 use super::ModelError;
 use super::files::{config_json, huggingface, published};
 
@@ -79,26 +82,6 @@ impl Default for SupraConfig {
     }
 }
 
-/// Fixed decay of each head.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Decay {
-    /// gamma = exp(-slope) with ALiBi's slopes, the published choice.
-    Alibi,
-    /// gamma = 1 - 2^(-5-h), RetNet's choice.
-    Retnet,
-    /// gamma = 1.
-    None,
-}
-
-/// Rounding of the rotary frequencies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RopeFrequencies {
-    /// As the formula says.
-    Exact,
-    /// Rounded to bf16, which is what the released model was trained with.
-    Bf16,
-}
-
 impl ModelConfig {
     /// Reads `config.json` of a model directory: Hugging Face (Llama, Mistral) or published SUPRA field names.
     pub fn load(dir: &Path) -> Result<ModelConfig, ModelError> {
@@ -107,7 +90,9 @@ impl ModelConfig {
             config_json::Dialect::HuggingFace => huggingface::parse(&path, json)?,
             config_json::Dialect::Published => published::parse(&path, json)?,
         };
-        config.check().map_err(|reason| ModelError::Config { path, reason })?;
+        config
+            .check()
+            .map_err(|reason| ModelError::Config { path, reason })?;
         Ok(config)
     }
 
@@ -159,7 +144,9 @@ impl ModelConfig {
         ] {
             // The upper bound keeps every product of two sizes inside an i64.
             if !(1..=1 << 30).contains(&value) {
-                return Err(format!("the {name} is {value}; it must lie between 1 and 2^30"));
+                return Err(format!(
+                    "the {name} is {value}; it must lie between 1 and 2^30"
+                ));
             }
         }
         if self.dim != self.heads * self.head_dim {
@@ -175,16 +162,28 @@ impl ModelConfig {
             ));
         }
         if self.head_dim % 2 != 0 {
-            return Err(format!("rotary embedding needs an even number of channels per head, not {}", self.head_dim));
+            return Err(format!(
+                "rotary embedding needs an even number of channels per head, not {}",
+                self.head_dim
+            ));
         }
         if !(self.norm_eps > 0.0 && self.norm_eps < 1.0) {
-            return Err(format!("the norm's epsilon is {}; it must lie between 0 and 1", self.norm_eps));
+            return Err(format!(
+                "the norm's epsilon is {}; it must lie between 0 and 1",
+                self.norm_eps
+            ));
         }
         if !(self.rope_theta > 1.0 && self.rope_theta.is_finite()) {
-            return Err(format!("the rotary base is {}; it must be above 1", self.rope_theta));
+            return Err(format!(
+                "the rotary base is {}; it must be above 1",
+                self.rope_theta
+            ));
         }
         match self.supra() {
-            Some(supra) if supra.chunk < 1 => Err(format!("a chunk of {} tokens; it must have at least 1", supra.chunk)),
+            Some(supra) if supra.chunk < 1 => Err(format!(
+                "a chunk of {} tokens; it must have at least 1",
+                supra.chunk
+            )),
             _ => Ok(()),
         }
     }
@@ -217,8 +216,17 @@ pub(crate) mod tests {
 
     #[test]
     fn weights_have_the_published_names() {
-        let names = |attention| small(attention).params().into_iter().map(|spec| spec.name).collect::<Vec<_>>();
-        let supra = names(AttentionKind::Supra(SupraConfig { qk_norm: true, ..SupraConfig::default() }));
+        let names = |attention| {
+            small(attention)
+                .params()
+                .into_iter()
+                .map(|spec| spec.name)
+                .collect::<Vec<_>>()
+        };
+        let supra = names(AttentionKind::Supra(SupraConfig {
+            qk_norm: true,
+            ..SupraConfig::default()
+        }));
         assert_eq!(
             &supra[..8],
             [
@@ -233,7 +241,10 @@ pub(crate) mod tests {
             ]
         );
         assert_eq!(&supra[supra.len() - 2..], ["norm.weight", "output.weight"]);
-        let base: Vec<String> = supra.into_iter().filter(|name| !name.contains("_totrain_")).collect();
+        let base: Vec<String> = supra
+            .into_iter()
+            .filter(|name| !name.contains("_totrain_"))
+            .collect();
         assert_eq!(names(AttentionKind::Softmax), base);
     }
 
@@ -249,8 +260,17 @@ pub(crate) mod tests {
             ffn: 14336,
             ..small(AttentionKind::Supra(SupraConfig::default()))
         };
-        let elements = |config: &ModelConfig| config.params().iter().map(|spec| spec.elements()).sum::<i64>();
+        let elements = |config: &ModelConfig| {
+            config
+                .params()
+                .iter()
+                .map(|spec| spec.elements())
+                .sum::<i64>()
+        };
         assert_eq!(elements(&mistral), 7_812_321_280);
-        assert_eq!(elements(&mistral.clone().with_attention(AttentionKind::Softmax)), 7_812_321_280 - 570_589_184);
+        assert_eq!(
+            elements(&mistral.clone().with_attention(AttentionKind::Softmax)),
+            7_812_321_280 - 570_589_184
+        );
     }
 }

@@ -58,7 +58,13 @@ mod tests {
     #[test]
     fn positions_restart_and_segments_count_starts() {
         let documents = Documents::from_starts(&[vec![0, 3], vec![2, 3, 5], vec![]], 5);
-        assert_eq!(rows(&documents.positions_bt), [[0, 1, 2, 0, 1], [0, 1, 0, 0, 1], [0, 1, 2, 3, 4]]);
-        assert_eq!(rows(&documents.segments_bt), [[1, 1, 1, 2, 2], [0, 0, 1, 2, 2], [0, 0, 0, 0, 0]]);
+        assert_eq!(
+            rows(&documents.positions_bt),
+            [[0, 1, 2, 0, 1], [0, 1, 0, 0, 1], [0, 1, 2, 3, 4]]
+        );
+        assert_eq!(
+            rows(&documents.segments_bt),
+            [[1, 1, 1, 2, 2], [0, 0, 1, 2, 2], [0, 0, 0, 0, 0]]
+        );
     }
 }

@@ -94,7 +94,9 @@ pub enum ModelError {
         difference: Difference,
     },
     /// NaN or infinity among the weights.
-    #[error("{path}: tensor `{tensor}` holds {count} values that are NaN or infinite; the weights are damaged")]
+    #[error(
+        "{path}: tensor `{tensor}` holds {count} values that are NaN or infinite; the weights are damaged"
+    )]
     NonFinite {
         /// The file.
         path: PathBuf,
@@ -142,7 +144,9 @@ impl fmt::Display for Difference {
         for (title, names) in [("missing", &self.missing), ("unexpected", &self.unexpected)] {
             if !names.is_empty() {
                 write!(f, "\n  {title} ({}):", names.len())?;
-                names.iter().try_for_each(|name| write!(f, "\n    {name}"))?;
+                names
+                    .iter()
+                    .try_for_each(|name| write!(f, "\n    {name}"))?;
             }
         }
         if !self.misshapen.is_empty() {
@@ -151,6 +155,7 @@ impl fmt::Display for Difference {
                 write!(f, "\n    {name}: {found:?}, expected {expected:?}")?;
             }
         }
-        self.remedy.map_or(Ok(()), |remedy| write!(f, "\n  {remedy}"))
+        self.remedy
+            .map_or(Ok(()), |remedy| write!(f, "\n  {remedy}"))
     }
 }

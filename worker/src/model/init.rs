@@ -19,7 +19,12 @@ pub fn init_new(config: &ModelConfig, seed: u64, spec: &ParamSpec) -> Tensor {
         return Tensor::ones(spec.shape.as_slice(), (tch::Kind::Float, tch::Device::Cpu));
     }
     let keys_only = spec.name.contains("_totrain_embed_kv");
-    let fan_in = config.head_dim * if keys_only { config.kv_heads } else { config.heads };
+    let fan_in = config.head_dim
+        * if keys_only {
+            config.kv_heads
+        } else {
+            config.heads
+        };
     let bound = (fan_in as f64).sqrt().recip();
     let mut stream = Stream::new(seed, &spec.name);
     fill(spec, || bound * (2.0 * stream.uniform() - 1.0))
@@ -38,14 +43,23 @@ pub fn init_all(config: &ModelConfig, seed: u64) -> Params {
             fill(spec, || deviation * stream.truncated_normal())
         }
     };
-    Params::new(config.params().into_iter().map(|spec| (spec.name.clone(), value(&spec))).collect())
+    Params::new(
+        config
+            .params()
+            .into_iter()
+            .map(|spec| (spec.name.clone(), value(&spec)))
+            .collect(),
+    )
 }
 
 /// Standard deviation of a matrix [out, in] of the base. Embedding and output matrix have D columns as well.
 fn deviation(spec: &ParamSpec) -> f64 {
     let plain = (spec.shape[1] as f64).sqrt().recip();
     let writes = ["attention.out_proj.weight", "feed_forward.w3.weight"];
-    let layer = spec.name.strip_prefix("layers.").and_then(|rest| rest.split_once('.'));
+    let layer = spec
+        .name
+        .strip_prefix("layers.")
+        .and_then(|rest| rest.split_once('.'));
     match layer.and_then(|(layer, name)| Some((layer.parse::<f64>().ok()?, name))) {
         Some((layer, name)) if writes.contains(&name) => plain / (2.0 * (layer + 1.0)).sqrt(),
         _ => plain,
@@ -62,7 +76,10 @@ struct Stream(ChaCha12Rng);
 
 impl Stream {
     fn new(seed: u64, name: &str) -> Stream {
-        let key = blake3::Hasher::new().update(&seed.to_le_bytes()).update(name.as_bytes()).finalize();
+        let key = blake3::Hasher::new()
+            .update(&seed.to_le_bytes())
+            .update(name.as_bytes())
+            .finalize();
         Stream(ChaCha12Rng::from_seed(*key.as_bytes()))
     }
 
@@ -74,7 +91,10 @@ impl Stream {
     /// Standard normal, cut at +-3 (Box and Muller, rejecting the tails).
     fn truncated_normal(&mut self) -> f64 {
         loop {
-            let (radius, angle) = ((-2.0 * self.uniform().ln()).sqrt(), std::f64::consts::TAU * self.uniform());
+            let (radius, angle) = (
+                (-2.0 * self.uniform().ln()).sqrt(),
+                std::f64::consts::TAU * self.uniform(),
+            );
             let value = radius * angle.cos();
             if value.abs() <= CUT {
                 return value;
@@ -90,8 +110,14 @@ mod tests {
     use crate::model::{AttentionKind, SupraConfig};
 
     fn config(kv_heads: i64) -> ModelConfig {
-        let supra = SupraConfig { qk_norm: true, ..SupraConfig::default() };
-        ModelConfig { kv_heads, ..small(AttentionKind::Supra(supra)) }
+        let supra = SupraConfig {
+            qk_norm: true,
+            ..SupraConfig::default()
+        };
+        ModelConfig {
+            kv_heads,
+            ..small(AttentionKind::Supra(supra))
+        }
     }
 
     fn values(tensor: &Tensor) -> Vec<f32> {
@@ -101,15 +127,36 @@ mod tests {
     #[test]
     fn feature_maps_are_uniform_in_the_papers_bounds() {
         let config = config(1);
-        for spec in config.params().iter().filter(|spec| spec.name.contains("_totrain_embed")) {
-            let fan_in: f32 = if spec.name.contains("_kv") { 16.0 } else { 64.0 };
+        for spec in config
+            .params()
+            .iter()
+            .filter(|spec| spec.name.contains("_totrain_embed"))
+        {
+            let fan_in: f32 = if spec.name.contains("_kv") {
+                16.0
+            } else {
+                64.0
+            };
             let bound = fan_in.sqrt().recip();
             let values = values(&init_new(&config, 17, spec));
-            assert!(values.iter().all(|value| value.abs() <= bound), "{}", spec.name);
-            assert!(values.iter().any(|value| value.abs() > 0.8 * bound), "{}", spec.name);
-            let mean_square = values.iter().map(|value| value * value).sum::<f32>() / values.len() as f32;
+            assert!(
+                values.iter().all(|value| value.abs() <= bound),
+                "{}",
+                spec.name
+            );
+            assert!(
+                values.iter().any(|value| value.abs() > 0.8 * bound),
+                "{}",
+                spec.name
+            );
+            let mean_square =
+                values.iter().map(|value| value * value).sum::<f32>() / values.len() as f32;
             if values.len() > 1000 {
-                assert!((mean_square * 3.0 / (bound * bound) - 1.0).abs() < 0.1, "{}", spec.name);
+                assert!(
+                    (mean_square * 3.0 / (bound * bound) - 1.0).abs() < 0.1,
+                    "{}",
+                    spec.name
+                );
             }
         }
     }
@@ -118,7 +165,11 @@ mod tests {
     fn a_weight_depends_on_seed_and_name_alone() {
         let [alone, shared] = [config(1), config(4)];
         let find = |config: &ModelConfig, name: &str| {
-            config.params().into_iter().find(|spec| spec.name == name).unwrap()
+            config
+                .params()
+                .into_iter()
+                .find(|spec| spec.name == name)
+                .unwrap()
         };
         let name = "layers.1.attention._totrain_embed.weight";
         let first = values(&init_new(&alone, 17, &find(&alone, name)));
@@ -136,8 +187,20 @@ mod tests {
         let deviation = |name: &str| params.get(name).std(true).double_value(&[]);
         assert!((deviation("tok_embeddings.weight") * 8.0 - 0.987).abs() < 0.05);
         assert!((deviation("layers.1.attention.out_proj.weight") * 8.0 * 2.0 - 0.987).abs() < 0.05);
-        assert!((deviation("layers.0.feed_forward.w3.weight") * 96f64.sqrt() * 2f64.sqrt() - 0.987).abs() < 0.05);
-        assert_eq!(params.get("norm.weight"), &Tensor::ones([64], (tch::Kind::Float, tch::Device::Cpu)));
-        assert_eq!(params.get("layers.0.attention._totrain_q_norm.weight").double_value(&[7]), 1.0);
+        assert!(
+            (deviation("layers.0.feed_forward.w3.weight") * 96f64.sqrt() * 2f64.sqrt() - 0.987)
+                .abs()
+                < 0.05
+        );
+        assert_eq!(
+            params.get("norm.weight"),
+            &Tensor::ones([64], (tch::Kind::Float, tch::Device::Cpu))
+        );
+        assert_eq!(
+            params
+                .get("layers.0.attention._totrain_q_norm.weight")
+                .double_value(&[7]),
+            1.0
+        );
     }
 }

@@ -29,10 +29,17 @@ pub struct LossSum {
 }
 
 /// Sum of -log softmax(logits)[target], plus `z_loss` times the sum of logsumexp(logits)^2.
-pub fn loss_sum(logits_btv: &Tensor, targets_bt: &Tensor, mask_bt: &Tensor, z_loss: f64) -> LossSum {
+pub fn loss_sum(
+    logits_btv: &Tensor,
+    targets_bt: &Tensor,
+    mask_bt: &Tensor,
+    z_loss: f64,
+) -> LossSum {
     let logits_btv = logits_btv.to_kind(accumulate_kind(logits_btv.kind()));
     let normalizer_bt = logits_btv.logsumexp([-1i64].as_slice(), false);
-    let chosen_bt = logits_btv.gather(-1, &targets_bt.unsqueeze(-1), false).squeeze_dim(-1);
+    let chosen_bt = logits_btv
+        .gather(-1, &targets_bt.unsqueeze(-1), false)
+        .squeeze_dim(-1);
     let ignored_bt = mask_bt.logical_not();
     let sum = |x_bt: &Tensor| x_bt.masked_fill(&ignored_bt, 0.0).sum(None::<Kind>);
     let cross_entropy = sum(&(&normalizer_bt - chosen_bt));
@@ -41,7 +48,11 @@ pub fn loss_sum(logits_btv: &Tensor, targets_bt: &Tensor, mask_bt: &Tensor, z_lo
     } else {
         &cross_entropy + sum(&normalizer_bt.square()) * z_loss
     };
-    LossSum { objective, cross_entropy: cross_entropy.detach(), targets: mask_bt.sum(Kind::Int64) }
+    LossSum {
+        objective,
+        cross_entropy: cross_entropy.detach(),
+        targets: mask_bt.sum(Kind::Int64),
+    }
 }
 
 #[cfg(test)]
@@ -50,7 +61,9 @@ mod tests {
 
     #[test]
     fn masked_targets_and_z_loss() {
-        let logits = Tensor::from_slice(&[0.0f64, 0.0, 1.0, 3.0]).view([1, 2, 2]).set_requires_grad(true);
+        let logits = Tensor::from_slice(&[0.0f64, 0.0, 1.0, 3.0])
+            .view([1, 2, 2])
+            .set_requires_grad(true);
         let targets = Tensor::from_slice(&[1i64, 0]).view([1, 2]);
         let mask = Tensor::from_slice(&[true, false]).view([1, 2]);
         let loss = loss_sum(&logits, &targets, &mask, 0.5);

@@ -12,7 +12,9 @@ pub const HEAD_NORM_EPS: f64 = 1e-5;
 pub fn rms_norm(x: &Tensor, gain: &Tensor, eps: f64) -> Tensor {
     let kind = x.kind();
     let wide = x.to_kind(accumulate_kind(kind));
-    let mean_square = wide.square().mean_dim([-1i64].as_slice(), true, None::<Kind>);
+    let mean_square = wide
+        .square()
+        .mean_dim([-1i64].as_slice(), true, None::<Kind>);
     (wide * (mean_square + eps).rsqrt()).to_kind(kind) * gain
 }
 
@@ -20,5 +22,11 @@ pub fn rms_norm(x: &Tensor, gain: &Tensor, eps: f64) -> Tensor {
 /// zero stays so.
 pub fn head_norm(o_bhte: &Tensor) -> Tensor {
     let channels = o_bhte.size()[3];
-    o_bhte.layer_norm([channels].as_slice(), None::<&Tensor>, None::<&Tensor>, HEAD_NORM_EPS, false)
+    o_bhte.layer_norm(
+        [channels].as_slice(),
+        None::<&Tensor>,
+        None::<&Tensor>,
+        HEAD_NORM_EPS,
+        false,
+    )
 }

@@ -24,11 +24,19 @@ pub struct ParamSpec {
 
 impl ParamSpec {
     fn base(name: impl Into<String>, shape: &[i64]) -> ParamSpec {
-        ParamSpec { name: name.into(), shape: shape.to_vec(), decayed: shape.len() > 1, new: false }
+        ParamSpec {
+            name: name.into(),
+            shape: shape.to_vec(),
+            decayed: shape.len() > 1,
+            new: false,
+        }
     }
 
     fn new(name: impl Into<String>, shape: &[i64]) -> ParamSpec {
-        ParamSpec { new: true, ..ParamSpec::base(name, shape) }
+        ParamSpec {
+            new: true,
+            ..ParamSpec::base(name, shape)
+        }
     }
 
     /// Number of values.
@@ -45,7 +53,10 @@ pub fn in_layer(layer: i64, name: &str) -> String {
 impl ModelConfig {
     /// All weights in canonical order: embedding, blocks from the first, last norm, output.
     pub fn params(&self) -> Vec<ParamSpec> {
-        let mut specs = vec![ParamSpec::base("tok_embeddings.weight", &[self.vocab, self.dim])];
+        let mut specs = vec![ParamSpec::base(
+            "tok_embeddings.weight",
+            &[self.vocab, self.dim],
+        )];
         (0..self.layers).for_each(|layer| self.layer_params(layer, &mut specs));
         specs.push(ParamSpec::base("norm.weight", &[self.dim]));
         if !self.tied {
@@ -58,23 +69,53 @@ impl ModelConfig {
         let name = |name| in_layer(layer, name);
         let (queries, keys) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
         specs.push(ParamSpec::base(name("attention_norm.weight"), &[self.dim]));
-        specs.push(ParamSpec::base(name("attention.in_proj.weight"), &[queries + 2 * keys, self.dim]));
+        specs.push(ParamSpec::base(
+            name("attention.in_proj.weight"),
+            &[queries + 2 * keys, self.dim],
+        ));
         if let Some(supra) = self.supra() {
-            specs.push(ParamSpec::new(name("attention._totrain_embed.weight"), &[queries, queries]));
-            specs.push(ParamSpec::new(name("attention._totrain_embed.bias"), &[queries]));
+            specs.push(ParamSpec::new(
+                name("attention._totrain_embed.weight"),
+                &[queries, queries],
+            ));
+            specs.push(ParamSpec::new(
+                name("attention._totrain_embed.bias"),
+                &[queries],
+            ));
             if self.kv_heads != self.heads {
-                specs.push(ParamSpec::new(name("attention._totrain_embed_kv.weight"), &[keys, keys]));
-                specs.push(ParamSpec::new(name("attention._totrain_embed_kv.bias"), &[keys]));
+                specs.push(ParamSpec::new(
+                    name("attention._totrain_embed_kv.weight"),
+                    &[keys, keys],
+                ));
+                specs.push(ParamSpec::new(
+                    name("attention._totrain_embed_kv.bias"),
+                    &[keys],
+                ));
             }
             if supra.qk_norm {
-                specs.push(ParamSpec::new(name("attention._totrain_q_norm.weight"), &[queries]));
-                specs.push(ParamSpec::new(name("attention._totrain_k_norm.weight"), &[queries]));
+                specs.push(ParamSpec::new(
+                    name("attention._totrain_q_norm.weight"),
+                    &[queries],
+                ));
+                specs.push(ParamSpec::new(
+                    name("attention._totrain_k_norm.weight"),
+                    &[queries],
+                ));
             }
         }
-        specs.push(ParamSpec::base(name("attention.out_proj.weight"), &[self.dim, queries]));
+        specs.push(ParamSpec::base(
+            name("attention.out_proj.weight"),
+            &[self.dim, queries],
+        ));
         specs.push(ParamSpec::base(name("ffn_norm.weight"), &[self.dim]));
-        specs.push(ParamSpec::base(name("feed_forward.w12.weight"), &[2 * self.ffn, self.dim]));
-        specs.push(ParamSpec::base(name("feed_forward.w3.weight"), &[self.dim, self.ffn]));
+        specs.push(ParamSpec::base(
+            name("feed_forward.w12.weight"),
+            &[2 * self.ffn, self.dim],
+        ));
+        specs.push(ParamSpec::base(
+            name("feed_forward.w3.weight"),
+            &[self.dim, self.ffn],
+        ));
     }
 }
 
@@ -88,7 +129,11 @@ pub struct Params {
 impl Params {
     /// Keeps the order that is given.
     pub fn new(named: Vec<(String, Tensor)>) -> Params {
-        let index = named.iter().enumerate().map(|(at, (name, _))| (name.clone(), at)).collect();
+        let index = named
+            .iter()
+            .enumerate()
+            .map(|(at, (name, _))| (name.clone(), at))
+            .collect();
         Params { named, index }
     }
 
@@ -97,7 +142,9 @@ impl Params {
     /// # Panics
     /// If there is none. Weights that come from a file were compared with the configuration when they were loaded.
     pub fn get(&self, name: &str) -> &Tensor {
-        self.find(name).unwrap_or_else(|| panic!("invariant: no weight `{name}`, although all were checked on loading"))
+        self.find(name).unwrap_or_else(|| {
+            panic!("invariant: no weight `{name}`, although all were checked on loading")
+        })
     }
 
     /// The weight of this name, if there is one.
@@ -107,7 +154,9 @@ impl Params {
 
     /// Names and values, in order.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (&str, &Tensor)> {
-        self.named.iter().map(|(name, tensor)| (name.as_str(), tensor))
+        self.named
+            .iter()
+            .map(|(name, tensor)| (name.as_str(), tensor))
     }
 
     /// Number of weights (tensors).
@@ -122,22 +171,34 @@ impl Params {
 
     /// Number of values in all weights.
     pub fn elements(&self) -> i64 {
-        self.named.iter().map(|(_, tensor)| tensor.numel() as i64).sum()
+        self.named
+            .iter()
+            .map(|(_, tensor)| tensor.numel() as i64)
+            .sum()
     }
 
     /// A copy elsewhere or in another kind; shares storage where nothing changes.
     pub fn to(&self, device: Device, kind: Kind) -> Params {
         let convert = |tensor: &Tensor| tensor.to_device(device).to_kind(kind);
-        Params::new(self.named.iter().map(|(name, tensor)| (name.clone(), convert(tensor))).collect())
+        Params::new(
+            self.named
+                .iter()
+                .map(|(name, tensor)| (name.clone(), convert(tensor)))
+                .collect(),
+        )
     }
 
     /// The kind of the weights: that of the first.
     pub fn kind(&self) -> Kind {
-        self.named.first().map_or(Kind::Float, |(_, tensor)| tensor.kind())
+        self.named
+            .first()
+            .map_or(Kind::Float, |(_, tensor)| tensor.kind())
     }
 
     /// The device of the weights: that of the first.
     pub fn device(&self) -> Device {
-        self.named.first().map_or(Device::Cpu, |(_, tensor)| tensor.device())
+        self.named
+            .first()
+            .map_or(Device::Cpu, |(_, tensor)| tensor.device())
     }
 }

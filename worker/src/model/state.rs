@@ -38,9 +38,9 @@ impl State {
     pub fn new(config: &ModelConfig, batch: i64, device: Device, kind: Kind) -> State {
         let (h, d) = (config.heads, config.head_dim);
         let layer = || match config.attention {
-            AttentionKind::Supra(_) => {
-                LayerState::Supra { state_bhde: Tensor::zeros([batch, h, d, d], (accumulate_kind(kind), device)) }
-            }
+            AttentionKind::Supra(_) => LayerState::Supra {
+                state_bhde: Tensor::zeros([batch, h, d, d], (accumulate_kind(kind), device)),
+            },
             AttentionKind::Softmax => LayerState::Softmax {
                 k_bhsd: Tensor::zeros([batch, h, 0, d], (kind, device)),
                 v_bhse: Tensor::zeros([batch, h, 0, d], (kind, device)),

@@ -12,7 +12,8 @@ use super::attention::{Mixer, Plan};
 use super::block::{LayerParams, block};
 use super::norm::rms_norm;
 use super::{
-    AttentionKind, Documents, LossInput, LossSum, ModelConfig, Params, State, SupraConfig, accumulate_kind, loss,
+    AttentionKind, Documents, LossInput, LossSum, ModelConfig, Params, State, SupraConfig,
+    accumulate_kind, loss,
 };
 
 /// Which form of SUPRA's attention computes whole sequences. All give the same result.
@@ -37,7 +38,10 @@ pub struct Transformer {
 impl Transformer {
     /// The network of this shape.
     pub fn new(config: ModelConfig) -> Transformer {
-        Transformer { config, form: Form::default() }
+        Transformer {
+            config,
+            form: Form::default(),
+        }
     }
 
     /// The same network with another form of attention over whole sequences.
@@ -51,7 +55,12 @@ impl Transformer {
     }
 
     /// Logits [B, T, V] of ids [B, T], in the kind of the weights.
-    pub fn logits(&self, params: &Params, ids_bt: &Tensor, documents: Option<&Documents>) -> Tensor {
+    pub fn logits(
+        &self,
+        params: &Params,
+        ids_bt: &Tensor,
+        documents: Option<&Documents>,
+    ) -> Tensor {
         let plan = self.plan(params, ids_bt, documents);
         let mut x_btd = self.embed(params, ids_bt);
         for layer in 0..self.config.layers {
@@ -78,19 +87,30 @@ impl Transformer {
             x_btd = self.block(params, layer, &plan, &x_btd);
         }
         let logits_btv = self.head(params, &x_btd);
-        Some(loss::loss_sum(&logits_btv, &input.targets_bt, &input.mask_bt, z_loss))
+        Some(loss::loss_sum(
+            &logits_btv,
+            &input.targets_bt,
+            &input.mask_bt,
+            z_loss,
+        ))
     }
 
     /// Reads a prompt: logits [B, T, V] of ids [B, T], and the state after them.
     pub fn prefill(&self, params: &Params, ids_bt: &Tensor) -> (Tensor, State) {
-        let mut state = State::new(&self.config, ids_bt.size()[0], params.device(), params.kind());
+        let mut state = State::new(
+            &self.config,
+            ids_bt.size()[0],
+            params.device(),
+            params.kind(),
+        );
         let logits_btv = self.extend(params, &mut state, ids_bt, None);
         (logits_btv, state)
     }
 
     /// Logits [B, V] after one more token of each sequence: ids [B].
     pub fn step(&self, params: &Params, state: &mut State, ids_b: &Tensor) -> Tensor {
-        self.extend(params, state, &ids_b.unsqueeze(1), None).squeeze_dim(1)
+        self.extend(params, state, &ids_b.unsqueeze(1), None)
+            .squeeze_dim(1)
     }
 
     /// Logits [B, T, V] of T more tokens of each sequence, from any state; moves the state on. One token takes the
@@ -104,7 +124,10 @@ impl Transformer {
     ) -> Tensor {
         let tokens = ids_bt.size()[1];
         let positions_bt = match documents {
-            None => state.positions_b.unsqueeze(1) + Tensor::arange(tokens, (Kind::Int64, ids_bt.device())),
+            None => {
+                state.positions_b.unsqueeze(1)
+                    + Tensor::arange(tokens, (Kind::Int64, ids_bt.device()))
+            }
             // Only the document that was running goes on from where it was.
             Some(documents) => {
                 let runs_on_bt = documents.segments_bt.eq(0).to_kind(Kind::Int64);
@@ -113,14 +136,21 @@ impl Transformer {
         };
         let options = (params.kind(), params.device());
         let mixer = match &self.config.attention {
-            AttentionKind::Softmax => Mixer::Softmax(Mask::new(&state.past, tokens, documents, options.1)),
-            AttentionKind::Supra(supra) if tokens == 1 && documents.is_none() => Mixer::Recurrent(Recurrent::new(
-                &slopes(supra.decay, self.config.heads),
-                (accumulate_kind(options.0), options.1),
-            )),
+            AttentionKind::Softmax => {
+                Mixer::Softmax(Mask::new(&state.past, tokens, documents, options.1))
+            }
+            AttentionKind::Supra(supra) if tokens == 1 && documents.is_none() => {
+                Mixer::Recurrent(Recurrent::new(
+                    &slopes(supra.decay, self.config.heads),
+                    (accumulate_kind(options.0), options.1),
+                ))
+            }
             AttentionKind::Supra(supra) => self.chunkwise(supra, tokens, documents, options),
         };
-        let plan = Plan { rotary: Rotary::new(&self.config, &positions_bt, options.0), mixer };
+        let plan = Plan {
+            rotary: Rotary::new(&self.config, &positions_bt, options.0),
+            mixer,
+        };
 
         let mut x_btd = self.embed(params, ids_bt);
         for (layer, memory) in (0..).zip(&mut state.layers) {
@@ -137,7 +167,9 @@ impl Transformer {
         let tokens = ids_bt.size()[1];
         let options = (params.kind(), params.device());
         let mixer = match &self.config.attention {
-            AttentionKind::Softmax => Mixer::Softmax(Mask::new(&Past::default(), tokens, documents, options.1)),
+            AttentionKind::Softmax => {
+                Mixer::Softmax(Mask::new(&Past::default(), tokens, documents, options.1))
+            }
             AttentionKind::Supra(supra) => match self.form {
                 Form::Chunkwise => self.chunkwise(supra, tokens, documents, options),
                 Form::Parallel => Mixer::Parallel(Parallel::new(
@@ -152,7 +184,10 @@ impl Transformer {
             Some(documents) => documents.positions_bt.shallow_clone(),
             None => Tensor::arange(tokens, (Kind::Int64, options.1)).unsqueeze(0),
         };
-        Plan { rotary: Rotary::new(&self.config, &positions_xt, options.0), mixer }
+        Plan {
+            rotary: Rotary::new(&self.config, &positions_xt, options.0),
+            mixer,
+        }
     }
 
     fn chunkwise(
@@ -163,22 +198,45 @@ impl Transformer {
         (kind, device): (Kind, Device),
     ) -> Mixer {
         let slopes_h = slopes(supra.decay, self.config.heads);
-        Mixer::Chunkwise(Chunkwise::new(&slopes_h, supra.chunk, tokens, documents, (accumulate_kind(kind), device)))
+        Mixer::Chunkwise(Chunkwise::new(
+            &slopes_h,
+            supra.chunk,
+            tokens,
+            documents,
+            (accumulate_kind(kind), device),
+        ))
     }
 
     /// Residual stream [B, T, D] before the first block.
     pub fn embed(&self, params: &Params, ids_bt: &Tensor) -> Tensor {
-        Tensor::embedding(params.get("tok_embeddings.weight"), ids_bt, -1, false, false)
+        Tensor::embedding(
+            params.get("tok_embeddings.weight"),
+            ids_bt,
+            -1,
+            false,
+            false,
+        )
     }
 
     /// Residual stream [B, T, D] through block `layer`.
     pub fn block(&self, params: &Params, layer: i64, plan: &Plan, x_btd: &Tensor) -> Tensor {
-        block(&self.config, &LayerParams::new(&self.config, params, layer), plan, x_btd, None)
+        block(
+            &self.config,
+            &LayerParams::new(&self.config, params, layer),
+            plan,
+            x_btd,
+            None,
+        )
     }
 
     /// Logits [B, T, V] of the residual stream [B, T, D] after the last block.
     pub fn head(&self, params: &Params, x_btd: &Tensor) -> Tensor {
-        let output = if self.config.tied { "tok_embeddings.weight" } else { "output.weight" };
-        rms_norm(x_btd, params.get("norm.weight"), self.config.norm_eps).linear(params.get(output), None::<&Tensor>)
+        let output = if self.config.tied {
+            "tok_embeddings.weight"
+        } else {
+            "output.weight"
+        };
+        rms_norm(x_btd, params.get("norm.weight"), self.config.norm_eps)
+            .linear(params.get(output), None::<&Tensor>)
     }
 }

@@ -13,9 +13,13 @@ use super::fixture::{Family, Fixture};
 fn base_of(fixture: &Fixture, expected: &Params) -> Fixture {
     let embeddings = |params: &Params| params.get("tok_embeddings.weight").shallow_clone();
     let is_base = |base: &Fixture| {
-        base.family == Family::HuggingFace && embeddings(&base.params(Kind::Float)) == embeddings(expected)
+        base.family == Family::HuggingFace
+            && embeddings(&base.params(Kind::Float)) == embeddings(expected)
     };
-    Fixture::all().into_iter().find(is_base).unwrap_or_else(|| panic!("no base of {} among the fixtures", fixture.name()))
+    Fixture::all()
+        .into_iter()
+        .find(is_base)
+        .unwrap_or_else(|| panic!("no base of {} among the fixtures", fixture.name()))
 }
 
 fn assert_same(found: &Params, expected: &Params) {
@@ -46,7 +50,14 @@ fn golden_conversion_is_exact() {
 
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("converted");
-        save_model(&out, &config, &converted, Some(&base.dir), SaveFormat::Native).unwrap();
+        save_model(
+            &out,
+            &config,
+            &converted,
+            Some(&base.dir),
+            SaveFormat::Native,
+        )
+        .unwrap();
         let json = |path: &std::path::Path| -> Value {
             serde_json::from_slice(&fs::read(path.join("config.json")).unwrap()).unwrap()
         };

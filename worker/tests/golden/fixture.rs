@@ -51,7 +51,12 @@ impl Fixture {
             Some(_) => Family::Supra,
         };
         let golden = TensorFiles::open_file(&dir.join("golden.safetensors")).unwrap();
-        Fixture { dir: dir.to_owned(), family, config, golden }
+        Fixture {
+            dir: dir.to_owned(),
+            family,
+            config,
+            golden,
+        }
     }
 
     pub fn name(&self) -> String {
@@ -67,7 +72,8 @@ impl Fixture {
 
     /// An answer.
     pub fn get(&self, key: &str) -> Tensor {
-        self.find(key).unwrap_or_else(|| panic!("{} has no `{key}`", self.dir.display()))
+        self.find(key)
+            .unwrap_or_else(|| panic!("{} has no `{key}`", self.dir.display()))
     }
 
     /// An answer that not every folder has.
@@ -77,20 +83,31 @@ impl Fixture {
 
     /// What follows the prefix in the names of the answers that have it.
     pub fn names(&self, prefix: &str) -> Vec<String> {
-        self.golden.names().filter_map(|name| name.strip_prefix(prefix)).map(str::to_owned).collect()
+        self.golden
+            .names()
+            .filter_map(|name| name.strip_prefix(prefix))
+            .map(str::to_owned)
+            .collect()
     }
 
     /// Where documents begin, one list per row; a single document in most folders.
     pub fn starts(&self) -> Option<Vec<Vec<u32>>> {
         let rows = Vec::<Vec<i64>>::try_from(self.find("document_starts")?).unwrap();
-        Some(rows.into_iter().map(|row| row.into_iter().map(|start| start as u32).collect()).collect())
+        Some(
+            rows.into_iter()
+                .map(|row| row.into_iter().map(|start| start as u32).collect())
+                .collect(),
+        )
     }
 
     /// Documents among the tokens `from..to` of each row.
     pub fn documents(&self, from: i64, to: i64) -> Option<Documents> {
         let inside = |start: &u32| start.checked_sub(from as u32);
-        let rows: Vec<Vec<u32>> =
-            self.starts()?.iter().map(|row| row.iter().filter_map(inside).collect()).collect();
+        let rows: Vec<Vec<u32>> = self
+            .starts()?
+            .iter()
+            .map(|row| row.iter().filter_map(inside).collect())
+            .collect();
         Some(Documents::from_starts(&rows, (to - from) as usize))
     }
 }
@@ -107,6 +124,9 @@ fn collect(dir: &Path, found: &mut Vec<Fixture>) {
                 }
             }
         }
-        _ => panic!("{} is half a fixture: config.json and golden.safetensors belong together", dir.display()),
+        _ => panic!(
+            "{} is half a fixture: config.json and golden.safetensors belong together",
+            dir.display()
+        ),
     }
 }

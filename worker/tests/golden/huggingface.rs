@@ -3,13 +3,15 @@
 use supra_worker::model::{LossInput, Transformer};
 use tch::{Kind, Tensor};
 
+use super::each;
 use super::fixture::{Family, Fixture};
 use super::measure::{Verdict, l2_relative, max_abs, max_relative, relative};
-use super::each;
 
 fn logits(fixture: &Fixture, kind: Kind) -> Tensor {
     let params = fixture.params(kind);
-    tch::no_grad(|| Transformer::new(fixture.config.clone()).logits(&params, &fixture.get("input_ids"), None))
+    tch::no_grad(|| {
+        Transformer::new(fixture.config.clone()).logits(&params, &fixture.get("input_ids"), None)
+    })
 }
 
 fn loss(fixture: &Fixture, kind: Kind) -> f64 {
@@ -21,7 +23,14 @@ fn loss(fixture: &Fixture, kind: Kind) -> f64 {
         mask_bt: Tensor::ones([ids.size()[0], pairs], (Kind::Bool, tch::Device::Cpu)),
         documents: None,
     };
-    let sum = tch::no_grad(|| Transformer::new(fixture.config.clone()).loss_sum(&fixture.params(kind), &input, 0.0, &|| false));
+    let sum = tch::no_grad(|| {
+        Transformer::new(fixture.config.clone()).loss_sum(
+            &fixture.params(kind),
+            &input,
+            0.0,
+            &|| false,
+        )
+    });
     let sum = sum.unwrap();
     sum.cross_entropy.double_value(&[]) / sum.targets.double_value(&[])
 }
@@ -32,9 +41,24 @@ fn golden_huggingface_fp64() {
         let mut verdict = Verdict::new(format!("{} fp64", fixture.name()));
         let logits = logits(fixture, Kind::Double);
         let probed = logits.index_select(1, &fixture.get("probe_positions"));
-        verdict.bound("logits_f64", max_relative(&probed, &fixture.get("logits_f64")), 1e-9);
-        verdict.bound("logits", max_relative(&logits, &fixture.get("logits")), 1e-6);
-        verdict.bound("loss", relative(loss(fixture, Kind::Double), fixture.get("loss").double_value(&[])), 1e-9);
+        verdict.bound(
+            "logits_f64",
+            max_relative(&probed, &fixture.get("logits_f64")),
+            1e-9,
+        );
+        verdict.bound(
+            "logits",
+            max_relative(&logits, &fixture.get("logits")),
+            1e-6,
+        );
+        verdict.bound(
+            "loss",
+            relative(
+                loss(fixture, Kind::Double),
+                fixture.get("loss").double_value(&[]),
+            ),
+            1e-9,
+        );
         verdict.close();
     });
 }
@@ -43,8 +67,19 @@ fn golden_huggingface_fp64() {
 fn golden_huggingface_fp32() {
     each(Family::HuggingFace, |fixture| {
         let mut verdict = Verdict::new(format!("{} fp32", fixture.name()));
-        verdict.bound("logits", max_abs(&logits(fixture, Kind::Float), &fixture.get("logits")), 1e-4);
-        verdict.bound("loss", relative(loss(fixture, Kind::Float), fixture.get("loss").double_value(&[])), 1e-5);
+        verdict.bound(
+            "logits",
+            max_abs(&logits(fixture, Kind::Float), &fixture.get("logits")),
+            1e-4,
+        );
+        verdict.bound(
+            "loss",
+            relative(
+                loss(fixture, Kind::Float),
+                fixture.get("loss").double_value(&[]),
+            ),
+            1e-5,
+        );
         verdict.close();
     });
 }
@@ -53,7 +88,11 @@ fn golden_huggingface_fp32() {
 fn golden_huggingface_bf16() {
     each(Family::HuggingFace, |fixture| {
         let mut verdict = Verdict::new(format!("{} bf16", fixture.name()));
-        verdict.bound("logits", l2_relative(&logits(fixture, Kind::BFloat16), &fixture.get("logits")), 2e-2);
+        verdict.bound(
+            "logits",
+            l2_relative(&logits(fixture, Kind::BFloat16), &fixture.get("logits")),
+            2e-2,
+        );
         verdict.close();
     });
 }
@@ -69,12 +108,25 @@ fn golden_huggingface_cache() {
         let logits = tch::no_grad(|| {
             let (first, mut state) = model.prefill(&params, &ids.narrow(1, 0, prompt));
             let mut parts = vec![first];
-            parts.push(model.extend(&params, &mut state, &ids.narrow(1, prompt, rest - prompt), None));
-            parts.extend((rest..tokens).map(|t| model.step(&params, &mut state, &ids.select(1, t)).unsqueeze(1)));
+            parts.push(model.extend(
+                &params,
+                &mut state,
+                &ids.narrow(1, prompt, rest - prompt),
+                None,
+            ));
+            parts.extend((rest..tokens).map(|t| {
+                model
+                    .step(&params, &mut state, &ids.select(1, t))
+                    .unsqueeze(1)
+            }));
             Tensor::cat(&parts, 1)
         });
         let probed = logits.index_select(1, &fixture.get("probe_positions"));
-        verdict.bound("logits_f64", max_relative(&probed, &fixture.get("logits_f64")), 1e-9);
+        verdict.bound(
+            "logits_f64",
+            max_relative(&probed, &fixture.get("logits_f64")),
+            1e-9,
+        );
         verdict.close();
     });
 }

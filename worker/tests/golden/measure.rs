@@ -46,7 +46,10 @@ pub struct Verdict {
 
 impl Verdict {
     pub fn new(title: impl Into<String>) -> Verdict {
-        Verdict { title: title.into(), failures: Vec::new() }
+        Verdict {
+            title: title.into(),
+            failures: Vec::new(),
+        }
     }
 
     /// A NaN is too large.
@@ -59,6 +62,10 @@ impl Verdict {
     }
 
     pub fn close(self) {
-        assert!(self.failures.is_empty(), "out of bounds:\n{}", self.failures.join("\n"));
+        assert!(
+            self.failures.is_empty(),
+            "out of bounds:\n{}",
+            self.failures.join("\n")
+        );
     }
 }

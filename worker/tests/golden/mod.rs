@@ -12,8 +12,15 @@ use fixture::{Family, Fixture};
 /// Runs a check on every fixture of a family; there must be one.
 fn each(family: Family, check: impl Fn(&Fixture)) {
     tch::set_num_threads(1);
-    let fixtures: Vec<Fixture> = Fixture::all().into_iter().filter(|fixture| fixture.family == family).collect();
-    assert!(!fixtures.is_empty(), "no fixture of the family {family:?} below {}", fixture::root().display());
+    let fixtures: Vec<Fixture> = Fixture::all()
+        .into_iter()
+        .filter(|fixture| fixture.family == family)
+        .collect();
+    assert!(
+        !fixtures.is_empty(),
+        "no fixture of the family {family:?} below {}",
+        fixture::root().display()
+    );
     fixtures.iter().for_each(check);
 }
 

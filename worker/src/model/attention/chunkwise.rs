@@ -61,7 +61,10 @@ impl Chunkwise {
             tokens,
             chunk,
             chunks,
-            within: table(&ages(chunk, device)).tril(0).unsqueeze(2).to_kind(kind),
+            within: table(&ages(chunk, device))
+                .tril(0)
+                .unsqueeze(2)
+                .to_kind(kind),
             entry: table(&local_c).view([1, -1, 1, chunk, 1]).to_kind(kind),
             exit: table(&to_exit_nc).unsqueeze(-1).to_kind(kind),
             carry: table(&between).tril(0).to_kind(kind),
@@ -77,10 +80,18 @@ impl Chunkwise {
         let (n, c) = (self.chunks, self.chunk);
         let segments_bt = &documents.segments_bt;
         let b = segments_bt.size()[0];
-        let last = segments_bt.narrow(1, self.tokens - 1, 1).expand([b, n * c - self.tokens], false);
+        let last = segments_bt
+            .narrow(1, self.tokens - 1, 1)
+            .expand([b, n * c - self.tokens], false);
         let segments_bnc = Tensor::cat(&[segments_bt, &last], 1).view([b, n, c]);
         // The document running at each boundary: segment 0 before the row, else that of the token before the boundary.
-        let running_bn = Tensor::cat(&[segments_bnc.select(2, 0).narrow(1, 0, 1).zeros_like(), segments_bnc.select(2, c - 1)], 1);
+        let running_bn = Tensor::cat(
+            &[
+                segments_bnc.select(2, 0).narrow(1, 0, 1).zeros_like(),
+                segments_bnc.select(2, c - 1),
+            ],
+            1,
+        );
         let same = |left: &Tensor, right: &Tensor| left.eq_tensor(right).unsqueeze(1);
         let at_start = running_bn.narrow(1, 0, n).unsqueeze(2);
         let at_end = running_bn.narrow(1, 1, n).unsqueeze(2);
@@ -109,12 +120,21 @@ impl Chunkwise {
     }
 
     /// The same, going on from the state S_0 [B, H, d, e] before the row; also returns the state after it.
-    pub fn mix_from(&self, q_bhtd: &Tensor, k_bhtd: &Tensor, v_bhte: &Tensor, state_bhde: &Tensor) -> (Tensor, Tensor) {
+    pub fn mix_from(
+        &self,
+        q_bhtd: &Tensor,
+        k_bhtd: &Tensor,
+        v_bhte: &Tensor,
+        state_bhde: &Tensor,
+    ) -> (Tensor, Tensor) {
         let (q, k, v) = (self.cut(q_bhtd), self.cut(k_bhtd), self.cut(v_bhte));
         let left = Tensor::cat(&[state_bhde.unsqueeze(2), self.leave(&k, &v)], 2);
         let states = hand_on(&self.carry, &left);
         let read = (&q * &self.entry).matmul(&states.narrow(2, 0, self.chunks));
-        (self.join(self.inside(&q, &k, &v) + read), states.select(2, self.chunks))
+        (
+            self.join(self.inside(&q, &k, &v) + read),
+            states.select(2, self.chunks),
+        )
     }
 
     /// [B, H, T, d] to [B, H, N, C, d], in the kind of the tables.
@@ -122,7 +142,11 @@ impl Chunkwise {
         let size = x_bhtd.size();
         let padding = self.chunks * self.chunk - self.tokens;
         let x = x_bhtd.to_kind(self.within.kind());
-        let x = if padding == 0 { x } else { x.constant_pad_nd([0, 0, 0, padding].as_slice()) };
+        let x = if padding == 0 {
+            x
+        } else {
+            x.constant_pad_nd([0, 0, 0, padding].as_slice())
+        };
         x.reshape([size[0], size[1], self.chunks, self.chunk, size[3]])
     }
 
@@ -145,5 +169,7 @@ impl Chunkwise {
 /// The states [B, H, N, d, e] at boundaries from what was left at earlier ones.
 fn hand_on(carry_xhnn: &Tensor, left_bhnde: &Tensor) -> Tensor {
     let size = left_bhnde.size();
-    carry_xhnn.matmul(&left_bhnde.flatten(3, 4)).view([size[0], size[1], -1, size[3], size[4]])
+    carry_xhnn
+        .matmul(&left_bhnde.flatten(3, 4))
+        .view([size[0], size[1], -1, size[3], size[4]])
 }

@@ -40,12 +40,18 @@ pub fn queries_keys_values(
     x_btd: &Tensor,
 ) -> (Tensor, Tensor, Tensor) {
     let (h, kv, d) = (config.heads, config.kv_heads, config.head_dim);
-    let projected = x_btd.linear(params.in_proj, None::<&Tensor>).split_with_sizes([h * d, kv * d, kv * d].as_slice(), -1);
+    let projected = x_btd
+        .linear(params.in_proj, None::<&Tensor>)
+        .split_with_sizes([h * d, kv * d, kv * d].as_slice(), -1);
     let [q, k, v] = [&projected[0], &projected[1], &projected[2]];
     let v_bhte = repeat_heads(v, config);
     let Some(features) = &params.features else {
         let (q_bhtd, k_bhtd) = (heads_first(q, h), repeat_heads(k, config));
-        return (rotary.rotate(&q_bhtd, 1.0), rotary.rotate(&k_bhtd, 1.0), v_bhte);
+        return (
+            rotary.rotate(&q_bhtd, 1.0),
+            rotary.rotate(&k_bhtd, 1.0),
+            v_bhte,
+        );
     };
     let (q, k) = (features.query.apply(q), features.key.apply(k));
     let (q_bhtd, k_bhtd) = match features.norms {
@@ -53,12 +59,19 @@ pub fn queries_keys_values(
         // One norm over all H d channels of a token, keys already repeated.
         Some((query_gain, key_gain)) => {
             let (b, t) = (x_btd.size()[0], x_btd.size()[1]);
-            let k = repeat_heads(&k, config).transpose(1, 2).reshape([b, t, h * d]);
-            let norm = |x: &Tensor, gain: &Tensor| heads_first(&rms_norm(x, gain, config.norm_eps), h);
+            let k = repeat_heads(&k, config)
+                .transpose(1, 2)
+                .reshape([b, t, h * d]);
+            let norm =
+                |x: &Tensor, gain: &Tensor| heads_first(&rms_norm(x, gain, config.norm_eps), h);
             (norm(&q, query_gain), norm(&k, key_gain))
         }
     };
-    (rotary.rotate(&q_bhtd, 1.0), rotary.rotate(&k_bhtd, (d as f64).sqrt().recip()), v_bhte)
+    (
+        rotary.rotate(&q_bhtd, 1.0),
+        rotary.rotate(&k_bhtd, (d as f64).sqrt().recip()),
+        v_bhte,
+    )
 }
 
 /// [B, T, heads * d] to [B, heads, T, d].
@@ -74,6 +87,8 @@ fn repeat_heads(x: &Tensor, config: &ModelConfig) -> Tensor {
         return x_bktd;
     }
     let (b, t, d) = (x_bktd.size()[0], x_bktd.size()[2], x_bktd.size()[3]);
-    let grouped = x_bktd.unsqueeze(2).expand([b, config.kv_heads, config.group(), t, d], false);
+    let grouped = x_bktd
+        .unsqueeze(2)
+        .expand([b, config.kv_heads, config.group(), t, d], false);
     grouped.reshape([b, config.heads, t, d])
 }

@@ -37,7 +37,13 @@ impl Mixer {
     /// # Panics
     /// If the state is of another kind of attention, or the form needs one and there is none: [`Plan`]s and states are
     /// made together by [`crate::model::Transformer`].
-    pub fn mix(&self, q_bhtd: &Tensor, k_bhtd: &Tensor, v_bhte: &Tensor, state: Option<&mut LayerState>) -> Tensor {
+    pub fn mix(
+        &self,
+        q_bhtd: &Tensor,
+        k_bhtd: &Tensor,
+        v_bhte: &Tensor,
+        state: Option<&mut LayerState>,
+    ) -> Tensor {
         match (self, state) {
             (Mixer::Softmax(mask), None) => mask.mix(q_bhtd, k_bhtd, v_bhte),
             (Mixer::Softmax(mask), Some(LayerState::Softmax { k_bhsd, v_bhse })) => {

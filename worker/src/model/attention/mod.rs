@@ -20,10 +20,10 @@ pub mod softmax;
 
 use tch::Tensor;
 
+use super::ModelConfig;
 use super::block::LayerParams;
 use super::norm::head_norm;
 use super::state::LayerState;
-use super::ModelConfig;
 pub use mixer::{Mixer, Plan};
 
 /// The attention of one block: normed residual stream [B, T, D] in, [B, T, D] out. A `state` is read and moved on by the
@@ -35,10 +35,19 @@ pub fn attention(
     x_btd: &Tensor,
     state: Option<&mut LayerState>,
 ) -> Tensor {
-    let (q_bhtd, k_bhtd, v_bhte) = features::queries_keys_values(config, params, &plan.rotary, x_btd);
+    let (q_bhtd, k_bhtd, v_bhte) =
+        features::queries_keys_values(config, params, &plan.rotary, x_btd);
     let mixed_bhte = plan.mixer.mix(&q_bhtd, &k_bhtd, &v_bhte, state);
-    let o_bhte = if config.supra().is_some() { head_norm(&mixed_bhte) } else { mixed_bhte };
+    let o_bhte = if config.supra().is_some() {
+        head_norm(&mixed_bhte)
+    } else {
+        mixed_bhte
+    };
     let (b, t) = (x_btd.size()[0], x_btd.size()[1]);
-    let o_btx = o_bhte.to_kind(x_btd.kind()).transpose(1, 2).reshape([b, t, config.heads * config.head_dim]);
+    let o_btx = o_bhte.to_kind(x_btd.kind()).transpose(1, 2).reshape([
+        b,
+        t,
+        config.heads * config.head_dim,
+    ]);
     o_btx.linear(params.out_proj, None::<&Tensor>)
 }

@@ -23,19 +23,29 @@ pub fn frequencies(theta: f64, head_dim: i64, rounding: RopeFrequencies) -> Vec<
     match rounding {
         RopeFrequencies::Exact => exact.collect(),
         // By way of fp32, as the reference code does.
-        RopeFrequencies::Bf16 => exact.map(|frequency| bf16::from_f32(frequency as f32).to_f64()).collect(),
+        RopeFrequencies::Bf16 => exact
+            .map(|frequency| bf16::from_f32(frequency as f32).to_f64())
+            .collect(),
     }
 }
 
 impl Rotary {
     /// For tokens at `positions_bt` (i64; one row serves all), of a model that computes in `kind`.
     pub fn new(config: &ModelConfig, positions_bt: &Tensor, kind: Kind) -> Rotary {
-        let rounding = config.supra().map_or(RopeFrequencies::Exact, |supra| supra.rope_frequencies);
-        let frequencies_p = Tensor::from_slice(&frequencies(config.rope_theta, config.head_dim, rounding));
+        let rounding = config
+            .supra()
+            .map_or(RopeFrequencies::Exact, |supra| supra.rope_frequencies);
+        let frequencies_p =
+            Tensor::from_slice(&frequencies(config.rope_theta, config.head_dim, rounding));
         let frequencies_p = frequencies_p.to_device(positions_bt.device());
-        let angles_b1tp = (positions_bt.to_kind(Kind::Double).unsqueeze(-1) * frequencies_p).remainder(TAU).unsqueeze(1);
+        let angles_b1tp = (positions_bt.to_kind(Kind::Double).unsqueeze(-1) * frequencies_p)
+            .remainder(TAU)
+            .unsqueeze(1);
         let kind = accumulate_kind(kind);
-        Rotary { cos_b1tp: angles_b1tp.cos().to_kind(kind), sin_b1tp: angles_b1tp.sin().to_kind(kind) }
+        Rotary {
+            cos_b1tp: angles_b1tp.cos().to_kind(kind),
+            sin_b1tp: angles_b1tp.sin().to_kind(kind),
+        }
     }
 
     /// Turns queries or keys and multiplies them by `scale`, rounding once.

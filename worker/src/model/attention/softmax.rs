@@ -30,7 +30,11 @@ impl Mask {
             old_xts = old_xts.logical_and(&visible_bs.unsqueeze(1));
         }
         if let Some(Documents { segments_bt, .. }) = documents {
-            new_xtt = new_xtt.logical_and(&segments_bt.unsqueeze(2).eq_tensor(&segments_bt.unsqueeze(1)));
+            new_xtt = new_xtt.logical_and(
+                &segments_bt
+                    .unsqueeze(2)
+                    .eq_tensor(&segments_bt.unsqueeze(1)),
+            );
             old_xts = old_xts.logical_and(&segments_bt.unsqueeze(2).eq(0));
         }
         let b = old_xts.size()[0].max(new_xtt.size()[0]);
@@ -65,17 +69,25 @@ impl Past {
         let visible_bs = match (documents, &self.visible_bs) {
             (None, None) => None,
             (None, Some(visible_bs)) => {
-                let new = Tensor::ones([visible_bs.size()[0], tokens], (Kind::Bool, visible_bs.device()));
+                let new = Tensor::ones(
+                    [visible_bs.size()[0], tokens],
+                    (Kind::Bool, visible_bs.device()),
+                );
                 Some(Tensor::cat(&[visible_bs, &new], 1))
             }
             (Some(Documents { segments_bt, .. }), old) => {
                 let last_b1 = segments_bt.narrow(1, tokens - 1, 1);
                 let runs_on_b1 = last_b1.eq(0);
                 let old_bs = runs_on_b1.expand([segments_bt.size()[0], self.tokens], false);
-                let old_bs = old.as_ref().map_or(old_bs.shallow_clone(), |old| old.logical_and(&old_bs));
+                let old_bs = old
+                    .as_ref()
+                    .map_or(old_bs.shallow_clone(), |old| old.logical_and(&old_bs));
                 Some(Tensor::cat(&[old_bs, segments_bt.eq_tensor(&last_b1)], 1))
             }
         };
-        Past { tokens: self.tokens + tokens, visible_bs }
+        Past {
+            tokens: self.tokens + tokens,
+            visible_bs,
+        }
     }
 }

@@ -20,14 +20,18 @@ pub enum Dialect {
 impl Dialect {
     /// By `model_type`, or by `architectures` where that is missing.
     pub fn of(path: &Path, json: &Value) -> Result<Dialect, ModelError> {
-        let architecture = json.get("architectures").and_then(|names| names.get(0)).and_then(Value::as_str);
+        let architecture = json
+            .get("architectures")
+            .and_then(|names| names.get(0))
+            .and_then(Value::as_str);
         let model_type = json.get("model_type").and_then(Value::as_str);
         match (model_type, architecture) {
             (Some("openlm"), _) | (None, Some("OpenLMForCausalLM")) => Ok(Dialect::Published),
-            (Some("llama"), None | Some("LlamaForCausalLM")) | (None, Some("LlamaForCausalLM")) => Ok(Dialect::HuggingFace),
-            (Some("mistral"), None | Some("MistralForCausalLM")) | (None, Some("MistralForCausalLM")) => {
+            (Some("llama"), None | Some("LlamaForCausalLM")) | (None, Some("LlamaForCausalLM")) => {
                 Ok(Dialect::HuggingFace)
             }
+            (Some("mistral"), None | Some("MistralForCausalLM"))
+            | (None, Some("MistralForCausalLM")) => Ok(Dialect::HuggingFace),
             _ => Err(ModelError::Unsupported {
                 path: path.to_owned(),
                 field: "architectures".to_owned(),
@@ -45,21 +49,35 @@ impl Dialect {
 /// Path and content of the directory's `config.json`.
 pub fn read(dir: &Path) -> Result<(PathBuf, Value), ModelError> {
     let path = dir.join("config.json");
-    let text = fs::read(&path).map_err(|source| ModelError::Io { action: "read", path: path.clone(), source })?;
-    let json = serde_json::from_slice(&text).map_err(|source| ModelError::Json { path: path.clone(), source })?;
+    let text = fs::read(&path).map_err(|source| ModelError::Io {
+        action: "read",
+        path: path.clone(),
+        source,
+    })?;
+    let json = serde_json::from_slice(&text).map_err(|source| ModelError::Json {
+        path: path.clone(),
+        source,
+    })?;
     Ok((path, json))
 }
 
 /// The fields of a `config.json`.
 pub fn fields<T: DeserializeOwned>(path: &Path, json: Value) -> Result<T, ModelError> {
-    serde_json::from_value(json).map_err(|source| ModelError::Json { path: path.to_owned(), source })
+    serde_json::from_value(json).map_err(|source| ModelError::Json {
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// Writes the directory's `config.json`.
 pub fn write(dir: &Path, json: &Value) -> Result<(), ModelError> {
     let path = dir.join("config.json");
     let text = format!("{json:#}\n");
-    fs::write(&path, text).map_err(|source| ModelError::Io { action: "write", path, source })
+    fs::write(&path, text).map_err(|source| ModelError::Io {
+        action: "write",
+        path,
+        source,
+    })
 }
 
 /// Refuses what is not implemented, by name.

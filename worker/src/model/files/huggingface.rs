@@ -70,12 +70,20 @@ pub fn parse(path: &Path, json: Value) -> Result<ModelConfig, ModelError> {
     let fields: Fields = fields(path, json)?;
     refuse_unsupported(path, &fields)?;
     let heads = fields.num_attention_heads;
-    let head_dim = if heads > 0 { fields.hidden_size / heads } else { 0 };
+    let head_dim = if heads > 0 {
+        fields.hidden_size / heads
+    } else {
+        0
+    };
     if let Some(declared) = fields.head_dim.filter(|&declared| declared != head_dim) {
         let supported = format!("hidden_size / num_attention_heads = {head_dim}");
         return Err(unsupported(path, "head_dim", declared, &supported));
     }
-    let nested_theta = fields.rope_parameters.as_ref().and_then(|rope| rope.get("rope_theta")).and_then(Value::as_f64);
+    let nested_theta = fields
+        .rope_parameters
+        .as_ref()
+        .and_then(|rope| rope.get("rope_theta"))
+        .and_then(Value::as_f64);
     Ok(ModelConfig {
         vocab: fields.vocab_size,
         dim: fields.hidden_size,
@@ -89,39 +97,72 @@ pub fn parse(path: &Path, json: Value) -> Result<ModelConfig, ModelError> {
         tied: fields.tie_word_embeddings.unwrap_or(false),
         attention: AttentionKind::Softmax,
         max_positions: fields.max_position_embeddings.unwrap_or(DEFAULT_POSITIONS),
-        sliding_window: fields.sliding_window.filter(|_| fields.use_sliding_window != Some(false)),
+        sliding_window: fields
+            .sliding_window
+            .filter(|_| fields.use_sliding_window != Some(false)),
         bos: fields.bos_token_id,
-        eos: fields.eos_token_id.map(OneOrMany::into_vec).unwrap_or_default(),
+        eos: fields
+            .eos_token_id
+            .map(OneOrMany::into_vec)
+            .unwrap_or_default(),
     })
 }
 
 fn refuse_unsupported(path: &Path, fields: &Fields) -> Result<(), ModelError> {
-    if let Some(scaling) = fields.rope_scaling.as_ref().filter(|rope| !is_default_rope(rope)) {
+    if let Some(scaling) = fields
+        .rope_scaling
+        .as_ref()
+        .filter(|rope| !is_default_rope(rope))
+    {
         return Err(unsupported(path, "rope_scaling", scaling, "null"));
     }
-    if let Some(rope) = fields.rope_parameters.as_ref().filter(|rope| !is_default_rope(rope)) {
-        return Err(unsupported(path, "rope_parameters", rope, "rope_type `default`"));
+    if let Some(rope) = fields
+        .rope_parameters
+        .as_ref()
+        .filter(|rope| !is_default_rope(rope))
+    {
+        return Err(unsupported(
+            path,
+            "rope_parameters",
+            rope,
+            "rope_type `default`",
+        ));
     }
-    for (field, value) in [("attention_bias", fields.attention_bias), ("mlp_bias", fields.mlp_bias)] {
+    for (field, value) in [
+        ("attention_bias", fields.attention_bias),
+        ("mlp_bias", fields.mlp_bias),
+    ] {
         if value == Some(true) {
             return Err(unsupported(path, field, true, "false"));
         }
     }
     if let Some(activation) = fields.hidden_act.as_deref().filter(|&name| name != "silu") {
-        return Err(unsupported(path, "hidden_act", format!("`{activation}`"), "`silu`"));
+        return Err(unsupported(
+            path,
+            "hidden_act",
+            format!("`{activation}`"),
+            "`silu`",
+        ));
     }
     if let Some(part) = fields.partial_rotary_factor.filter(|&part| part != 1.0) {
         return Err(unsupported(path, "partial_rotary_factor", part, "1.0"));
     }
     if fields.quantization_config.is_some() {
-        return Err(unsupported(path, "quantization_config", "present", "unquantized weights"));
+        return Err(unsupported(
+            path,
+            "quantization_config",
+            "present",
+            "unquantized weights",
+        ));
     }
     Ok(())
 }
 
 /// Whether rotary parameters (in any of the library's spellings) change nothing but the base.
 fn is_default_rope(rope: &Value) -> bool {
-    let Some(entries) = rope.as_object() else { return rope.is_null() };
+    let Some(entries) = rope.as_object() else {
+        return rope.is_null();
+    };
     entries.iter().all(|(key, value)| match key.as_str() {
         "rope_type" | "type" => value.as_str() == Some("default"),
         "rope_theta" => true,

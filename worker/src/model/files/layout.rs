@@ -33,9 +33,17 @@ impl Layout {
         // Training wrappers put their own names in front.
         let embedding = files.names().find(|name| {
             name.strip_suffix("tok_embeddings.weight")
-                .is_some_and(|prefix| prefix.split_terminator('.').all(|part| ["model", "module", "_orig_mod"].contains(&part)))
+                .is_some_and(|prefix| {
+                    prefix
+                        .split_terminator('.')
+                        .all(|part| ["model", "module", "_orig_mod"].contains(&part))
+                })
         })?;
-        Some(Layout::Published { prefix: embedding.trim_end_matches("tok_embeddings.weight").to_owned() })
+        Some(Layout::Published {
+            prefix: embedding
+                .trim_end_matches("tok_embeddings.weight")
+                .to_owned(),
+        })
     }
 
     /// The tensors that make up a weight, from its first row to its last. None if this layout has no such weight.
@@ -45,7 +53,15 @@ impl Layout {
             Layout::HuggingFace => huggingface_names(config, spec)?,
         };
         let shape = |rows| [&[rows], &spec.shape[1..]].concat();
-        Some(named.into_iter().map(|(name, rows)| Piece { name, shape: shape(rows) }).collect())
+        Some(
+            named
+                .into_iter()
+                .map(|(name, rows)| Piece {
+                    name,
+                    shape: shape(rows),
+                })
+                .collect(),
+        )
     }
 
     /// Whether a tensor that no weight asks for is known to carry no information.
@@ -66,7 +82,11 @@ impl Layout {
 /// Names and rows of the tensors that Hugging Face's models keep a weight in.
 fn huggingface_names(config: &ModelConfig, spec: &ParamSpec) -> Option<Vec<(String, i64)>> {
     let whole = |name: String| Some(vec![(name, spec.shape[0])]);
-    let Some((layer, name)) = spec.name.strip_prefix("layers.").and_then(|rest| rest.split_once('.')) else {
+    let Some((layer, name)) = spec
+        .name
+        .strip_prefix("layers.")
+        .and_then(|rest| rest.split_once('.'))
+    else {
         return whole(match spec.name.as_str() {
             "tok_embeddings.weight" => "model.embed_tokens.weight".to_owned(),
             "norm.weight" => "model.norm.weight".to_owned(),
@@ -75,16 +95,20 @@ fn huggingface_names(config: &ModelConfig, spec: &ParamSpec) -> Option<Vec<(Stri
         });
     };
     let in_layer = |name: &str| format!("model.layers.{layer}.{name}.weight");
-    let (queries, keys) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+    let (queries, keys) = (
+        config.heads * config.head_dim,
+        config.kv_heads * config.head_dim,
+    );
     match name {
         "attention.in_proj.weight" => Some(vec![
             (in_layer("self_attn.q_proj"), queries),
             (in_layer("self_attn.k_proj"), keys),
             (in_layer("self_attn.v_proj"), keys),
         ]),
-        "feed_forward.w12.weight" => {
-            Some(vec![(in_layer("mlp.gate_proj"), config.ffn), (in_layer("mlp.up_proj"), config.ffn)])
-        }
+        "feed_forward.w12.weight" => Some(vec![
+            (in_layer("mlp.gate_proj"), config.ffn),
+            (in_layer("mlp.up_proj"), config.ffn),
+        ]),
         "attention.out_proj.weight" => whole(in_layer("self_attn.o_proj")),
         "feed_forward.w3.weight" => whole(in_layer("mlp.down_proj")),
         "attention_norm.weight" => whole(in_layer("input_layernorm")),

@@ -45,17 +45,31 @@ pub fn load_params(
     let files = TensorFiles::open(dir)?;
     let Some(layout) = Layout::of(&files) else {
         let reason = "no embedding matrix under a known name (model.embed_tokens.weight, tok_embeddings.weight)";
-        return Err(ModelError::NoWeights { path: dir.to_owned(), reason: reason.to_owned() });
+        return Err(ModelError::NoWeights {
+            path: dir.to_owned(),
+            reason: reason.to_owned(),
+        });
     };
     let specs = config.params();
     let (report, difference) = compare(&files, &layout, config, &specs);
     let may_be_missing = !matches!(new, NewWeights::Refuse);
-    let all_new = specs.iter().filter(|spec| spec.new).map(|spec| &spec.name).eq(&report.missing);
+    let all_new = specs
+        .iter()
+        .filter(|spec| spec.new)
+        .map(|spec| &spec.name)
+        .eq(&report.missing);
     if !difference.is_empty() || !(report.missing.is_empty() || all_new && may_be_missing) {
         let remedy = (all_new && difference.is_empty())
             .then_some("exactly SUPRA's own weights are missing: this is a softmax base; run `supra-worker convert` first");
-        let difference = Difference { missing: report.missing, remedy, ..difference };
-        return Err(ModelError::Tensors { path: dir.to_owned(), difference });
+        let difference = Difference {
+            missing: report.missing,
+            remedy,
+            ..difference
+        };
+        return Err(ModelError::Tensors {
+            path: dir.to_owned(),
+            difference,
+        });
     }
     if config.tied {
         check_tied_output(&files, &layout)?;
@@ -91,23 +105,38 @@ fn compare(
     let mut known = BTreeSet::new();
     for spec in specs {
         let pieces = layout.pieces(config, spec).unwrap_or_default();
-        let there = pieces.iter().filter(|piece| files.contains(&piece.name)).count();
+        let there = pieces
+            .iter()
+            .filter(|piece| files.contains(&piece.name))
+            .count();
         for Piece { name, shape } in &pieces {
             match files.shape(name) {
-                Some(found) if found != *shape => difference.misshapen.push((name.clone(), shape.clone(), found)),
+                Some(found) if found != *shape => {
+                    difference
+                        .misshapen
+                        .push((name.clone(), shape.clone(), found))
+                }
                 // Of a weight that is there in part, name the part that is not.
                 None if there > 0 => difference.missing.push(name.clone()),
                 _ => {}
             }
         }
-        let list = if there > 0 { &mut report.matched } else { &mut report.missing };
+        let list = if there > 0 {
+            &mut report.matched
+        } else {
+            &mut report.missing
+        };
         list.push(spec.name.clone());
         known.extend(pieces.into_iter().map(|piece| piece.name));
     }
     let tied_output = config.tied.then(|| layout.output_name());
     for name in files.names().filter(|name| !known.contains(*name)) {
         let ignored = layout.ignores(name) || tied_output.as_deref() == Some(name);
-        let list = if ignored { &mut report.ignored } else { &mut difference.unexpected };
+        let list = if ignored {
+            &mut report.ignored
+        } else {
+            &mut difference.unexpected
+        };
         list.push(name.to_owned());
     }
     report.missing.append(&mut difference.missing);
@@ -128,7 +157,11 @@ fn read_stacked(
             None => return Ok(None),
         }
     }
-    Ok(if parts.len() > 1 { Some(Tensor::f_cat(&parts, 0)?) } else { parts.pop() })
+    Ok(if parts.len() > 1 {
+        Some(Tensor::f_cat(&parts, 0)?)
+    } else {
+        parts.pop()
+    })
 }
 
 /// A tied model may store its output matrix, but not a different one.
@@ -141,7 +174,9 @@ fn check_tied_output(files: &TensorFiles, layout: &Layout) -> Result<(), ModelEr
     match (files.read_weight(&output)?, files.read_weight(&embedding)?) {
         (Some(stored), Some(embedding)) if stored != embedding => Err(ModelError::NoWeights {
             path: files.root().to_owned(),
-            reason: format!("the configuration ties the embeddings, but `{output}` differs from them; set it to untied"),
+            reason: format!(
+                "the configuration ties the embeddings, but `{output}` differs from them; set it to untied"
+            ),
         }),
         _ => Ok(()),
     }
@@ -157,14 +192,23 @@ fn open_new(path: &Path, specs: &[ParamSpec]) -> Result<TensorFiles, ModelError>
         match files.shape(&spec.name) {
             None => difference.missing.push(spec.name.clone()),
             Some(found) if found != spec.shape => {
-                difference.misshapen.push((spec.name.clone(), spec.shape.clone(), found));
+                difference
+                    .misshapen
+                    .push((spec.name.clone(), spec.shape.clone(), found));
             }
             Some(_) => {}
         }
     }
-    difference.unexpected = files.names().filter(|name| !known.contains(name)).map(str::to_owned).collect();
+    difference.unexpected = files
+        .names()
+        .filter(|name| !known.contains(name))
+        .map(str::to_owned)
+        .collect();
     match difference.is_empty() {
         true => Ok(files),
-        false => Err(ModelError::Tensors { path: path.to_owned(), difference }),
+        false => Err(ModelError::Tensors {
+            path: path.to_owned(),
+            difference,
+        }),
     }
 }

@@ -50,11 +50,23 @@ struct Fields {
 pub fn parse(path: &Path, json: Value) -> Result<ModelConfig, ModelError> {
     let fields: Fields = fields(path, json)?;
     refuse_unsupported(path, &fields)?;
-    let head_dim = if fields.n_heads > 0 { fields.dim / fields.n_heads } else { 0 };
-    for (field, value) in [("qk_head_dim", fields.qk_head_dim), ("v_head_dim", fields.v_head_dim)] {
+    let head_dim = if fields.n_heads > 0 {
+        fields.dim / fields.n_heads
+    } else {
+        0
+    };
+    for (field, value) in [
+        ("qk_head_dim", fields.qk_head_dim),
+        ("v_head_dim", fields.v_head_dim),
+    ] {
         // -1 is the reference code's way to say D/H.
         if let Some(declared) = value.filter(|&declared| declared != head_dim && declared != -1) {
-            return Err(unsupported(path, field, declared, &format!("dim / n_heads = {head_dim}")));
+            return Err(unsupported(
+                path,
+                field,
+                declared,
+                &format!("dim / n_heads = {head_dim}"),
+            ));
         }
     }
     Ok(ModelConfig {
@@ -72,7 +84,10 @@ pub fn parse(path: &Path, json: Value) -> Result<ModelConfig, ModelError> {
         max_positions: fields.seq_len.unwrap_or(2048),
         sliding_window: fields.sliding_window,
         bos: fields.bos_token_id,
-        eos: fields.eos_token_id.map(OneOrMany::into_vec).unwrap_or_default(),
+        eos: fields
+            .eos_token_id
+            .map(OneOrMany::into_vec)
+            .unwrap_or_default(),
     })
 }
 
@@ -80,7 +95,12 @@ fn attention(path: &Path, fields: &Fields) -> Result<AttentionKind, ModelError> 
     let qk_norm = fields.apply_qk_norm.unwrap_or(false);
     if SOFTMAX.contains(&fields.attn_name.as_str()) {
         return match qk_norm {
-            true => Err(unsupported(path, "apply_qk_norm", "true with softmax attention", "false")),
+            true => Err(unsupported(
+                path,
+                "apply_qk_norm",
+                "true with softmax attention",
+                "false",
+            )),
             false => Ok(AttentionKind::Softmax),
         };
     }
@@ -93,24 +113,48 @@ fn attention(path: &Path, fields: &Fields) -> Result<AttentionKind, ModelError> 
     let rope_frequencies = match fields.rope_frequencies.as_deref() {
         None | Some("exact") => RopeFrequencies::Exact,
         Some("bf16") => RopeFrequencies::Bf16,
-        Some(other) => return Err(unsupported(path, "rope_frequencies", format!("`{other}`"), "`exact`, `bf16`")),
+        Some(other) => {
+            return Err(unsupported(
+                path,
+                "rope_frequencies",
+                format!("`{other}`"),
+                "`exact`, `bf16`",
+            ));
+        }
     };
-    Ok(AttentionKind::Supra(SupraConfig { decay, qk_norm, rope_frequencies, ..SupraConfig::default() }))
+    Ok(AttentionKind::Supra(SupraConfig {
+        decay,
+        qk_norm,
+        rope_frequencies,
+        ..SupraConfig::default()
+    }))
 }
 
 fn refuse_unsupported(path: &Path, fields: &Fields) -> Result<(), ModelError> {
     let only = |field, value: &Option<String>, supported: &str| match value.as_deref() {
-        Some(found) if found != supported => {
-            Err(unsupported(path, field, format!("`{found}`"), &format!("`{supported}`")))
-        }
+        Some(found) if found != supported => Err(unsupported(
+            path,
+            field,
+            format!("`{found}`"),
+            &format!("`{supported}`"),
+        )),
         _ => Ok(()),
     };
     only("norm_type", &fields.norm_type, "rms_norm")?;
-    only("positional_embedding_type", &fields.positional_embedding_type, "rotary")?;
+    only(
+        "positional_embedding_type",
+        &fields.positional_embedding_type,
+        "rotary",
+    )?;
     only("ffn_type", &fields.ffn_type, "swiglu")?;
     if fields.attn_name != LINEAR && !SOFTMAX.contains(&fields.attn_name.as_str()) {
         let supported = format!("`{LINEAR}`, `{}`", SOFTMAX.join("`, `"));
-        return Err(unsupported(path, "attn_name", format!("`{}`", fields.attn_name), &supported));
+        return Err(unsupported(
+            path,
+            "attn_name",
+            format!("`{}`", fields.attn_name),
+            &supported,
+        ));
     }
     if let Some(start) = fields.decay_start {
         return Err(unsupported(path, "decay_start", start, "null"));

@@ -50,8 +50,12 @@ impl SaveFormat {
 
     fn layout(self, config: &ModelConfig) -> Layout {
         match (self, config.supra()) {
-            (SaveFormat::Native, _) => Layout::Published { prefix: String::new() },
-            (SaveFormat::Interchange { .. }, Some(_)) => Layout::Published { prefix: "model.".to_owned() },
+            (SaveFormat::Native, _) => Layout::Published {
+                prefix: String::new(),
+            },
+            (SaveFormat::Interchange { .. }, Some(_)) => Layout::Published {
+                prefix: "model.".to_owned(),
+            },
             (SaveFormat::Interchange { .. }, None) => Layout::HuggingFace,
         }
     }
@@ -69,7 +73,9 @@ pub fn save_model(
     let draft = Draft::begin(dir)?;
     let (layout, kind) = (format.layout(config), format.kind());
     match layout {
-        Layout::HuggingFace => config_json::write(&draft.path, &huggingface::render(config, dtype_name(kind)))?,
+        Layout::HuggingFace => {
+            config_json::write(&draft.path, &huggingface::render(config, dtype_name(kind)))?
+        }
         Layout::Published { .. } => config_json::write(&draft.path, &published::render(config))?,
     }
     write_weights(&draft.path, config, params, &layout, kind, SHARD_BYTES)?;
@@ -85,7 +91,11 @@ pub fn copy_companions(from: &Path, to: &Path) -> Result<(), ModelError> {
         let source = from.join(name);
         if source.is_file() {
             let target = to.join(name);
-            fs::copy(&source, &target).map_err(|source| ModelError::Io { action: "write", path: target, source })?;
+            fs::copy(&source, &target).map_err(|source| ModelError::Io {
+                action: "write",
+                path: target,
+                source,
+            })?;
         }
     }
     Ok(())
@@ -104,7 +114,10 @@ fn write_weights(
     let (mut total, mut in_shard) = (0, 0);
     for spec in config.params() {
         let pieces = layout.pieces(config, &spec).ok_or_else(|| {
-            ModelError::Unfit(format!("`{}` has no name in Hugging Face's layout of softmax models", spec.name))
+            ModelError::Unfit(format!(
+                "`{}` has no name in Hugging Face's layout of softmax models",
+                spec.name
+            ))
         })?;
         let mut row = 0;
         for piece in pieces {
@@ -123,20 +136,34 @@ fn write_weights(
         }
     }
     // Kinds change shard by shard, so that a large model is not copied as a whole.
-    let convert = |shard: Vec<(String, Tensor)>| shard.into_iter().map(move |(name, part)| (name, part.detach().to_kind(kind)));
+    let convert = |shard: Vec<(String, Tensor)>| {
+        shard
+            .into_iter()
+            .map(move |(name, part)| (name, part.detach().to_kind(kind)))
+    };
     let count = shards.len();
     if count == 1 {
-        return shards.into_iter().try_for_each(|shard| tensors::write(&dir.join(tensors::SINGLE), convert(shard)));
+        return shards
+            .into_iter()
+            .try_for_each(|shard| tensors::write(&dir.join(tensors::SINGLE), convert(shard)));
     }
     let mut weight_map = serde_json::Map::new();
     for (shard, number) in shards.into_iter().zip(1..) {
         let name = format!("model-{number:05}-of-{count:05}.safetensors");
-        weight_map.extend(shard.iter().map(|(tensor, _)| (tensor.clone(), json!(name))));
+        weight_map.extend(
+            shard
+                .iter()
+                .map(|(tensor, _)| (tensor.clone(), json!(name))),
+        );
         tensors::write(&dir.join(name), convert(shard))?;
     }
     let index = json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
     let path = dir.join(tensors::INDEX);
-    fs::write(&path, format!("{index:#}\n")).map_err(|source| ModelError::Io { action: "write", path, source })
+    fs::write(&path, format!("{index:#}\n")).map_err(|source| ModelError::Io {
+        action: "write",
+        path,
+        source,
+    })
 }
 
 fn dtype_name(kind: Kind) -> &'static str {
@@ -156,7 +183,9 @@ struct Draft {
 
 impl Draft {
     fn begin(target: &Path) -> Result<Draft, ModelError> {
-        let occupied = || ModelError::Occupied { path: target.to_owned() };
+        let occupied = || ModelError::Occupied {
+            path: target.to_owned(),
+        };
         let free = match fs::read_dir(target) {
             Ok(mut entries) => entries.next().is_none(),
             Err(source) => source.kind() == std::io::ErrorKind::NotFound,
@@ -165,24 +194,48 @@ impl Draft {
             return Err(occupied());
         }
         let name = target.file_name().ok_or_else(occupied)?;
-        let path = target.with_file_name(format!(".{}.partial-{}", name.display(), std::process::id()));
-        let io = |source| ModelError::Io { action: "create", path: path.clone(), source };
+        let path = target.with_file_name(format!(
+            ".{}.partial-{}",
+            name.display(),
+            std::process::id()
+        ));
+        let io = |source| ModelError::Io {
+            action: "create",
+            path: path.clone(),
+            source,
+        };
         if path.exists() {
             fs::remove_dir_all(&path).map_err(io)?;
         }
         fs::create_dir_all(&path).map_err(io)?;
-        Ok(Draft { path: path.clone(), target: target.to_owned(), published: false })
+        Ok(Draft {
+            path: path.clone(),
+            target: target.to_owned(),
+            published: false,
+        })
     }
 
     fn publish(mut self) -> Result<(), ModelError> {
-        let io = |source| ModelError::Io { action: "create", path: self.target.clone(), source };
+        let io = |source| ModelError::Io {
+            action: "create",
+            path: self.target.clone(),
+            source,
+        };
         for entry in fs::read_dir(&self.path).map_err(io)? {
-            entry.and_then(|entry| File::open(entry.path())?.sync_all()).map_err(io)?;
+            entry
+                .and_then(|entry| File::open(entry.path())?.sync_all())
+                .map_err(io)?;
         }
         fs::rename(&self.path, &self.target).map_err(io)?;
         // The name is on the disk when the directory that holds it is.
-        let parent = self.target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        File::open(parent).and_then(|parent| parent.sync_all()).map_err(io)?;
+        let parent = self
+            .target
+            .parent()
+            .filter(|parent| !parent.as_os_str().is_empty())
+            .unwrap_or(Path::new("."));
+        File::open(parent)
+            .and_then(|parent| parent.sync_all())
+            .map_err(io)?;
         self.published = true;
         Ok(())
     }
@@ -207,16 +260,31 @@ mod tests {
         let config = small(AttentionKind::Supra(SupraConfig::default()));
         let params = init_all(&config, 1);
         let dir = tempfile::tempdir().unwrap();
-        let layout = Layout::Published { prefix: "model.".to_owned() };
+        let layout = Layout::Published {
+            prefix: "model.".to_owned(),
+        };
         let limit = 12 << 10;
         write_weights(dir.path(), &config, &params, &layout, Kind::Float, limit).unwrap();
-        let files = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len());
+        let files = fs::read_dir(dir.path())
+            .unwrap()
+            .map(|entry| entry.unwrap().metadata().unwrap().len());
         let sizes: Vec<u64> = files.collect();
         assert!(sizes.len() > 4, "{sizes:?}");
         // A tensor is never cut, and headers come on top.
-        let largest = params.iter().map(|(_, tensor)| tensor.numel() as u64 * 4).max().unwrap();
-        assert!(sizes.iter().all(|&size| size < limit.max(largest) + 2048), "{sizes:?}");
+        let largest = params
+            .iter()
+            .map(|(_, tensor)| tensor.numel() as u64 * 4)
+            .max()
+            .unwrap();
+        assert!(
+            sizes.iter().all(|&size| size < limit.max(largest) + 2048),
+            "{sizes:?}"
+        );
         let (read, _) = load_params(dir.path(), &config, NewWeights::Refuse).unwrap();
-        assert!(read.iter().zip(params.iter()).all(|((_, read), (_, written))| read == written));
+        assert!(
+            read.iter()
+                .zip(params.iter())
+                .all(|((_, read), (_, written))| read == written)
+        );
     }
 }

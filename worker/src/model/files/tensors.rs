@@ -43,13 +43,24 @@ impl TensorFiles {
         if index.is_file() {
             return TensorFiles::open_shards(dir, &index);
         }
-        let pickles = ["pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth"];
+        let pickles = [
+            "pytorch_model.bin",
+            "pytorch_model.bin.index.json",
+            "consolidated.00.pth",
+        ];
         let reason = match pickles.iter().find(|name| dir.join(name).exists()) {
-            Some(pickle) => format!("the weights are a pickle ({pickle}), which is never read; save them as safetensors"),
+            Some(pickle) => format!(
+                "the weights are a pickle ({pickle}), which is never read; save them as safetensors"
+            ),
             None if !dir.is_dir() => "no such directory".to_owned(),
-            None => format!("neither {SINGLE} nor {INDEX}; give a model directory with weights in safetensors"),
+            None => format!(
+                "neither {SINGLE} nor {INDEX}; give a model directory with weights in safetensors"
+            ),
         };
-        Err(ModelError::NoWeights { path: dir.to_owned(), reason })
+        Err(ModelError::NoWeights {
+            path: dir.to_owned(),
+            reason,
+        })
     }
 
     /// Opens one file.
@@ -62,17 +73,35 @@ impl TensorFiles {
         struct Index {
             weight_map: BTreeMap<String, String>,
         }
-        let damaged = |reason| ModelError::NoWeights { path: index.to_owned(), reason };
-        let text = fs::read(index).map_err(|source| ModelError::Io { action: "read", path: index.to_owned(), source })?;
+        let damaged = |reason| ModelError::NoWeights {
+            path: index.to_owned(),
+            reason,
+        };
+        let text = fs::read(index).map_err(|source| ModelError::Io {
+            action: "read",
+            path: index.to_owned(),
+            source,
+        })?;
         let Index { weight_map } =
-            serde_json::from_slice(&text).map_err(|source| ModelError::Json { path: index.to_owned(), source })?;
+            serde_json::from_slice(&text).map_err(|source| ModelError::Json {
+                path: index.to_owned(),
+                source,
+            })?;
         let names: BTreeSet<&String> = weight_map.values().collect();
         if let Some(name) = names.iter().find(|name| !is_plain_file_name(name)) {
-            return Err(damaged(format!("names the shard `{name}`; a shard must lie in the directory itself")));
+            return Err(damaged(format!(
+                "names the shard `{name}`; a shard must lie in the directory itself"
+            )));
         }
-        let files = TensorFiles::open_files(dir, names.into_iter().map(|name| dir.join(name)).collect())?;
-        match weight_map.iter().find(|(tensor, shard)| files.file_of(tensor) != Some(dir.join(shard).as_path())) {
-            Some((tensor, shard)) => Err(damaged(format!("says that `{tensor}` is in {shard}, but it is not"))),
+        let files =
+            TensorFiles::open_files(dir, names.into_iter().map(|name| dir.join(name)).collect())?;
+        match weight_map
+            .iter()
+            .find(|(tensor, shard)| files.file_of(tensor) != Some(dir.join(shard).as_path()))
+        {
+            Some((tensor, shard)) => Err(damaged(format!(
+                "says that `{tensor}` is in {shard}, but it is not"
+            ))),
             None => Ok(files),
         }
     }
@@ -83,14 +112,28 @@ impl TensorFiles {
             let (start, metadata) = read_header(path)?;
             for (name, info) in metadata.tensors() {
                 let offset = start + info.data_offsets.0 as u64;
-                let entry = Entry { file, offset, info: info.clone() };
+                let entry = Entry {
+                    file,
+                    offset,
+                    info: info.clone(),
+                };
                 if let Some(Entry { file, .. }) = tensors.insert(name.clone(), entry) {
-                    let reason = format!("tensor `{name}` is also in {}; remove one of the files", files[file].display());
-                    return Err(ModelError::NoWeights { path: path.clone(), reason });
+                    let reason = format!(
+                        "tensor `{name}` is also in {}; remove one of the files",
+                        files[file].display()
+                    );
+                    return Err(ModelError::NoWeights {
+                        path: path.clone(),
+                        reason,
+                    });
                 }
             }
         }
-        Ok(TensorFiles { root: root.to_owned(), files, tensors })
+        Ok(TensorFiles {
+            root: root.to_owned(),
+            files,
+            tensors,
+        })
     }
 
     /// The directory or file that was opened.
@@ -110,17 +153,23 @@ impl TensorFiles {
 
     /// The file that holds a tensor.
     pub fn file_of(&self, name: &str) -> Option<&Path> {
-        self.tensors.get(name).map(|entry| self.files[entry.file].as_path())
+        self.tensors
+            .get(name)
+            .map(|entry| self.files[entry.file].as_path())
     }
 
     /// The shape of a tensor, from its file's header.
     pub fn shape(&self, name: &str) -> Option<Vec<i64>> {
-        self.tensors.get(name).map(|entry| entry.info.shape.iter().map(|&size| size as i64).collect())
+        self.tensors
+            .get(name)
+            .map(|entry| entry.info.shape.iter().map(|&size| size as i64).collect())
     }
 
     /// Reads a tensor in its own kind, on the CPU. None if there is none of this name.
     pub fn read(&self, name: &str) -> Result<Option<Tensor>, ModelError> {
-        let Some(Entry { file, offset, info }) = self.tensors.get(name) else { return Ok(None) };
+        let Some(Entry { file, offset, info }) = self.tensors.get(name) else {
+            return Ok(None);
+        };
         let path = &self.files[*file];
         let kind = kind_of(info.dtype).ok_or_else(|| ModelError::Dtype {
             path: path.clone(),
@@ -133,41 +182,73 @@ impl TensorFiles {
                 file.seek(SeekFrom::Start(*offset))?;
                 file.read_exact(&mut bytes)
             })
-            .map_err(|source| ModelError::Io { action: "read", path: path.clone(), source })?;
+            .map_err(|source| ModelError::Io {
+                action: "read",
+                path: path.clone(),
+                source,
+            })?;
         let shape: Vec<i64> = info.shape.iter().map(|&size| size as i64).collect();
         Ok(Some(Tensor::f_from_data_size(&bytes, &shape, kind)?))
     }
 
     /// Reads a weight: fp32, on the CPU, every value finite.
     pub fn read_weight(&self, name: &str) -> Result<Option<Tensor>, ModelError> {
-        let Some(tensor) = self.read(name)? else { return Ok(None) };
+        let Some(tensor) = self.read(name)? else {
+            return Ok(None);
+        };
         let path = || self.file_of(name).unwrap_or(&self.root).to_owned();
         if !matches!(tensor.kind(), Kind::Float | Kind::Half | Kind::BFloat16) {
             let found = format!("{:?}", tensor.kind());
-            return Err(ModelError::Dtype { path: path(), tensor: name.to_owned(), found });
+            return Err(ModelError::Dtype {
+                path: path(),
+                tensor: name.to_owned(),
+                found,
+            });
         }
         let tensor = tensor.f_to_kind(Kind::Float)?;
-        let count = tensor.numel() as i64 - tensor.f_isfinite()?.f_sum(Kind::Int64)?.f_int64_value(&[])?;
+        let count = tensor.numel() as i64
+            - tensor
+                .f_isfinite()?
+                .f_sum(Kind::Int64)?
+                .f_int64_value(&[])?;
         match count {
             0 => Ok(Some(tensor)),
-            count => Err(ModelError::NonFinite { path: path(), tensor: name.to_owned(), count }),
+            count => Err(ModelError::NonFinite {
+                path: path(),
+                tensor: name.to_owned(),
+                count,
+            }),
         }
     }
 }
 
 fn is_plain_file_name(name: &str) -> bool {
     let mut components = Path::new(name).components();
-    matches!((components.next(), components.next()), (Some(Component::Normal(_)), None))
+    matches!(
+        (components.next(), components.next()),
+        (Some(Component::Normal(_)), None)
+    )
 }
 
 /// Where the data begins, and what the header says; the file is as long as it should be.
 fn read_header(path: &Path) -> Result<(u64, Metadata), ModelError> {
-    let io = |source| ModelError::Io { action: "read", path: path.to_owned(), source };
-    let damaged = |source| ModelError::SafeTensors { path: path.to_owned(), source };
+    let io = |source| ModelError::Io {
+        action: "read",
+        path: path.to_owned(),
+        source,
+    };
+    let damaged = |source| ModelError::SafeTensors {
+        path: path.to_owned(),
+        source,
+    };
     let mut file = File::open(path).map_err(io)?;
     let found = file.metadata().map_err(io)?.len();
     if found < 8 {
-        return Err(ModelError::Length { path: path.to_owned(), expected: 8, found });
+        return Err(ModelError::Length {
+            path: path.to_owned(),
+            expected: 8,
+            found,
+        });
     }
     let mut length = [0; 8];
     file.read_exact(&mut length).map_err(io)?;
@@ -176,15 +257,26 @@ fn read_header(path: &Path) -> Result<(u64, Metadata), ModelError> {
         return Err(damaged(safetensors::SafeTensorError::HeaderTooLarge));
     }
     if found < 8 + length {
-        return Err(ModelError::Length { path: path.to_owned(), expected: 8 + length, found });
+        return Err(ModelError::Length {
+            path: path.to_owned(),
+            expected: 8 + length,
+            found,
+        });
     }
     let mut header = vec![0; length as usize];
     file.read_exact(&mut header).map_err(io)?;
-    let metadata: Metadata = serde_json::from_slice(&header)
-        .map_err(|source| damaged(safetensors::SafeTensorError::InvalidHeaderDeserialization(source)))?;
+    let metadata: Metadata = serde_json::from_slice(&header).map_err(|source| {
+        damaged(safetensors::SafeTensorError::InvalidHeaderDeserialization(
+            source,
+        ))
+    })?;
     let expected = 8 + length + metadata.data_len() as u64;
     if found != expected {
-        return Err(ModelError::Length { path: path.to_owned(), expected, found });
+        return Err(ModelError::Length {
+            path: path.to_owned(),
+            expected,
+            found,
+        });
     }
     Ok((8 + length, metadata))
 }
@@ -231,7 +323,9 @@ impl View for Stored {
 
     fn data(&self) -> Cow<'_, [u8]> {
         let mut bytes = vec![0; self.data_len()];
-        self.tensor.to_device(Device::Cpu).copy_data_u8(&mut bytes, self.tensor.numel());
+        self.tensor
+            .to_device(Device::Cpu)
+            .copy_data_u8(&mut bytes, self.tensor.numel());
         bytes.into()
     }
 
@@ -241,21 +335,48 @@ impl View for Stored {
 }
 
 /// Writes one file, tensors in their own kinds, and waits until the disk has it.
-pub fn write(path: &Path, tensors: impl IntoIterator<Item = (String, Tensor)>) -> Result<(), ModelError> {
-    let io = |source| ModelError::Io { action: "write", path: path.to_owned(), source };
+pub fn write(
+    path: &Path,
+    tensors: impl IntoIterator<Item = (String, Tensor)>,
+) -> Result<(), ModelError> {
+    let io = |source| ModelError::Io {
+        action: "write",
+        path: path.to_owned(),
+        source,
+    };
     let mut stored = Vec::new();
     for (name, tensor) in tensors {
-        let dtype = dtype_of(tensor.kind()).ok_or_else(|| {
-            ModelError::Dtype { path: path.to_owned(), tensor: name.clone(), found: format!("{:?}", tensor.kind()) }
+        let dtype = dtype_of(tensor.kind()).ok_or_else(|| ModelError::Dtype {
+            path: path.to_owned(),
+            tensor: name.clone(),
+            found: format!("{:?}", tensor.kind()),
         })?;
-        let shape = tensor.size().into_iter().map(|size| size as usize).collect();
-        stored.push((name, Stored { tensor, dtype, shape }));
+        let shape = tensor
+            .size()
+            .into_iter()
+            .map(|size| size as usize)
+            .collect();
+        stored.push((
+            name,
+            Stored {
+                tensor,
+                dtype,
+                shape,
+            },
+        ));
     }
     // Other libraries ask for this before they read a file.
     let information = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    safetensors::serialize_to_file(stored, Some(information), path).map_err(|source| match source {
-        safetensors::SafeTensorError::IoError(source) => io(source),
-        source => ModelError::SafeTensors { path: path.to_owned(), source },
-    })?;
-    File::open(path).and_then(|file| file.sync_all()).map_err(io)
+    safetensors::serialize_to_file(stored, Some(information), path).map_err(
+        |source| match source {
+            safetensors::SafeTensorError::IoError(source) => io(source),
+            source => ModelError::SafeTensors {
+                path: path.to_owned(),
+                source,
+            },
+        },
+    )?;
+    File::open(path)
+        .and_then(|file| file.sync_all())
+        .map_err(io)
 }
