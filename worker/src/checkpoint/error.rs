@@ -1,0 +1,110 @@
+//! What can go wrong with a checkpoint, and who has to act.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+use supra_agent::FaultKind;
+use thiserror::Error;
+
+use crate::model::ModelError;
+
+/// Why a checkpoint cannot be written or read.
+#[derive(Debug, Error)]
+pub enum CheckpointError {
+    /// The storage has too little room.
+    #[error(
+        "no room for the checkpoint at {path}: it needs {needed} bytes, {free} are free. Free some, lower \
+         checkpoint.keep, or move checkpoint.to"
+    )]
+    Full {
+        /// The directory being written.
+        path: PathBuf,
+        /// Bytes of the checkpoint.
+        needed: u64,
+        /// Bytes left on the storage.
+        free: u64,
+    },
+    /// The storage refuses to be written.
+    #[error("cannot write {path}: {source}. checkpoint.to has to be a directory that the worker may write to")]
+    NotWritable {
+        /// What could not be written.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// Anything else that the system refuses.
+    #[error("cannot {action} {path}: {source}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// With which file.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// A file is not what was written.
+    #[error("checkpoint damaged: {path}: {problem}. Resume from an older checkpoint (`supra checkpoints` lists them)")]
+    Damaged {
+        /// The damaged file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// The checkpoint is sound but belongs to something else.
+    #[error("{path} does not fit this run: {problem}")]
+    Foreign {
+        /// The checkpoint.
+        path: PathBuf,
+        /// What differs.
+        problem: String,
+    },
+    /// The model's configuration or tokenizer cannot be put beside its weights.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// Ranks look at different storage.
+    #[error(
+        "the checkpoint folder {path} is not shared: {problem}. checkpoint.to has to be storage that every worker sees \
+         under this path"
+    )]
+    NotShared {
+        /// The checkpoint root.
+        path: PathBuf,
+        /// Which ranks miss what.
+        problem: String,
+    },
+}
+
+impl CheckpointError {
+    /// Wraps an error of writing `path`.
+    pub(super) fn writing(path: &Path, source: io::Error) -> CheckpointError {
+        let path = path.to_owned();
+        match source.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+                CheckpointError::Full { free: super::store::free_bytes(&path).unwrap_or(0), needed: 0, path }
+            }
+            io::ErrorKind::ReadOnlyFilesystem
+            | io::ErrorKind::PermissionDenied
+            | io::ErrorKind::NotADirectory
+            | io::ErrorKind::AlreadyExists => CheckpointError::NotWritable { path, source },
+            _ => CheckpointError::Io { action: "write", path, source },
+        }
+    }
+
+    /// Wraps an error of reading `path`.
+    pub(super) fn reading(path: &Path, source: io::Error) -> CheckpointError {
+        if source.kind() == io::ErrorKind::NotFound {
+            return CheckpointError::Damaged { path: path.to_owned(), problem: "the file is missing".to_owned() };
+        }
+        CheckpointError::Io { action: "read", path: path.to_owned(), source }
+    }
+
+    /// Whether another try may succeed without anybody changing the run.
+    pub fn fault_kind(&self) -> FaultKind {
+        match self {
+            CheckpointError::Full { .. } | CheckpointError::Io { .. } | CheckpointError::Model(_) => FaultKind::Transient,
+            _ => FaultKind::Input,
+        }
+    }
+}

@@ -1,0 +1,156 @@
+//! The manifest of a checkpoint: JSON, one object.
+
+use std::{collections::BTreeMap, path::Path};
+
+use serde::{Deserialize, Serialize};
+
+use super::CheckpointError;
+
+/// Version of the checkpoint's layout that this program writes and reads.
+pub const FORMAT: u32 = 1;
+
+/// What a checkpoint holds and where it comes from.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// `supra_recipes::plan::VERSION`: the meaning of sample numbers.
+    pub plan_version: u32,
+    /// The run that wrote it.
+    pub run: String,
+    /// The generation that wrote it.
+    pub generation: u64,
+    /// Ranks of that generation.
+    pub world: u32,
+    /// Steps of the plan behind this state, skipped ones included.
+    pub step: u64,
+    /// Target tokens behind this state.
+    pub tokens: u64,
+    /// First sample that this state has not seen. There is no other cursor: order is computed.
+    pub next_sample: u64,
+    /// Updates behind this state: AdamW's step counter, without skipped steps.
+    pub updates: u64,
+    /// The seeds of all randomness; nothing else random is alive between steps.
+    pub seeds: Seeds,
+    /// BLAKE3 of masters, moments and update counter, as `Formed` and step reports state it, hexadecimal.
+    pub replica_hash: String,
+    /// The resolved recipe, YAML.
+    pub recipe: String,
+    /// BLAKE3 of the training data's manifest, hexadecimal.
+    pub dataset: String,
+    /// BLAKE3 of the tokenizer that made the data, hexadecimal.
+    pub tokenizer: String,
+    /// What else the bits depend on.
+    pub environment: Environment,
+    /// Every tensor by name; moments as `exp_avg.NAME` and `exp_avg_sq.NAME`.
+    pub tensors: BTreeMap<String, StoredTensor>,
+    /// Every other file of the directory by name.
+    pub files: BTreeMap<String, StoredFile>,
+}
+
+/// Seeds of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Seeds {
+    /// Initial values of new weights.
+    pub init: u64,
+    /// Order of the data.
+    pub data: u64,
+}
+
+/// What has to be equal, beside recipe, data and world size, for a resumed run to be equal to the bit.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Environment {
+    /// Version and commit of the program.
+    pub build: String,
+    /// Version of libtorch.
+    pub libtorch: String,
+    /// "cpu" or "cuda".
+    pub device: String,
+    /// GPU model, or architecture and vector instructions.
+    pub model: String,
+    /// Intra-op threads.
+    pub threads: u32,
+}
+
+/// One tensor and where its elements are.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredTensor {
+    /// Shape of the whole tensor.
+    pub shape: Vec<i64>,
+    /// Element type in safetensors' words; "F32".
+    pub dtype: String,
+    /// Pieces that together cover the flattened tensor.
+    pub slices: Vec<Slice>,
+}
+
+/// A range of a flattened tensor.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Slice {
+    /// File of the checkpoint.
+    pub file: String,
+    /// Key in that file.
+    pub key: String,
+    /// First element.
+    pub start: i64,
+    /// One past the last element.
+    pub end: i64,
+}
+
+/// Size and hash of a file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredFile {
+    /// Length in bytes.
+    pub bytes: u64,
+    /// BLAKE3, hexadecimal.
+    pub blake3: String,
+}
+
+impl Manifest {
+    /// The bytes that are written and hashed.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = serde_json::to_vec_pretty(self).expect("invariant: a manifest has only string keys");
+        bytes.push(b'\n');
+        bytes
+    }
+
+    /// Reads a manifest that `path` held.
+    pub fn parse(bytes: &[u8], path: &Path) -> Result<Manifest, CheckpointError> {
+        let damaged = |problem| CheckpointError::Damaged { path: path.to_owned(), problem };
+        // The format first: a later one may have other fields.
+        #[derive(Deserialize)]
+        struct Format {
+            format: u32,
+        }
+        let Format { format } =
+            serde_json::from_slice(bytes).map_err(|error| damaged(format!("not a checkpoint manifest: {error}")))?;
+        if format != FORMAT {
+            return Err(CheckpointError::Foreign {
+                path: path.to_owned(),
+                problem: format!("it has checkpoint format {format}, this program reads format {FORMAT}"),
+            });
+        }
+        let manifest: Manifest = serde_json::from_slice(bytes).map_err(|error| damaged(error.to_string()))?;
+        match manifest.files.keys().find(|name| name.contains(['/', '\\']) || name.starts_with('.')) {
+            Some(name) => Err(damaged(format!("it names the file {name:?} outside the checkpoint"))),
+            None => Ok(manifest),
+        }
+    }
+}
+
+impl Environment {
+    /// What differs between the writer's environment and this one, for people; empty if bits can be equal.
+    pub fn differences(&self, here: &Environment) -> Vec<String> {
+        let threads = |environment: &Environment| environment.threads.to_string();
+        [
+            ("build", self.build.clone(), here.build.clone()),
+            ("libtorch", self.libtorch.clone(), here.libtorch.clone()),
+            ("device", self.device.clone(), here.device.clone()),
+            ("hardware", self.model.clone(), here.model.clone()),
+            ("threads", threads(self), threads(here)),
+        ]
+        .into_iter()
+        .filter(|(_, then, now)| then != now)
+        .map(|(what, then, now)| format!("{what} {then} -> {now}"))
+        .collect()
+    }
+}

@@ -1,0 +1,224 @@
+//! Writing a checkpoint: rank 0, everything synced, the manifest last.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::Write,
+    path::Path,
+};
+
+use serde_json::json;
+
+use super::{
+    CheckpointError, EXP_AVG, EXP_AVG_SQ, MANIFEST, Manifest, PENDING,
+    manifest::{Slice, StoredFile, StoredTensor},
+    safetensors::{self, Entry, HashedFile},
+    store,
+};
+use crate::{
+    model::{ModelConfig, files::save::copy_companions},
+    optim::Replica,
+};
+
+/// Most bytes of tensors in one file; a single larger tensor has a file of its own.
+const FILE_BYTES: u64 = 4 << 30;
+
+/// Room beside the tensors: headers, manifest, tokenizer.
+const OVERHEAD_BYTES: u64 = 32 << 20;
+
+/// What is written.
+pub struct Contents<'a> {
+    /// Masters, moments and update counter.
+    pub replica: &'a Replica,
+    /// The model's configuration.
+    pub config: &'a ModelConfig,
+    /// Directory whose tokenizer files belong to the model.
+    pub base: &'a Path,
+    /// All facts; tensors and files are filled in here.
+    pub manifest: Manifest,
+}
+
+/// What was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Receipt {
+    /// Directory, relative to the checkpoint root.
+    pub relative: String,
+    /// Bytes of all files, the manifest's included.
+    pub bytes: u64,
+    /// BLAKE3 of the manifest.
+    pub manifest_hash: [u8; 32],
+}
+
+/// Writes a checkpoint below `root` up to and including `manifest.pending`.
+///
+/// What a crashed try of the same step and generation left is replaced; a published checkpoint never is.
+pub fn write(root: &Path, contents: Contents) -> Result<Receipt, CheckpointError> {
+    let Contents { replica, config, base, mut manifest } = contents;
+    let relative = store::directory_name(manifest.step, manifest.generation);
+    let dir = root.join(&relative);
+    store::ensure_room(root, 3 * 4 * replica.layout().elements() as u64 + OVERHEAD_BYTES)?;
+    make_directory(&dir)?;
+
+    let mut writer = Writer { dir: &dir, tensors: BTreeMap::new(), files: BTreeMap::new() };
+    writer.model(replica)?;
+    writer.optimizer(replica)?;
+    writer.side_files(config, base)?;
+    manifest.tensors = writer.tensors;
+    manifest.files = writer.files;
+    let files_bytes: u64 = manifest.files.values().map(|file| file.bytes).sum();
+
+    let bytes = manifest.to_bytes();
+    let pending = dir.join(PENDING);
+    let written = HashedFile::create(&pending).and_then(|mut file| {
+        file.write_all(&bytes)?;
+        file.finish()
+    });
+    written.map_err(|source| CheckpointError::writing(&pending, source))?;
+    store::sync_directory(&dir)?;
+    store::sync_directory(root)?;
+    Ok(Receipt {
+        relative,
+        bytes: files_bytes + bytes.len() as u64,
+        manifest_hash: *blake3::hash(&bytes).as_bytes(),
+    })
+}
+
+fn make_directory(dir: &Path) -> Result<(), CheckpointError> {
+    let failed = |source| CheckpointError::writing(dir, source);
+    if dir.join(MANIFEST).exists() {
+        let problem = "it is published already and is never overwritten".to_owned();
+        return Err(CheckpointError::Foreign { path: dir.to_owned(), problem });
+    }
+    if dir.is_dir() {
+        fs::remove_dir_all(dir).map_err(failed)?;
+    }
+    fs::create_dir_all(dir).map_err(failed)
+}
+
+/// Collects what the manifest says about the files while they are written.
+struct Writer<'a> {
+    dir: &'a Path,
+    tensors: BTreeMap<String, StoredTensor>,
+    files: BTreeMap<String, StoredFile>,
+}
+
+impl Writer<'_> {
+    /// The masters, in files that any reader of model directories understands.
+    fn model(&mut self, replica: &Replica) -> Result<(), CheckpointError> {
+        let slots = replica.layout().slots();
+        let entries =
+            slots.iter().map(|slot| Entry { key: slot.name.clone(), slot, flat: &replica.masters }).collect();
+        let names = self.tensors("model", entries)?;
+        if names.len() > 1 {
+            let total: u64 = slots.iter().map(|slot| slot.elements as u64 * 4).sum();
+            let weight_map: BTreeMap<&str, &str> =
+                slots.iter().map(|slot| (slot.name.as_str(), self.tensors[&slot.name].slices[0].file.as_str())).collect();
+            let index = json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
+            let path = self.dir.join("model.safetensors.index.json");
+            fs::write(&path, format!("{index:#}\n")).map_err(|source| CheckpointError::writing(&path, source))?;
+        }
+        Ok(())
+    }
+
+    fn optimizer(&mut self, replica: &Replica) -> Result<(), CheckpointError> {
+        let moments = [(EXP_AVG, &replica.exp_avg), (EXP_AVG_SQ, &replica.exp_avg_sq)];
+        let entries = moments.into_iter().flat_map(|(prefix, flat)| {
+            let slots = replica.layout().slots().iter();
+            slots.map(move |slot| Entry { key: format!("{prefix}{}", slot.name), slot, flat })
+        });
+        self.tensors("optimizer", entries.collect()).map(drop)
+    }
+
+    /// Writes tensors to `<stem>.safetensors`, or to numbered files if one would be too large. Returns their names.
+    fn tensors(&mut self, stem: &str, entries: Vec<Entry>) -> Result<Vec<String>, CheckpointError> {
+        let groups = group(entries, FILE_BYTES);
+        let count = groups.len();
+        let mut names = Vec::with_capacity(count);
+        for (index, entries) in groups.into_iter().enumerate() {
+            let name = match count {
+                1 => format!("{stem}.safetensors"),
+                _ => format!("{stem}-{:05}-of-{count:05}.safetensors", index + 1),
+            };
+            let path = self.dir.join(&name);
+            let stored =
+                safetensors::write(&path, &entries).map_err(|source| CheckpointError::writing(&path, source))?;
+            self.files.insert(name.clone(), stored);
+            for entry in entries {
+                let slice =
+                    Slice { file: name.clone(), key: entry.key.clone(), start: 0, end: entry.slot.elements };
+                let tensor =
+                    StoredTensor { shape: entry.slot.shape.clone(), dtype: "F32".to_owned(), slices: vec![slice] };
+                self.tensors.insert(entry.key, tensor);
+            }
+            names.push(name);
+        }
+        Ok(names)
+    }
+
+    /// What makes the directory a model directory: configuration and tokenizer.
+    fn side_files(&mut self, config: &ModelConfig, base: &Path) -> Result<(), CheckpointError> {
+        config.save(self.dir)?;
+        copy_companions(base, self.dir)?;
+        let entries = fs::read_dir(self.dir).map_err(|source| CheckpointError::writing(self.dir, source))?;
+        for entry in entries {
+            let path = entry.map_err(|source| CheckpointError::writing(self.dir, source))?.path();
+            self.adopt(&path)?;
+        }
+        Ok(())
+    }
+
+    /// Syncs and records a small file that is already written, unless it is recorded.
+    fn adopt(&mut self, path: &Path) -> Result<(), CheckpointError> {
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        if self.files.contains_key(&name) {
+            return Ok(());
+        }
+        let failed = |source| CheckpointError::writing(path, source);
+        File::open(path).and_then(|file| file.sync_all()).map_err(failed)?;
+        let bytes = fs::read(path).map_err(failed)?;
+        let blake3 = blake3::hash(&bytes).to_hex().to_string();
+        self.files.insert(name, StoredFile { bytes: bytes.len() as u64, blake3 });
+        Ok(())
+    }
+}
+
+/// Cuts entries, in order, into groups of at most `limit` bytes; a larger entry is alone.
+fn group(entries: Vec<Entry>, limit: u64) -> Vec<Vec<Entry>> {
+    let mut groups: Vec<Vec<Entry>> = Vec::new();
+    let mut used = 0;
+    for entry in entries {
+        let bytes = entry.bytes();
+        match groups.last_mut() {
+            Some(group) if used + bytes <= limit => {
+                used += bytes;
+                group.push(entry);
+            }
+            _ => {
+                used = bytes;
+                groups.push(vec![entry]);
+            }
+        }
+    }
+    groups
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::optim::Slot;
+
+    #[test]
+    fn files_stay_below_the_limit_unless_one_tensor_is_larger() {
+        let sizes = [10, 20, 30, 100, 5];
+        let slots: Vec<Slot> = sizes
+            .iter()
+            .map(|&elements| Slot { name: String::new(), shape: vec![elements], offset: 0, elements })
+            .collect();
+        let flat = tch::Tensor::new();
+        let entries = slots.iter().map(|slot| Entry { key: String::new(), slot, flat: &flat }).collect();
+        let groups = group(entries, 4 * 50);
+        let sizes: Vec<Vec<i64>> =
+            groups.iter().map(|group| group.iter().map(|entry| entry.slot.elements).collect()).collect();
+        assert_eq!(sizes, [vec![10, 20], vec![30], vec![100], vec![5]]);
+    }
+}

@@ -1,0 +1,52 @@
+//! The command line.
+
+mod convert;
+mod eval;
+mod export;
+mod failure;
+mod generate;
+mod logging;
+mod options;
+mod out;
+mod run;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use failure::Failure;
+
+/// Trains and uses SUPRA models: softmax transformers turned into recurrent networks.
+#[derive(Debug, Parser)]
+#[command(name = "supra-worker", version = supra_worker::BUILD, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Join a coordinator and train what it assigns
+    Run(run::Run),
+    /// Turn a softmax model into a SUPRA model that is not trained yet
+    Convert(convert::Convert),
+    /// Turn a training checkpoint into a model directory
+    Export(export::Export),
+    /// Measure loss and perplexity on a dataset
+    Eval(eval::Eval),
+    /// Continue a text
+    Generate(generate::Generate),
+}
+
+/// Parses the command line, does what it says, and reports how that ended.
+pub fn main() -> ExitCode {
+    let Cli { command } = Cli::parse();
+    let result = match command {
+        Command::Run(run) => return run.execute().unwrap_or_else(Failure::report),
+        Command::Convert(convert) => convert.execute(),
+        Command::Export(export) => export.execute(),
+        Command::Eval(eval) => eval.execute(),
+        Command::Generate(generate) => generate.execute(),
+    };
+    result.map_or_else(Failure::report, |()| ExitCode::SUCCESS)
+}

@@ -1,0 +1,89 @@
+//! How a command ends that could not do its work.
+
+use std::{error::Error, process::ExitCode};
+
+use supra_worker::{
+    checkpoint::CheckpointError,
+    device::DeviceError,
+    failure::chain,
+    inference::{evaluate::EvaluateError, generate::GenerateError, load::LoadError},
+    model::ModelError,
+};
+
+/// The command failed.
+const FAILED: u8 = 1;
+/// What the user gave is wrong.
+const INPUT: u8 = 2;
+/// Something stored is not what was stored.
+const BROKEN: u8 = 4;
+
+/// Why a command ends early.
+#[derive(Debug)]
+pub enum Failure {
+    /// Whoever read our output has gone; nothing is left to say.
+    Closed,
+    /// A paragraph to print, and the exit code that goes with it.
+    Told {
+        /// Exit code.
+        code: u8,
+        /// What, where, why, and what to do.
+        message: String,
+    },
+}
+
+impl Failure {
+    /// An error with an exit code of its own.
+    pub fn with_code(code: u8, error: &dyn Error) -> Failure {
+        Failure::Told { code, message: chain(error) }
+    }
+
+    /// It went wrong while running.
+    pub fn failed(message: String) -> Failure {
+        Failure::Told { code: FAILED, message }
+    }
+
+    /// What the user gave is wrong.
+    pub fn input(message: String) -> Failure {
+        Failure::Told { code: INPUT, message }
+    }
+
+    /// Prints the error and gives the exit code. A closed stdout is no error.
+    pub fn report(self) -> ExitCode {
+        match self {
+            Failure::Closed => ExitCode::SUCCESS,
+            Failure::Told { code, message } => {
+                super::out::complain(&format!("error: {message}"));
+                ExitCode::from(code)
+            }
+        }
+    }
+}
+
+impl From<DeviceError> for Failure {
+    fn from(error: DeviceError) -> Failure {
+        Failure::with_code(FAILED, &error)
+    }
+}
+
+impl From<CheckpointError> for Failure {
+    fn from(error: CheckpointError) -> Failure {
+        let code = match error {
+            CheckpointError::Damaged { .. } => BROKEN,
+            _ => INPUT,
+        };
+        Failure::with_code(code, &error)
+    }
+}
+
+/// These speak of what the user named.
+macro_rules! input_errors {
+    ($($error:ty),*) => {
+        $(impl From<$error> for Failure {
+            fn from(error: $error) -> Failure {
+                Failure::with_code(INPUT, &error)
+            }
+        })*
+    };
+}
+
+input_errors!(ModelError, LoadError, EvaluateError, GenerateError, supra_data::DataError, supra_proto::TokenError);

@@ -1,0 +1,90 @@
+//! `supra-worker run`: a supervisor and the child that trains.
+
+use std::{io, net::IpAddr, path::PathBuf, process::ExitCode, thread};
+
+use clap::Args;
+use nix::{
+    sys::signal::{self, Signal},
+    unistd::Pid,
+};
+use supra_agent::{
+    Exit, WorkerOptions, run_worker,
+    supervisor::{self, Role},
+};
+use supra_proto::Token;
+
+use super::{
+    failure::Failure,
+    logging::{self, LogFormat},
+    options::DeviceOptions,
+};
+
+/// Set to 1 by a program that holds a pipe to our standard input and wants the worker to end when it does.
+const PARENT_PIPE: &str = "SUPRA_PARENT_PIPE";
+
+/// Joins a coordinator and trains until it says goodbye. Runs as two processes: a small one that restarts the one
+/// that computes.
+#[derive(Debug, Args)]
+pub struct Run {
+    /// Address of the coordinator
+    #[arg(long, env = "SUPRA_COORDINATOR", default_value = "http://127.0.0.1:7070", value_name = "URL")]
+    coordinator: String,
+    /// Name for people [default: host name and device]
+    #[arg(long)]
+    name: Option<String>,
+    /// Address at which the other workers reach this one [default: that of the route to the coordinator]
+    #[arg(long, value_name = "IP")]
+    advertise: Option<IpAddr>,
+    /// File that holds the coordinator's token
+    #[arg(long, env = "SUPRA_TOKEN_FILE", value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// How log lines on stderr look
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    log_format: LogFormat,
+    #[command(flatten)]
+    device: DeviceOptions,
+}
+
+impl Run {
+    /// Supervises, or, in the child, trains.
+    pub fn execute(self) -> Result<ExitCode, Failure> {
+        logging::start(self.log_format);
+        // Before libtorch is touched: the supervisor has to stay small and must never hold a device.
+        let birth = match supervisor::role().map_err(|error| Failure::with_code(error.exit_code(), &error))? {
+            Role::Supervisor => {
+                if std::env::var_os(PARENT_PIPE).is_some_and(|value| value == "1") {
+                    end_with_parent()?;
+                }
+                return Ok(supervisor::supervise());
+            }
+            Role::Child(birth) => birth,
+        };
+        let token = self.token_file.as_deref().map(Token::from_file).transpose()?;
+        let place = self.device.open()?;
+        tracing::info!(device = %self.device.device, model = %place.model, threads = place.threads, "device is open");
+        let options = WorkerOptions {
+            name: self.name,
+            advertise: self.advertise,
+            token,
+            birth,
+            ..WorkerOptions::new(self.coordinator, self.device.device.to_string(), supra_worker::BUILD)
+        };
+        let exit = run_worker(options, |job| supra_worker::trainer::train(job, &place, supra_worker::BUILD))
+            .map_err(|error| Failure::with_code(error.exit_code(), &error))?;
+        if let Exit::Refused(reason) = &exit {
+            super::out::complain(&format!("error: the coordinator refuses this worker: {reason}"));
+        }
+        Ok(ExitCode::from(exit.exit_code()))
+    }
+}
+
+/// Asks this process to stop, as SIGTERM does, when its standard input ends: then the parent is gone, however it went.
+fn end_with_parent() -> Result<(), Failure> {
+    let watch = || {
+        // An error of reading says the same as the end.
+        let _ = io::copy(&mut io::stdin().lock(), &mut io::sink());
+        let _ = signal::kill(Pid::this(), Signal::SIGTERM);
+    };
+    let started = thread::Builder::new().name("parent".to_owned()).spawn(watch);
+    started.map(drop).map_err(|error| Failure::failed(format!("cannot watch the parent process: {error}")))
+}

@@ -1,0 +1,68 @@
+//! Opening a model directory for use.
+
+use std::path::{Path, PathBuf};
+
+use tch::{Device, Kind};
+use thiserror::Error;
+use tokenizers::Tokenizer;
+
+use crate::model::{self, AttentionKind, ModelConfig, ModelError, NewWeights, Params, Transformer};
+
+/// Why a model cannot be used.
+#[derive(Debug, Error)]
+pub enum LoadError {
+    /// Configuration or weights.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The tokenizer.
+    #[error("cannot read the tokenizer {path}: {cause}. A model directory for text needs its tokenizer.json", path = path.display())]
+    Tokenizer {
+        /// The file.
+        path: PathBuf,
+        /// What the tokenizer library says.
+        cause: tokenizers::Error,
+    },
+}
+
+/// A model ready to compute.
+pub struct LoadedModel {
+    /// The network.
+    pub transformer: Transformer,
+    /// Its weights, on the device.
+    pub params: Params,
+    dir: PathBuf,
+}
+
+impl LoadedModel {
+    /// Loads a softmax model (Hugging Face), a SUPRA model or a training checkpoint, to compute in `kind` on `device`.
+    pub fn open(dir: &Path, device: Device, kind: Kind) -> Result<LoadedModel, LoadError> {
+        let config = ModelConfig::load(dir)?;
+        let (params, _) = model::load_params(dir, &config, NewWeights::Refuse)?;
+        let params = params.to(device, kind);
+        Ok(LoadedModel { transformer: Transformer::new(config), params, dir: dir.to_owned() })
+    }
+
+    /// Its kind of attention, as recipes call it.
+    pub fn attention(&self) -> &'static str {
+        match self.transformer.config().attention {
+            AttentionKind::Softmax => "softmax",
+            AttentionKind::Supra(_) => "supra",
+        }
+    }
+
+    /// Tokens of a window when nobody says: the model's positions, at most 2048.
+    pub fn usual_sequence_length(&self) -> u64 {
+        self.transformer.config().max_positions.clamp(1, 2048) as u64
+    }
+
+    /// The tokenizer beside the weights.
+    pub fn tokenizer(&self) -> Result<Tokenizer, LoadError> {
+        let path = self.dir.join("tokenizer.json");
+        Tokenizer::from_file(&path).map_err(|cause| LoadError::Tokenizer { path, cause })
+    }
+
+    /// Tokens that end a text, as the configuration names them.
+    pub fn stop_tokens(&self) -> Vec<u32> {
+        self.transformer.config().eos.iter().filter_map(|&token| token.try_into().ok()).collect()
+    }
+}

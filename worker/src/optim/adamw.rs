@@ -1,0 +1,140 @@
+//! AdamW with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101) on flat buffers.
+
+use supra_recipes::schema::Optimizer;
+use tch::Tensor;
+
+use super::{Replica, chunks};
+
+/// The constants of AdamW; the learning rate comes with each update.
+#[derive(Clone, Copy, Debug)]
+pub struct AdamW {
+    betas: (f64, f64),
+    eps: f64,
+    weight_decay: f64,
+}
+
+/// What is the same for every element of one update.
+struct Update {
+    gradient_scale: f64,
+    step_size: f64,
+    root_correction: f64,
+    decay: f64,
+}
+
+impl AdamW {
+    /// The optimizer that a recipe asks for.
+    pub fn new(optimizer: &Optimizer) -> AdamW {
+        AdamW { betas: optimizer.betas, eps: optimizer.eps, weight_decay: optimizer.weight_decay }
+    }
+
+    /// Applies one update to masters, moments and update counter, and refreshes the compute copy.
+    ///
+    /// The gradient in the replica is a sum; `gradient_scale` makes it the clipped gradient of the mean loss.
+    /// Deterministic: every operation is elementwise, in a fixed order.
+    pub fn update(&self, replica: &mut Replica, learning_rate: f64, gradient_scale: f64) {
+        replica.updates += 1;
+        let power = replica.updates.min(i32::MAX as u64) as i32;
+        let shared = Update {
+            gradient_scale,
+            step_size: learning_rate / (1.0 - self.betas.0.powi(power)),
+            root_correction: (1.0 - self.betas.1.powi(power)).sqrt(),
+            decay: 1.0 - learning_rate * self.weight_decay,
+        };
+        let decayed = replica.layout().decayed();
+        let plain = replica.layout().elements() - decayed;
+        tch::no_grad(|| {
+            for (start, length) in chunks(decayed) {
+                self.update_range(replica, start, length, &shared, true);
+            }
+            for (start, length) in chunks(plain) {
+                self.update_range(replica, decayed + start, length, &shared, false);
+            }
+        });
+        replica.refresh();
+    }
+
+    fn update_range(&self, replica: &Replica, start: i64, length: i64, update: &Update, decays: bool) {
+        let range = |flat: &Tensor| flat.narrow(0, start, length);
+        let (mut master, mut average, mut square) =
+            (range(&replica.masters), range(&replica.exp_avg), range(&replica.exp_avg_sq));
+        let gradient = range(&replica.gradient) * update.gradient_scale;
+        let (beta1, beta2) = self.betas;
+
+        let _ = average.g_mul_scalar_(beta1).g_add_(&(&gradient * (1.0 - beta1)));
+        let _ = square.g_mul_scalar_(beta2).g_add_(&(gradient.square() * (1.0 - beta2)));
+        let mut denominator = square.sqrt();
+        let _ = denominator.g_div_scalar_(update.root_correction).g_add_scalar_(self.eps);
+        if decays {
+            let _ = master.g_mul_scalar_(update.decay);
+        }
+        let _ = master.g_sub_(&(average.g_div(&denominator) * update.step_size));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::{model::ParamSpec, optim::Layout};
+
+    const BETAS: (f64, f64) = (0.9, 0.95);
+
+    fn replica(precision: Kind) -> Replica {
+        let spec = |name: &str, shape: &[i64], decayed| ParamSpec {
+            name: name.to_owned(),
+            shape: shape.to_vec(),
+            decayed,
+            new: false,
+        };
+        let layout = Layout::new(&[spec("norm", &[2], false), spec("w", &[2, 2], true)], false);
+        let masters = Tensor::from_slice(&[0.5f32, -1.0, 2.0, 0.25, 1.0, 1.0]);
+        Replica::new(layout, masters, precision, Device::Cpu)
+    }
+
+    /// The textbook formulas in fp64, one number at a time.
+    fn reference(steps: &[[f64; 6]], lr: f64, eps: f64, weight_decay: f64) -> [f64; 6] {
+        let mut params = [0.5, -1.0, 2.0, 0.25, 1.0, 1.0];
+        let (mut m, mut v) = ([0.0; 6], [0.0; 6]);
+        for (t, gradient) in steps.iter().enumerate() {
+            let t = t as i32 + 1;
+            for i in 0..6 {
+                m[i] = BETAS.0 * m[i] + (1.0 - BETAS.0) * gradient[i];
+                v[i] = BETAS.1 * v[i] + (1.0 - BETAS.1) * gradient[i] * gradient[i];
+                let (m_hat, v_hat) = (m[i] / (1.0 - BETAS.0.powi(t)), v[i] / (1.0 - BETAS.1.powi(t)));
+                let decay: f64 = if i < 4 { weight_decay } else { 0.0 };
+                params[i] -= lr * decay * params[i] + lr * m_hat / (v_hat.sqrt() + eps);
+            }
+        }
+        params
+    }
+
+    #[test]
+    fn updates_follow_the_formulas() {
+        let adamw = AdamW { betas: BETAS, eps: 1e-8, weight_decay: 0.1 };
+        let steps = [[0.1, -0.2, 0.3, 0.0, 0.5, -0.6], [0.3, 0.1, -0.1, 0.2, 0.0, 1.0], [-0.2; 6]];
+        let mut replica = replica(Kind::Float);
+        for gradient in &steps {
+            // Twice the gradient and half the scale: the scale is applied once.
+            replica.gradient.copy_(&(Tensor::from_slice(gradient) * 2.0));
+            adamw.update(&mut replica, 0.01, 0.5);
+        }
+        let got = Vec::<f64>::try_from(replica.masters.to_kind(Kind::Double)).unwrap();
+        for (got, want) in got.iter().zip(reference(&steps, 0.01, 1e-8, 0.1)) {
+            assert!((got - want).abs() < 1e-6, "{got} against {want}");
+        }
+        assert_eq!(replica.updates, 3);
+    }
+
+    #[test]
+    fn leaves_see_the_update_in_both_precisions() {
+        let adamw = AdamW { betas: BETAS, eps: 1e-8, weight_decay: 0.0 };
+        for precision in [Kind::Float, Kind::BFloat16] {
+            let mut replica = replica(precision);
+            let _ = replica.gradient.fill_(1.0);
+            adamw.update(&mut replica, 0.125, 1.0);
+            let leaf = replica.params().get("norm").to_kind(Kind::Double);
+            assert!((leaf.double_value(&[0]) - 0.875).abs() < 1e-6, "{precision:?}");
+        }
+    }
+}

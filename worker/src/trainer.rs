@@ -1,0 +1,310 @@
+//! The training loop: one, readable from top to bottom.
+//!
+//! A generation connects its ranks, checks the store, loads the base or a checkpoint, and then runs
+//! step after step: this rank's samples, forward and backward in micro-batches, the sum of all
+//! gradients, one decision that all ranks take alike, AdamW, a report, and a checkpoint when one is
+//! due. Losses are sums over targets and are divided once, by the number of targets of all ranks.
+
+mod error;
+mod micro;
+mod start;
+mod tally;
+
+use std::time::Instant;
+
+use supra_agent::{
+    CheckpointWritten, Collective, Formed, Job, Outcome, Phase, StepReport, Voided,
+};
+use supra_data::{Batch, Loader, Prefetch};
+use supra_recipes::{Digest, Plan, plan::VERSION};
+
+pub use error::TrainError;
+pub use micro::MicroBatch;
+pub use start::trained_config;
+use start::Start;
+use tally::Tally;
+
+use crate::{
+    checkpoint::{
+        self, Environment,
+        manifest::{FORMAT, Seeds},
+        store,
+        write::Contents,
+    },
+    device::{self, Place},
+    failure::chain,
+    model::Transformer,
+    optim::{AdamW, Replica, clip},
+};
+
+/// Steps whose samples are read ahead.
+const READ_AHEAD: usize = 2;
+
+/// Trains one generation of a run until it ends, one way or the other. `build` is the program's version and commit.
+pub fn train(job: Job, place: &Place, build: &str) -> Outcome {
+    let link = job.link.clone();
+    match Trainer::form(job, place, build).and_then(Trainer::run) {
+        Ok(outcome) => outcome,
+        // Whatever broke: in a void generation it broke because of that.
+        Err(_) if link.void() => Outcome::Voided,
+        Err(TrainError::Void(_)) => Outcome::Voided,
+        Err(error) => Outcome::Fault { kind: error.fault_kind(), message: chain(&error) },
+    }
+}
+
+/// A rank at work.
+struct Trainer {
+    job: Job,
+    place: Place,
+    environment: Environment,
+    collective: Box<dyn Collective>,
+    plan: Plan,
+    batches: Prefetch,
+    dataset: DatasetFacts,
+    model: Transformer,
+    replica: Replica,
+    adamw: AdamW,
+    /// Step that the replica's state is behind.
+    step: u64,
+    /// Skipped steps in a row.
+    skipped: u32,
+}
+
+/// What checkpoints say about the data.
+struct DatasetFacts {
+    hash: String,
+    tokenizer: String,
+}
+
+/// What this rank put into a step.
+#[derive(Default)]
+struct Fed {
+    samples: u64,
+    digest: Digest,
+    loss_sum: f64,
+    targets: u64,
+}
+
+impl Trainer {
+    /// Connects the ranks, checks the store, loads the state and tells the coordinator.
+    fn form(mut job: Job, place: &Place, build: &str) -> Result<Trainer, TrainError> {
+        job.link.phase(Phase::Forming, 0);
+        let mut collective = job.connect()?;
+        store::probe(&job.checkpoint_root, job.generation, collective.as_mut())?;
+
+        job.link.phase(Phase::Loading, 0);
+        let environment = Environment {
+            build: build.to_owned(),
+            libtorch: device::LIBTORCH.to_owned(),
+            device: if place.device.is_cuda() { "cuda" } else { "cpu" }.to_owned(),
+            model: place.model.clone(),
+            threads: place.threads,
+        };
+        let Start { plan, reader, config, replica, step, notes } = Start::load(&job, place, &environment)?;
+        if job.rank == 0 {
+            notes.iter().for_each(|note| job.link.log("WARN", note));
+        }
+        let manifest = reader.manifest();
+        let dataset = DatasetFacts {
+            hash: blake3::Hash::from_bytes(manifest.hash()).to_hex().to_string(),
+            tokenizer: manifest.tokenizer_hash().to_owned(),
+        };
+        job.link.formed(Formed {
+            step,
+            replica_hash: replica.hash().to_vec(),
+            windows: plan.windows,
+            manifest_hash: manifest.hash().to_vec(),
+        });
+        let loader = Loader::new(reader, plan.clone());
+        Ok(Trainer {
+            batches: Prefetch::start(loader, step + 1, job.rank, job.world, READ_AHEAD),
+            adamw: AdamW::new(&job.recipe.optimizer),
+            model: Transformer::new(config),
+            place: place.clone(),
+            skipped: 0,
+            job,
+            environment,
+            collective,
+            plan,
+            dataset,
+            replica,
+            step,
+        })
+    }
+
+    /// Trains to the end of the budget, or to the step at which a stop is agreed on.
+    fn run(mut self) -> Result<Outcome, TrainError> {
+        while self.step < self.plan.steps {
+            let step = self.step + 1;
+            self.job.link.phase(Phase::Training, step);
+            let clock = Instant::now();
+
+            let waiting = Instant::now();
+            let batch = self.next_batch(step)?;
+            let data_seconds = waiting.elapsed().as_secs_f64();
+            let fed = self.forward_backward(&batch)?;
+
+            let waiting = Instant::now();
+            self.replica.reduce_gradient(self.collective.as_mut())?;
+            let mine = Tally {
+                loss_sum: fed.loss_sum,
+                targets: fed.targets,
+                grad_norm: self.replica.gradient_norm(),
+                stop: self.job.link.stop_requested(),
+            };
+            let all = mine.gather(self.collective.as_mut())?;
+            let comm_seconds = waiting.elapsed().as_secs_f64();
+
+            let mut report = self.update(step, &fed, &all);
+            self.step = step;
+            report.data_seconds = data_seconds;
+            report.comm_seconds = comm_seconds;
+            report.seconds = clock.elapsed().as_secs_f64();
+            let grad_norm = report.grad_norm;
+            self.job.link.step(report);
+
+            if self.skipped > self.job.recipe.nonfinite.max {
+                let steps = self.skipped;
+                return Err(TrainError::Diverged { steps, step, loss_sum: all.loss_sum, grad_norm });
+            }
+            let last = step == self.plan.steps;
+            if all.stop || self.plan.checkpoint_due(step) {
+                self.checkpoint(all.stop || last)?;
+            }
+            if all.stop && !last {
+                return Ok(Outcome::Stopped);
+            }
+        }
+        Ok(Outcome::Finished)
+    }
+
+    fn next_batch(&mut self, step: u64) -> Result<Batch, TrainError> {
+        match self.batches.next() {
+            Some(Ok((number, batch))) if number == step => Ok(batch),
+            Some(Err(error)) => Err(error.into()),
+            Some(Ok(_)) | None => Err(TrainError::NoBatch { step }),
+        }
+    }
+
+    /// Forward and backward over this rank's samples; their gradients end up summed in the replica.
+    fn forward_backward(&mut self, batch: &Batch) -> Result<Fed, TrainError> {
+        let Job { recipe, link, .. } = &self.job;
+        let micro_batch = recipe.batch.micro_batch.max(1) as usize;
+        let mut fed = Fed::default();
+        self.replica.zero_gradient();
+        for samples in batch.samples.chunks(micro_batch) {
+            if link.void() {
+                return Err(Voided.into());
+            }
+            let micro = MicroBatch::new(
+                samples,
+                self.model.config().vocab,
+                recipe.data.reset_at_document,
+                self.place.device,
+            )
+            .map_err(TrainError::Mismatch)?;
+            let stop = || link.void();
+            let loss = self.model.loss_sum(self.replica.params(), &micro.input, recipe.optimizer.z_loss, &stop);
+            let loss = loss.ok_or(Voided)?;
+            self.replica.accumulate(&loss.objective);
+            fed.loss_sum += loss.cross_entropy.double_value(&[]);
+            fed.targets += micro.targets;
+            fed.samples += samples.len() as u64;
+            fed.digest += micro.digest;
+        }
+        Ok(fed)
+    }
+
+    /// Applies the agreed gradient, or skips the step everywhere if it is not finite, and says so.
+    fn update(&mut self, step: u64, fed: &Fed, all: &Tally) -> StepReport {
+        let scale = 1.0 / all.targets as f64;
+        let grad_norm = all.grad_norm * scale;
+        let skip = !(all.loss_sum * scale).is_finite() || !grad_norm.is_finite();
+        let learning_rate = self.plan.learning_rate(step);
+        if skip {
+            self.skipped += 1;
+        } else {
+            self.skipped = 0;
+            let clip = clip::coefficient(grad_norm, self.job.recipe.optimizer.clip);
+            self.adamw.update(&mut self.replica, learning_rate, scale * clip);
+        }
+        let samples = self.plan.step_samples(step);
+        let hash_due = self.plan.replica_check_due(step);
+        StepReport {
+            step,
+            first_sample: samples.start,
+            samples: samples.end - samples.start,
+            fed_samples: fed.samples,
+            fed_digest: fed.digest.as_bytes().to_vec(),
+            loss_sum: all.loss_sum,
+            targets: all.targets,
+            grad_norm,
+            learning_rate,
+            skipped: skip,
+            replica_hash: if hash_due { self.replica.hash().to_vec() } else { Vec::new() },
+            ..StepReport::default()
+        }
+    }
+
+    /// Writes a checkpoint of the step just done. With `wait`, returns when it is published, on all ranks.
+    fn checkpoint(&mut self, wait: bool) -> Result<(), TrainError> {
+        self.job.link.phase(Phase::Checkpointing, self.step);
+        if self.job.rank == 0 {
+            self.prune();
+            self.write_checkpoint()?;
+            if wait {
+                self.job.link.await_published(self.step)?;
+                self.prune();
+            }
+        }
+        if wait {
+            self.collective.barrier()?;
+        }
+        Ok(())
+    }
+
+    fn write_checkpoint(&self) -> Result<(), TrainError> {
+        let clock = Instant::now();
+        let (job, recipe) = (&self.job, &self.job.recipe);
+        let manifest = checkpoint::Manifest {
+            format: FORMAT,
+            plan_version: VERSION,
+            run: job.run.clone(),
+            generation: job.generation,
+            world: job.world,
+            step: self.step,
+            tokens: self.plan.tokens_after(self.step),
+            next_sample: self.plan.step_samples(self.step).end,
+            updates: self.replica.updates,
+            seeds: Seeds { init: recipe.seed, data: recipe.data.seed },
+            replica_hash: blake3::Hash::from_bytes(self.replica.hash()).to_hex().to_string(),
+            recipe: recipe.to_yaml(),
+            dataset: self.dataset.hash.clone(),
+            tokenizer: self.dataset.tokenizer.clone(),
+            environment: self.environment.clone(),
+            tensors: Default::default(),
+            files: Default::default(),
+        };
+        let config = self.model.config();
+        let contents = Contents { replica: &self.replica, config, base: &recipe.base.path, manifest };
+        let receipt = checkpoint::write::write(&job.checkpoint_root, contents)?;
+        job.link.checkpoint_written(CheckpointWritten {
+            step: self.step,
+            path: receipt.relative,
+            bytes: receipt.bytes,
+            manifest_hash: receipt.manifest_hash.to_vec(),
+            seconds: clock.elapsed().as_secs_f64(),
+        });
+        Ok(())
+    }
+
+    /// Removes old checkpoints. That it could not is worth a line, not the run.
+    fn prune(&self) {
+        let (job, keep) = (&self.job, self.job.recipe.checkpoint.keep);
+        let spare = job.restore.as_ref().map(|restore| restore.path.as_path());
+        if let Err(error) = store::prune(&job.checkpoint_root, keep, job.generation, spare) {
+            let root = job.checkpoint_root.display();
+            job.link.log("WARN", format!("cannot remove old checkpoints in {root}: {error}"));
+        }
+    }
+}

@@ -1,0 +1,81 @@
+//! Why training stops before its end, and who has to act.
+
+use supra_agent::{CollectiveError, FaultKind, Voided};
+use supra_data::DataError;
+use supra_recipes::PlanError;
+use thiserror::Error;
+
+use crate::{
+    checkpoint::{CheckpointError, store::ProbeError},
+    model::ModelError,
+};
+
+/// Anything that ends a generation from inside the training loop.
+#[derive(Debug, Error)]
+pub enum TrainError {
+    /// The coordinator has ended the generation.
+    #[error(transparent)]
+    Void(#[from] Voided),
+    /// A peer is gone.
+    #[error(transparent)]
+    Collective(#[from] CollectiveError),
+    /// The dataset cannot be read.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// The dataset does not hold the budget.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// The base cannot be read or is not what the recipe needs.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A checkpoint cannot be written or read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// Recipe, data, base or checkpoint do not fit each other.
+    #[error("{0}")]
+    Mismatch(String),
+    /// Loss or gradient was not finite too often.
+    #[error(
+        "loss or gradient was not finite in {steps} steps in a row, up to step {step} (loss sum {loss_sum}, gradient \
+         norm {grad_norm}). Look for broken samples or weights, or lower optimizer.lr; nonfinite.max allows more"
+    )]
+    Diverged {
+        /// Skipped steps in a row.
+        steps: u32,
+        /// The last one.
+        step: u64,
+        /// Its loss.
+        loss_sum: f64,
+        /// Its gradient norm.
+        grad_norm: f64,
+    },
+    /// The thread that reads samples ahead is gone.
+    #[error("the reader of the training data ended before step {step}")]
+    NoBatch {
+        /// The step that has no batch.
+        step: u64,
+    },
+}
+
+impl TrainError {
+    /// Who has to act.
+    pub fn fault_kind(&self) -> FaultKind {
+        match self {
+            TrainError::Void(_) | TrainError::Collective(_) | TrainError::NoBatch { .. } => FaultKind::Transient,
+            TrainError::Checkpoint(error) => error.fault_kind(),
+            TrainError::Data(_) | TrainError::Plan(_) | TrainError::Model(_) | TrainError::Mismatch(_) => {
+                FaultKind::Input
+            }
+            TrainError::Diverged { .. } => FaultKind::Diverged,
+        }
+    }
+}
+
+impl From<ProbeError> for TrainError {
+    fn from(error: ProbeError) -> TrainError {
+        match error {
+            ProbeError::Store(error) => error.into(),
+            ProbeError::Collective(error) => error.into(),
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! A world small enough to train in a test: a tiny Llama-shaped base with a tokenizer, tokens, and ranks as threads.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread,
+};
+
+use arrow::{
+    array::{ArrayRef, ListBuilder, RecordBatch, UInt32Builder},
+    datatypes::{DataType, Field},
+};
+use parquet::arrow::ArrowWriter;
+use serde_json::json;
+use supra_agent::{
+    CheckpointWritten, Formed, Job, Outcome, Restore, StepReport,
+    collective::{Collective, InProcess},
+    link::{self, Report},
+    publish,
+};
+use supra_data::{Auto3, IndexOptions};
+use supra_recipes::Recipe;
+use supra_worker::{
+    device::{self, DeviceName},
+    trainer,
+};
+use tempfile::TempDir;
+
+/// Tokens of the vocabulary.
+pub const VOCABULARY: u32 = 61;
+
+/// What `train` says the program is.
+pub const BUILD: &str = "test-build";
+
+/// Base, data and a place for checkpoints.
+pub struct World {
+    pub dir: TempDir,
+}
+
+impl World {
+    /// `documents` documents of 5 to 40 tokens in which each token mostly determines the next.
+    pub fn new(documents: u32) -> World {
+        let world = World { dir: tempfile::tempdir().unwrap() };
+        fs::create_dir_all(world.base()).unwrap();
+        fs::create_dir_all(world.data()).unwrap();
+        write_base(&world.base());
+        write_tokens(&world.data().join("part-0.parquet"), documents);
+        let options = IndexOptions {
+            dir: world.data(),
+            column: "input_ids".to_owned(),
+            tokenizer: world.base(),
+            append_eot: Auto3::Always,
+            prepend_bos: Auto3::Never,
+            heldout: 20,
+        };
+        supra_data::index(&options, &()).unwrap();
+        world
+    }
+
+    pub fn base(&self) -> PathBuf {
+        self.dir.path().join("base")
+    }
+
+    pub fn data(&self) -> PathBuf {
+        self.dir.path().join("data")
+    }
+
+    pub fn checkpoints(&self, name: &str) -> PathBuf {
+        self.dir.path().join("checkpoints").join(name)
+    }
+
+    /// 20 samples in steps of 6, 6, 6 and 2, checkpoints after steps 2 and 4; `more` is YAML at the top level.
+    pub fn recipe(&self, more: &str) -> Recipe {
+        let text = format!(
+            "name: tiny\n\
+             base: {{ path: {}, weights: random }}\n\
+             model: {{ precision: fp32, chunk: 8 }}\n\
+             data: {{ train: {} }}\n\
+             budget: {{ tokens: 325 }}\n\
+             batch: {{ tokens: 96, micro_batch: 2, sequence_length: 16 }}\n\
+             checkpoint: {{ every_tokens: 192 }}\n\
+             replica_check: {{ every_steps: 1 }}\n\
+             {more}\n",
+            self.base().display(),
+            self.data().display()
+        );
+        let optimizer = "optimizer: { lr: 1e-2, final_lr: 1e-3, warmup: 2 steps }\n";
+        let text = if more.contains("optimizer:") { text } else { text + optimizer };
+        Recipe::parse(&text, "tiny.yaml").unwrap_or_else(|error| panic!("{error}"))
+    }
+}
+
+fn write_base(dir: &Path) {
+    let config = json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 32,
+        "intermediate_size": 48, "max_position_embeddings": 64, "num_attention_heads": 4, "num_hidden_layers": 2,
+        "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true,
+        "torch_dtype": "float32", "vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 0
+    });
+    fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    let special = |id: u32, content: &str| {
+        json!({ "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true })
+    };
+    let mut vocabulary = serde_json::Map::new();
+    for (id, word) in ["</s>", "<s>", "<unk>"].into_iter().enumerate() {
+        vocabulary.insert(word.to_owned(), json!(id));
+    }
+    (3..VOCABULARY).for_each(|id| drop(vocabulary.insert(format!("w{id}"), json!(id))));
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": [special(0, "</s>"), special(1, "<s>"), special(2, "<unk>")],
+        "normalizer": null, "pre_tokenizer": { "type": "WhitespaceSplit" }, "post_processor": null, "decoder": null,
+        "model": { "type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>" }
+    });
+    fs::write(dir.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    fs::write(dir.join("tokenizer_config.json"), json!({ "eos_token": "</s>", "bos_token": "<s>" }).to_string()).unwrap();
+}
+
+fn write_tokens(path: &Path, documents: u32) {
+    let item = Arc::new(Field::new("item", DataType::UInt32, true));
+    let mut column = ListBuilder::new(UInt32Builder::new()).with_field(item);
+    let mut noise = 12345u32;
+    for document in 0..documents {
+        let mut token = document % 50;
+        for _ in 0..5 + document * 7 % 36 {
+            noise = noise.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            token = (token * 3 + 1 + (noise >> 30)) % (VOCABULARY - 3);
+            column.values().append_value(token + 3);
+        }
+        column.append(true);
+    }
+    let batch = RecordBatch::try_from_iter([("input_ids", Arc::new(column.finish()) as ArrayRef)]).unwrap();
+    let mut writer = ArrowWriter::try_new(File::create(path).unwrap(), batch.schema(), None).unwrap();
+    writer.write(&batch).unwrap();
+    writer.close().unwrap();
+}
+
+/// What one rank said and how it ended.
+pub struct Rank {
+    pub outcome: Outcome,
+    pub formed: Option<Formed>,
+    pub steps: Vec<StepReport>,
+    pub checkpoints: Vec<CheckpointWritten>,
+    pub logs: Vec<String>,
+}
+
+/// One generation to run.
+pub struct Generation<'a> {
+    pub recipe: &'a Recipe,
+    pub root: &'a Path,
+    pub restore: Option<Restore>,
+    /// Stop is asked of one rank when it reports this step.
+    pub stop_after: Option<u64>,
+    /// The generation is voided when this step is reported.
+    pub void_after: Option<u64>,
+}
+
+impl<'a> Generation<'a> {
+    pub fn new(recipe: &'a Recipe, root: &'a Path) -> Generation<'a> {
+        Generation { recipe, root, restore: None, stop_after: None, void_after: None }
+    }
+
+    pub fn from(self, restore: Restore) -> Generation<'a> {
+        Generation { restore: Some(restore), ..self }
+    }
+
+    /// Runs all ranks as threads, with checkpoint roots that may differ.
+    pub fn run_with_roots(&self, roots: &[&Path]) -> Vec<Rank> {
+        let ranks = InProcess::group(roots.len() as u32);
+        thread::scope(|scope| {
+            let running: Vec<_> = ranks
+                .into_iter()
+                .zip(roots)
+                .map(|(collective, root)| scope.spawn(move || self.run_rank(collective, root)))
+                .collect();
+            running.into_iter().map(|rank| rank.join().unwrap()).collect()
+        })
+    }
+
+    /// Runs `world` ranks as threads.
+    pub fn run(&self, world: u32) -> Vec<Rank> {
+        self.run_with_roots(&vec![self.root; world as usize])
+    }
+
+    /// The training loop in one thread, its coordinator in this one.
+    fn run_rank(&self, collective: InProcess, root: &Path) -> Rank {
+        let (link, control, mut reports) = link::pair();
+        let first = collective.rank() == 0;
+        let job = Job::local(
+            "run-1",
+            self.recipe.clone(),
+            self.restore.clone(),
+            root.to_owned(),
+            link,
+            Box::new(collective),
+        );
+        let compute = thread::spawn(move || {
+            let place = device::open(DeviceName::Cpu, 1).unwrap();
+            trainer::train(job, &place, BUILD)
+        });
+        let mut rank =
+            Rank { outcome: Outcome::Voided, formed: None, steps: vec![], checkpoints: vec![], logs: vec![] };
+        while let Some(report) = reports.recv() {
+            match report {
+                Report::Formed(formed) => rank.formed = Some(formed),
+                Report::Step(step) => {
+                    if first && self.stop_after == Some(step.step) {
+                        control.request_stop();
+                    }
+                    if self.void_after == Some(step.step) {
+                        control.void();
+                    }
+                    rank.steps.push(step);
+                }
+                Report::CheckpointWritten(written) => {
+                    let hash = written.manifest_hash.as_slice().try_into().unwrap();
+                    publish::publish(&root.join(&written.path), hash).unwrap();
+                    control.published(written.step);
+                    rank.checkpoints.push(written);
+                }
+                Report::Log { text, .. } => rank.logs.push(text),
+                Report::Phase(..) | Report::Done(_) => {}
+            }
+        }
+        rank.outcome = compute.join().unwrap();
+        rank
+    }
+}
+
+/// Where the next generation starts.
+pub fn restore(root: &Path, written: &CheckpointWritten) -> Restore {
+    Restore {
+        step: written.step,
+        path: root.join(&written.path),
+        relative: written.path.clone(),
+        manifest_hash: written.manifest_hash.as_slice().try_into().unwrap(),
+    }
+}
+
+/// Mean losses of the steps.
+pub fn losses(steps: &[StepReport]) -> Vec<f64> {
+    steps.iter().map(|step| step.loss_sum / step.targets as f64).collect()
+}
+
+/// The message of a fault.
+pub fn fault(rank: &Rank) -> &str {
+    match &rank.outcome {
+        Outcome::Fault { message, .. } => message,
+        other => panic!("no fault: {other:?}"),
+    }
+}
