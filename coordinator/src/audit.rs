@@ -152,7 +152,11 @@ impl<'a> Auditor<'a> {
                 }
             }
             Body::Step(step) => self.applied(step),
-            Body::Void { generation, after_step, .. } => self.void(*generation, *after_step),
+            Body::Void {
+                generation,
+                after_step,
+                ..
+            } => self.void(*generation, *after_step),
             Body::Durable { step, .. } => self.made_durable(*step),
             Body::Close { step, samples } => self.close(*step, *samples),
         }
@@ -167,7 +171,12 @@ impl<'a> Auditor<'a> {
 
     /// Checks what only shows at the end, and answers.
     pub fn finish(mut self) -> Verdict {
-        if self.records == 0 && self.options.head.is_some_and(|head| head != Hash::default()) {
+        if self.records == 0
+            && self
+                .options
+                .head
+                .is_some_and(|head| head != Hash::default())
+        {
             self.found("the ledger is empty");
         } else if let Some(head) = self.options.head
             && head != self.tail.head
@@ -182,8 +191,16 @@ impl<'a> Auditor<'a> {
         let length = self.open.as_ref().map_or(0, |open| open.sequence_length);
         let budget = self.open.as_ref().map_or(0, |open| open.samples);
         Verdict {
-            run: self.open.as_ref().map(|open| open.run.clone()).unwrap_or_default(),
-            verdict: if self.breaks.is_empty() { Outcome::Ok } else { Outcome::Broken },
+            run: self
+                .open
+                .as_ref()
+                .map(|open| open.run.clone())
+                .unwrap_or_default(),
+            verdict: if self.breaks.is_empty() {
+                Outcome::Ok
+            } else {
+                Outcome::Broken
+            },
             head: ledger::hex(&self.tail.head),
             records: self.records,
             generations: self.generations,
@@ -203,7 +220,10 @@ impl<'a> Auditor<'a> {
 
     fn found(&mut self, what: impl Into<String>) {
         if self.breaks.len() < MAX_BREAKS {
-            self.breaks.push(Break { record: self.records, what: what.into() });
+            self.breaks.push(Break {
+                record: self.records,
+                what: what.into(),
+            });
         } else {
             self.more += 1;
         }
@@ -211,12 +231,19 @@ impl<'a> Auditor<'a> {
 
     /// Samples of steps 1..=`step`.
     fn samples(&self) -> u64 {
-        self.open.as_ref().map_or(0, |open| self.step.saturating_mul(open.batch_samples).min(open.samples))
+        self.open.as_ref().map_or(0, |open| {
+            self.step
+                .saturating_mul(open.batch_samples)
+                .min(open.samples)
+        })
     }
 
     fn chain(&mut self, record: &Record) {
         if record.index != self.tail.length {
-            self.found(format!("has index {}, expected {}", record.index, self.tail.length));
+            self.found(format!(
+                "has index {}, expected {}",
+                record.index, self.tail.length
+            ));
         }
         if record.previous != self.tail.head {
             self.found("does not follow the record before it: the previous hash differs");
@@ -241,7 +268,11 @@ impl<'a> Auditor<'a> {
                 open.steps, open.batch_samples, open.samples,
             ));
         }
-        if self.options.recipe_hash.is_some_and(|hash| hash != open.recipe_hash) {
+        if self
+            .options
+            .recipe_hash
+            .is_some_and(|hash| hash != open.recipe_hash)
+        {
             self.found("was opened for another recipe than the run's");
         }
         self.open = Some(open.clone());
@@ -257,7 +288,11 @@ impl<'a> Auditor<'a> {
                 "applies step {} after step {}: {}",
                 step.step,
                 self.step,
-                if step.step <= self.step { "samples were trained twice" } else { "samples are missing" },
+                if step.step <= self.step {
+                    "samples were trained twice"
+                } else {
+                    "samples are missing"
+                },
             ));
         }
         if !promised || step.first_sample != first || step.samples != samples {
@@ -290,24 +325,38 @@ impl<'a> Auditor<'a> {
     }
 
     fn compare_data(&mut self, step: &Step) {
-        let Some(recompute) = self.options.recompute.as_mut() else { return };
+        let Some(recompute) = self.options.recompute.as_mut() else {
+            return;
+        };
         let range = step.first_sample..step.first_sample.saturating_add(step.samples);
         match recompute(range) {
             Ok(digest) if digest.as_bytes() == &step.digest => {}
-            Ok(_) => self.found(format!("step {}: what was fed is not what the data holds", step.step)),
+            Ok(_) => self.found(format!(
+                "step {}: what was fed is not what the data holds",
+                step.step
+            )),
             Err(cause) => self.found(format!("step {}: cannot be checked: {cause}", step.step)),
         }
     }
 
     fn void(&mut self, generation: u64, after_step: u64) {
         if after_step < self.durable {
-            self.found(format!("voids steps after {after_step}, but step {} is durable", self.durable));
+            self.found(format!(
+                "voids steps after {after_step}, but step {} is durable",
+                self.durable
+            ));
         }
         if after_step > self.step {
-            self.found(format!("voids steps after {after_step}, but the last step is {}", self.step));
+            self.found(format!(
+                "voids steps after {after_step}, but the last step is {}",
+                self.step
+            ));
         }
         if generation < self.generation {
-            self.found(format!("voids generation {generation}, but generation {} applied steps", self.generation));
+            self.found(format!(
+                "voids generation {generation}, but generation {} applied steps",
+                self.generation
+            ));
         }
         self.voided += self.step.saturating_sub(after_step);
         self.step = self.step.min(after_step);
@@ -317,7 +366,10 @@ impl<'a> Auditor<'a> {
 
     fn made_durable(&mut self, step: u64) {
         if step > self.step {
-            self.found(format!("calls step {step} durable, but the last step is {}", self.step));
+            self.found(format!(
+                "calls step {step} durable, but the last step is {}",
+                self.step
+            ));
         }
         self.durable = self.durable.max(step);
     }
@@ -326,13 +378,22 @@ impl<'a> Auditor<'a> {
         let Some(open) = &self.open else { return };
         let budget = (open.steps, open.samples);
         if (step, samples) != budget {
-            self.found(format!("closes at step {step} with {samples} samples, the budget is step {} with {}", budget.0, budget.1));
+            self.found(format!(
+                "closes at step {step} with {samples} samples, the budget is step {} with {}",
+                budget.0, budget.1
+            ));
         }
         if self.step != budget.0 || self.samples() != budget.1 {
-            self.found(format!("closes the ledger, but only {} of {} steps stand", self.step, budget.0));
+            self.found(format!(
+                "closes the ledger, but only {} of {} steps stand",
+                self.step, budget.0
+            ));
         }
         if self.durable != budget.0 {
-            self.found(format!("closes the ledger, but only steps up to {} are durable", self.durable));
+            self.found(format!(
+                "closes the ledger, but only steps up to {} are durable",
+                self.durable
+            ));
         }
         self.closed = true;
     }
@@ -361,15 +422,30 @@ mod tests {
         let first_sample = (step - 1) * 4;
         let samples = if step == 3 { 2 } else { 4 };
         let skipped = step == 2;
-        Body::Step(Step { generation, step, first_sample, samples, digest: [7; 32], skipped })
+        Body::Step(Step {
+            generation,
+            step,
+            first_sample,
+            samples,
+            digest: [7; 32],
+            skipped,
+        })
     }
 
     fn durable(generation: u64, step: u64) -> Body {
-        Body::Durable { generation, step, manifest_hash: [9; 32] }
+        Body::Durable {
+            generation,
+            step,
+            manifest_hash: [9; 32],
+        }
     }
 
     fn void(generation: u64, after_step: u64) -> Body {
-        Body::Void { generation, after_step, reason: "rank 1 vanished".into() }
+        Body::Void {
+            generation,
+            after_step,
+            reason: "rank 1 vanished".into(),
+        }
     }
 
     fn chain(bodies: impl IntoIterator<Item = Body>) -> Vec<Record> {
@@ -394,12 +470,19 @@ mod tests {
             step(2, 2),
             step(2, 3),
             durable(2, 3),
-            Body::Close { step: 3, samples: 10 },
+            Body::Close {
+                step: 3,
+                samples: 10,
+            },
         ])
     }
 
     fn breaks(bodies: impl IntoIterator<Item = Body>) -> Vec<String> {
-        audit(chain(bodies), Options::default()).breaks.into_iter().map(|broken| broken.what).collect()
+        audit(chain(bodies), Options::default())
+            .breaks
+            .into_iter()
+            .map(|broken| broken.what)
+            .collect()
     }
 
     #[test]
@@ -407,7 +490,10 @@ mod tests {
         let verdict = audit(finished(), Options::default());
         assert_eq!(verdict.breaks, []);
         assert!(verdict.finished);
-        assert_eq!((verdict.steps, verdict.samples, verdict.tokens), (3, 10, 80));
+        assert_eq!(
+            (verdict.steps, verdict.samples, verdict.tokens),
+            (3, 10, 80)
+        );
         assert_eq!((verdict.generations, verdict.voided_steps), (2, 2));
         assert_eq!(verdict.skipped, [2]);
     }
@@ -427,18 +513,45 @@ mod tests {
     fn each_wrong_account_is_named() {
         let has = |bodies: Vec<Body>, text: &str| {
             let found = breaks(bodies);
-            assert!(found.iter().any(|what| what.contains(text)), "{text}: {found:?}");
+            assert!(
+                found.iter().any(|what| what.contains(text)),
+                "{text}: {found:?}"
+            );
         };
         has(vec![step(1, 1)], "does not begin with an opening");
         has(vec![opening(), opening()], "a second time");
         has(vec![opening(), step(1, 2)], "samples are missing");
         has(vec![opening(), step(1, 1), step(1, 1)], "trained twice");
-        has(vec![opening(), step(1, 1), void(1, 0), step(1, 1)], "took its place");
+        has(
+            vec![opening(), step(1, 1), void(1, 0), step(1, 1)],
+            "took its place",
+        );
         has(vec![opening(), step(2, 1), step(1, 2)], "took its place");
-        has(vec![opening(), step(1, 1), durable(1, 1), void(1, 0)], "is durable");
+        has(
+            vec![opening(), step(1, 1), durable(1, 1), void(1, 0)],
+            "is durable",
+        );
         has(vec![opening(), durable(1, 1)], "durable, but the last step");
-        has(vec![opening(), Body::Close { step: 3, samples: 10 }], "only 0 of 3 steps");
-        has(vec![opening(), Body::Close { step: 2, samples: 8 }], "the budget is step 3 with 10");
+        has(
+            vec![
+                opening(),
+                Body::Close {
+                    step: 3,
+                    samples: 10,
+                },
+            ],
+            "only 0 of 3 steps",
+        );
+        has(
+            vec![
+                opening(),
+                Body::Close {
+                    step: 2,
+                    samples: 8,
+                },
+            ],
+            "the budget is step 3 with 10",
+        );
         let short = Body::Step(Step {
             generation: 1,
             step: 1,
@@ -447,7 +560,10 @@ mod tests {
             digest: [7; 32],
             skipped: false,
         });
-        has(vec![opening(), short], "holds samples 0..3, the plan says 0..4");
+        has(
+            vec![opening(), short],
+            "holds samples 0..3, the plan says 0..4",
+        );
     }
 
     #[test]
@@ -456,15 +572,42 @@ mod tests {
         let head = records.last().map(|record| record.hash);
         let cut = records[..6].to_vec();
         assert_eq!(audit(cut.clone(), Options::default()).verdict, Outcome::Ok);
-        assert_eq!(audit(cut, Options { head, ..Options::default() }).verdict, Outcome::Broken);
-        assert_eq!(audit([], Options { head, ..Options::default() }).verdict, Outcome::Broken);
+        assert_eq!(
+            audit(
+                cut,
+                Options {
+                    head,
+                    ..Options::default()
+                }
+            )
+            .verdict,
+            Outcome::Broken
+        );
+        assert_eq!(
+            audit(
+                [],
+                Options {
+                    head,
+                    ..Options::default()
+                }
+            )
+            .verdict,
+            Outcome::Broken
+        );
     }
 
     #[test]
     fn data_that_differs_from_what_was_fed_is_found() {
         let mut other = |_: Range<u64>| Ok(Digest::ZERO);
-        let options = Options { recompute: Some(&mut other), ..Options::default() };
-        assert!(audit(finished(), options).breaks[0].what.contains("not what the data holds"));
+        let options = Options {
+            recompute: Some(&mut other),
+            ..Options::default()
+        };
+        assert!(
+            audit(finished(), options).breaks[0]
+                .what
+                .contains("not what the data holds")
+        );
     }
 
     #[derive(Clone, Debug)]

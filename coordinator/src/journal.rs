@@ -79,13 +79,20 @@ pub enum JournalError {
 }
 
 fn holder(pid: &Option<u32>) -> String {
-    pid.map(|pid| format!(" (process {pid})")).unwrap_or_default()
+    pid.map(|pid| format!(" (process {pid})"))
+        .unwrap_or_default()
 }
 
 fn remedy(cause: &rusqlite::Error) -> &'static str {
     match cause.sqlite_error_code() {
-        Some(rusqlite::ErrorCode::DiskFull) => "\n  free space on that disk, then start the coordinator again: nothing is lost",
-        Some(rusqlite::ErrorCode::ReadOnly | rusqlite::ErrorCode::CannotOpen | rusqlite::ErrorCode::PermissionDenied) => {
+        Some(rusqlite::ErrorCode::DiskFull) => {
+            "\n  free space on that disk, then start the coordinator again: nothing is lost"
+        }
+        Some(
+            rusqlite::ErrorCode::ReadOnly
+            | rusqlite::ErrorCode::CannotOpen
+            | rusqlite::ErrorCode::PermissionDenied,
+        ) => {
             "\n  the state directory has to be writable: choose another with --state, or change its permissions"
         }
         _ => "",
@@ -104,7 +111,10 @@ impl StateLock {
     /// # Errors
     /// It cannot be written, or another coordinator has it.
     pub fn take(directory: &Path) -> Result<StateLock, JournalError> {
-        let denied = |path: &Path, cause| JournalError::Directory { path: path.to_owned(), cause };
+        let denied = |path: &Path, cause| JournalError::Directory {
+            path: path.to_owned(),
+            cause,
+        };
         fs::create_dir_all(directory).map_err(|cause| denied(directory, cause))?;
         let path = directory.join("lock");
         let mut file = OpenOptions::new()
@@ -115,11 +125,17 @@ impl StateLock {
             .open(&path)
             .map_err(|cause| denied(&path, cause))?;
         let mut text = String::new();
-        file.read_to_string(&mut text).map_err(|cause| denied(&path, cause))?;
-        let mut file = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
-            Errno::EWOULDBLOCK => JournalError::Locked { path: directory.to_owned(), pid: text.trim().parse().ok() },
-            other => denied(&path, other.into()),
-        })?;
+        file.read_to_string(&mut text)
+            .map_err(|cause| denied(&path, cause))?;
+        let mut file = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(
+            |(_, errno)| match errno {
+                Errno::EWOULDBLOCK => JournalError::Locked {
+                    path: directory.to_owned(),
+                    pid: text.trim().parse().ok(),
+                },
+                other => denied(&path, other.into()),
+            },
+        )?;
         file.set_len(0)
             .and_then(|()| std::io::Seek::rewind(&mut *file))
             .and_then(|()| writeln!(file, "{}", std::process::id()))
@@ -161,8 +177,18 @@ impl Journal {
                     *slot = Some(error.to_string());
                 }
             })
-            .map_err(|cause| JournalError::Directory { path: directory.to_owned(), cause })?;
-        Ok((Journal { commands: Some(commands), thread: Some(thread), failure }, state))
+            .map_err(|cause| JournalError::Directory {
+                path: directory.to_owned(),
+                cause,
+            })?;
+        Ok((
+            Journal {
+                commands: Some(commands),
+                thread: Some(thread),
+                failure,
+            },
+            state,
+        ))
     }
 
     /// Hands facts over, to be written in this order.
@@ -230,7 +256,11 @@ fn serve(mut store: Store, inbox: &mpsc::Receiver<Command>) -> Result<(), Journa
     let mut waiting: Vec<oneshot::Sender<()>> = Vec::new();
     let mut since = Instant::now();
     loop {
-        let patience = if pending.is_empty() { Duration::from_secs(3600) } else { COMMIT_AFTER.saturating_sub(since.elapsed()) };
+        let patience = if pending.is_empty() {
+            Duration::from_secs(3600)
+        } else {
+            COMMIT_AFTER.saturating_sub(since.elapsed())
+        };
         let closed = match inbox.recv_timeout(patience) {
             Ok(Command::Append(facts)) => {
                 if pending.is_empty() {

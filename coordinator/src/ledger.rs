@@ -139,7 +139,12 @@ impl Tail {
     /// The record that puts `body` at the end of this chain. The tail itself does not move.
     pub fn next(&self, body: Body) -> Record {
         let hash = hash(&self.head, self.length, &body);
-        Record { index: self.length, previous: self.head, hash, body }
+        Record {
+            index: self.length,
+            previous: self.head,
+            hash,
+            body,
+        }
     }
 
     /// Moves the tail behind `record`.
@@ -170,19 +175,37 @@ impl Body {
         let mut out = Writer(Vec::with_capacity(80));
         match self {
             Body::Open(open) => {
-                out.tag(OPEN).text(&open.run).raw(&open.recipe_hash).raw(&open.manifest_hash);
+                out.tag(OPEN)
+                    .text(&open.run)
+                    .raw(&open.recipe_hash)
+                    .raw(&open.manifest_hash);
                 out.numbers(&[open.windows, open.sequence_length, open.batch_samples]);
                 out.numbers(&[open.samples, open.steps]);
             }
             Body::Step(step) => {
-                out.tag(STEP).numbers(&[step.generation, step.step, step.first_sample]);
-                out.numbers(&[step.samples]).raw(&step.digest).tag(u8::from(step.skipped));
+                out.tag(STEP)
+                    .numbers(&[step.generation, step.step, step.first_sample]);
+                out.numbers(&[step.samples])
+                    .raw(&step.digest)
+                    .tag(u8::from(step.skipped));
             }
-            Body::Void { generation, after_step, reason } => {
-                out.tag(VOID).numbers(&[*generation, *after_step]).text(reason);
+            Body::Void {
+                generation,
+                after_step,
+                reason,
+            } => {
+                out.tag(VOID)
+                    .numbers(&[*generation, *after_step])
+                    .text(reason);
             }
-            Body::Durable { generation, step, manifest_hash } => {
-                out.tag(DURABLE).numbers(&[*generation, *step]).raw(manifest_hash);
+            Body::Durable {
+                generation,
+                step,
+                manifest_hash,
+            } => {
+                out.tag(DURABLE)
+                    .numbers(&[*generation, *step])
+                    .raw(manifest_hash);
             }
             Body::Close { step, samples } => {
                 out.tag(CLOSE).numbers(&[*step, *samples]);
@@ -227,7 +250,10 @@ impl Body {
                 step: input.number()?,
                 manifest_hash: input.raw()?,
             },
-            CLOSE => Body::Close { step: input.number()?, samples: input.number()? },
+            CLOSE => Body::Close {
+                step: input.number()?,
+                samples: input.number()?,
+            },
             _ => return None,
         };
         input.0.is_empty().then_some(body)
@@ -312,19 +338,28 @@ impl From<&Record> for v1::LedgerRecord {
                 digest: step.digest.to_vec(),
                 skipped: step.skipped,
             }),
-            Body::Void { generation, after_step, reason } => Wire::Void(v1::LedgerVoid {
+            Body::Void {
+                generation,
+                after_step,
+                reason,
+            } => Wire::Void(v1::LedgerVoid {
                 generation: *generation,
                 after_step: *after_step,
                 reason: reason.clone(),
             }),
-            Body::Durable { generation, step, manifest_hash } => Wire::Durable(v1::LedgerDurable {
+            Body::Durable {
+                generation,
+                step,
+                manifest_hash,
+            } => Wire::Durable(v1::LedgerDurable {
                 generation: *generation,
                 step: *step,
                 manifest_hash: manifest_hash.to_vec(),
             }),
-            Body::Close { step, samples } => {
-                Wire::Close(v1::LedgerClose { step: *step, samples: *samples })
-            }
+            Body::Close { step, samples } => Wire::Close(v1::LedgerClose {
+                step: *step,
+                samples: *samples,
+            }),
         };
         v1::LedgerRecord {
             index: record.index,
@@ -342,8 +377,11 @@ impl TryFrom<v1::LedgerRecord> for Record {
         use v1::ledger_record::Body as Wire;
         let index = wire.index;
         let fixed = |field: &'static str, bytes: &[u8]| {
-            Hash::try_from(bytes)
-                .map_err(|_| RecordError::Length { index, field, found: bytes.len() })
+            Hash::try_from(bytes).map_err(|_| RecordError::Length {
+                index,
+                field,
+                found: bytes.len(),
+            })
         };
         let body = match wire.body.ok_or(RecordError::Unknown { index })? {
             Wire::Open(open) => Body::Open(Open {
@@ -374,7 +412,10 @@ impl TryFrom<v1::LedgerRecord> for Record {
                 step: durable.step,
                 manifest_hash: fixed("manifest_hash", &durable.manifest_hash)?,
             },
-            Wire::Close(close) => Body::Close { step: close.step, samples: close.samples },
+            Wire::Close(close) => Body::Close {
+                step: close.step,
+                samples: close.samples,
+            },
         };
         Ok(Record {
             index,
@@ -388,10 +429,12 @@ impl TryFrom<v1::LedgerRecord> for Record {
 /// Lower-case hexadecimal, as hashes are shown to people.
 pub fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write as _;
-    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
+    bytes
+        .iter()
+        .fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
+            let _ = write!(text, "{byte:02x}");
+            text
+        })
 }
 
 /// Serde form of a [`Hash`] for people: 64 hexadecimal digits.
@@ -442,9 +485,20 @@ mod tests {
                 digest: [3; 32],
                 skipped: true,
             }),
-            Body::Void { generation: 1, after_step: 0, reason: "rank 1 vanished".into() },
-            Body::Durable { generation: 2, step: 3, manifest_hash: [4; 32] },
-            Body::Close { step: 3, samples: 10 },
+            Body::Void {
+                generation: 1,
+                after_step: 0,
+                reason: "rank 1 vanished".into(),
+            },
+            Body::Durable {
+                generation: 2,
+                step: 3,
+                manifest_hash: [4; 32],
+            },
+            Body::Close {
+                step: 3,
+                samples: 10,
+            },
         ]
     }
 
@@ -484,5 +538,5 @@ mod tests {
     }
 
     /// Ledgers outlive programs: this value may only change with a new ledger format.
-    const PINNED_HEAD: &str = "";
+    const PINNED_HEAD: &str = "67ada1d1e02924ee874d96d75ade614e0e8ad03b49fc9e763a53f9508ace64c0";
 }

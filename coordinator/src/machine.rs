@@ -212,7 +212,12 @@ pub struct Machine {
 impl Machine {
     /// The machine of a coordinator that starts with what its journal remembers. The actions bring runs that the last
     /// coordinator left in the middle of something to where a new generation can take over.
-    pub fn new(state: State, limits: Limits, identity: Identity, moment: &Moment) -> (Machine, Vec<Action>) {
+    pub fn new(
+        state: State,
+        limits: Limits,
+        identity: Identity,
+        moment: &Moment,
+    ) -> (Machine, Vec<Action>) {
         let mut machine = Machine {
             limits,
             identity,
@@ -239,7 +244,10 @@ impl Machine {
     /// What a client asked for cannot be done; nothing has changed then.
     pub fn handle(&mut self, event: Event, moment: &Moment) -> Result<Vec<Action>, Refused> {
         let now = self.moment.now.max(moment.now);
-        self.moment = Moment { now, ..moment.clone() };
+        self.moment = Moment {
+            now,
+            ..moment.clone()
+        };
         match event {
             Event::Hello { conn, peer, hello } => self.attach(conn, peer, hello),
             Event::Message { conn, message } => self.message(conn, message),
@@ -274,7 +282,9 @@ impl Machine {
     }
 
     fn message(&mut self, conn: Conn, message: v1::WorkerMessage) {
-        let Some(worker) = self.workers.get_mut(&conn) else { return };
+        let Some(worker) = self.workers.get_mut(&conn) else {
+            return;
+        };
         worker.heard = self.moment.now;
         let Some(body) = message.body else { return };
         match body {
@@ -287,7 +297,9 @@ impl Machine {
             Up::Hello(_) => return,
             _ => {}
         }
-        let Some((rank, run)) = self.place(conn, &message.run, message.generation) else { return };
+        let Some((rank, run)) = self.place(conn, &message.run, message.generation) else {
+            return;
+        };
         match body {
             Up::Formed(formed) => self.formed(rank, formed),
             Up::Step(report) => self.reported(rank, run, report),
@@ -321,17 +333,31 @@ impl Machine {
 
     /// Tells a member of the generation in hand.
     fn tell(&mut self, rank: usize, body: Down) {
-        let Some(generation) = &self.generation else { return };
-        let run = self.state.run(generation.run).map(|run| run.id.clone()).unwrap_or_default();
+        let Some(generation) = &self.generation else {
+            return;
+        };
+        let run = self
+            .state
+            .run(generation.run)
+            .map(|run| run.id.clone())
+            .unwrap_or_default();
         let (conn, number) = (generation.members[rank].conn, generation.number);
-        self.out.push(Action::Send { conn, run, generation: number, body });
+        self.out.push(Action::Send {
+            conn,
+            run,
+            generation: number,
+            body,
+        });
     }
 
     /// Tells every member that has not left, except `spared`.
     fn tell_all(&mut self, body: &Down, spared: Option<usize>) {
-        let Some(generation) = &self.generation else { return };
-        let ranks: Vec<usize> =
-            (0..generation.members.len()).filter(|rank| !generation.members[*rank].gone() && Some(*rank) != spared).collect();
+        let Some(generation) = &self.generation else {
+            return;
+        };
+        let ranks: Vec<usize> = (0..generation.members.len())
+            .filter(|rank| !generation.members[*rank].gone() && Some(*rank) != spared)
+            .collect();
         for rank in ranks {
             self.tell(rank, body.clone());
         }
@@ -348,9 +374,23 @@ impl Machine {
     }
 
     fn worker_log(&mut self, conn: Conn, run: &str, line: v1::LogLine) {
-        let source = self.workers.get(&conn).map(|worker| worker.hello.name.clone()).unwrap_or_default();
-        let run = self.state.runs().iter().find(|known| known.id == run).map(|known| known.number);
-        let entry = v1::LogEntry { unix_ms: line.unix_ms, source, level: line.level, text: line.text };
+        let source = self
+            .workers
+            .get(&conn)
+            .map(|worker| worker.hello.name.clone())
+            .unwrap_or_default();
+        let run = self
+            .state
+            .runs()
+            .iter()
+            .find(|known| known.id == run)
+            .map(|known| known.number);
+        let entry = v1::LogEntry {
+            unix_ms: line.unix_ms,
+            source,
+            level: line.level,
+            text: line.text,
+        };
         self.out.push(Action::Log { run, entry });
     }
 }

@@ -126,7 +126,10 @@ pub enum ServiceError {
 impl ServiceError {
     /// The input is wrong, as opposed to something that failed.
     pub fn is_bad_input(&self) -> bool {
-        matches!(self, ServiceError::Address { .. } | ServiceError::Exposed(_))
+        matches!(
+            self,
+            ServiceError::Address { .. } | ServiceError::Exposed(_)
+        )
     }
 }
 
@@ -149,19 +152,34 @@ impl Service {
     pub async fn start(options: Options) -> Result<Service, ServiceError> {
         let listen = resolve(&options).await?;
         let lock = StateLock::take(&options.state)?;
-        let state = options.state.canonicalize().unwrap_or_else(|_| options.state.clone());
+        let state = options
+            .state
+            .canonicalize()
+            .unwrap_or_else(|_| options.state.clone());
         let listener = bind(listen).await?;
-        let address = listener.local_addr().map_err(|cause| ServiceError::Bind { address: listen, cause })?;
+        let address = listener.local_addr().map_err(|cause| ServiceError::Bind {
+            address: listen,
+            cause,
+        })?;
         let identity = Identity {
             build: options.build.clone(),
             plan_version: supra_recipes::plan::VERSION,
             plan_probe: supra_recipes::plan::probe().to_vec(),
         };
         let (handle, owner) = Owner::start(&state, options.limits.clone(), identity)?;
-        address::write(&state, address)
-            .map_err(|cause| ServiceError::AddressFile { path: address::path(&state), cause })?;
+        address::write(&state, address).map_err(|cause| ServiceError::AddressFile {
+            path: address::path(&state),
+            cause,
+        })?;
         let server = serve(listener, &options, &state, handle.clone()).await;
-        Ok(Service { address, state, handle, owner, server, _lock: lock })
+        Ok(Service {
+            address,
+            state,
+            handle,
+            owner,
+            server,
+            _lock: lock,
+        })
     }
 
     /// Where it listens.
@@ -204,9 +222,16 @@ impl Stopper {
 
 /// The address to listen on, if it is one that may be listened on.
 async fn resolve(options: &Options) -> Result<SocketAddr, ServiceError> {
-    let bad = |cause: String| ServiceError::Address { listen: options.listen.clone(), cause };
-    let mut found = tokio::net::lookup_host(&options.listen).await.map_err(|error| bad(error.to_string()))?;
-    let address = found.next().ok_or_else(|| bad("there is no such host".into()))?;
+    let bad = |cause: String| ServiceError::Address {
+        listen: options.listen.clone(),
+        cause,
+    };
+    let mut found = tokio::net::lookup_host(&options.listen)
+        .await
+        .map_err(|error| bad(error.to_string()))?;
+    let address = found
+        .next()
+        .ok_or_else(|| bad("there is no such host".into()))?;
     let guarded = options.insecure_plaintext && options.token.is_some();
     if !address.ip().is_loopback() && !guarded {
         return Err(ServiceError::Exposed(address));
@@ -215,10 +240,12 @@ async fn resolve(options: &Options) -> Result<SocketAddr, ServiceError> {
 }
 
 async fn bind(address: SocketAddr) -> Result<TcpListener, ServiceError> {
-    TcpListener::bind(address).await.map_err(|cause| match cause.kind() {
-        std::io::ErrorKind::AddrInUse => ServiceError::InUse(address),
-        _ => ServiceError::Bind { address, cause },
-    })
+    TcpListener::bind(address)
+        .await
+        .map_err(|cause| match cause.kind() {
+            std::io::ErrorKind::AddrInUse => ServiceError::InUse(address),
+            _ => ServiceError::Bind { address, cause },
+        })
 }
 
 async fn serve(
@@ -229,7 +256,9 @@ async fn serve(
 ) -> JoinHandle<Result<(), tonic::transport::Error>> {
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<RunsServer<runs::RunsService>>().await;
-    health.set_serving::<WorkersServer<workers::WorkersService>>().await;
+    health
+        .set_serving::<WorkersServer<workers::WorkersService>>()
+        .await;
     let reflection = options.reflection.then(|| {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(v1::DESCRIPTORS)
@@ -244,7 +273,9 @@ async fn serve(
         .layer(InterceptorLayer::new(TokenCheck(options.token.clone())))
         .add_service(health_service)
         .add_optional_service(reflection.flatten())
-        .add_service(WorkersServer::new(workers::WorkersService::new(handle.clone())))
+        .add_service(WorkersServer::new(workers::WorkersService::new(
+            handle.clone(),
+        )))
         .add_service(RunsServer::new(runs::RunsService::new(handle, state)));
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     tokio::spawn(router.serve_with_incoming_shutdown(incoming, async move { ended.ended().await }))

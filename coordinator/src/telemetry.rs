@@ -76,7 +76,9 @@ impl Telemetry {
         connection.pragma_update(None, "synchronous", "NORMAL")?;
         let version: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
         if version == 0 {
-            connection.execute_batch(&format!("BEGIN; {TABLES} PRAGMA user_version = {FORMAT}; COMMIT;"))?;
+            connection.execute_batch(&format!(
+                "BEGIN; {TABLES} PRAGMA user_version = {FORMAT}; COMMIT;"
+            ))?;
         }
         let writer = Writer::new(connection, max_metrics)?;
         let (items, inbox) = mpsc::channel();
@@ -84,7 +86,11 @@ impl Telemetry {
             .name("telemetry".into())
             .spawn(move || writer.serve(&inbox))
             .map_err(|error| rusqlite::Error::ToSqlConversionFailure(error.into()))?;
-        Ok(Telemetry { items: Some(items), thread: Some(thread), path })
+        Ok(Telemetry {
+            items: Some(items),
+            thread: Some(thread),
+            path,
+        })
     }
 
     /// Keeps the metrics of a step; those of the same step before are replaced.
@@ -161,22 +167,36 @@ impl Writer {
         )?;
         let rows = counts.query_map([], |row| {
             let (rows, stride): (i64, i64) = (row.get(1)?, row.get(2)?);
-            Ok((row.get(0)?, Density { rows: rows as u64, stride: stride.max(1) as u64 }))
+            Ok((
+                row.get(0)?,
+                Density {
+                    rows: rows as u64,
+                    stride: stride.max(1) as u64,
+                },
+            ))
         })?;
         for row in rows {
             let (run, known) = row?;
             density.insert(run, known);
         }
         drop(counts);
-        Ok(Writer { connection, max_metrics, density, logged: 0 })
+        Ok(Writer {
+            connection,
+            max_metrics,
+            density,
+            logged: 0,
+        })
     }
 
     fn serve(mut self, inbox: &mpsc::Receiver<Item>) {
         let mut pending = Vec::new();
         let mut since = Instant::now();
         loop {
-            let patience =
-                if pending.is_empty() { Duration::from_secs(3600) } else { WRITE_AFTER.saturating_sub(since.elapsed()) };
+            let patience = if pending.is_empty() {
+                Duration::from_secs(3600)
+            } else {
+                WRITE_AFTER.saturating_sub(since.elapsed())
+            };
             let mut flushed = None;
             let closed = match inbox.recv_timeout(patience) {
                 Ok(Item::Flush(done)) => {
@@ -215,12 +235,17 @@ impl Writer {
         for item in items {
             match item {
                 Item::Metrics(run, metrics) => {
-                    let density = self.density.entry(run).or_insert(Density { rows: 0, stride: 1 });
+                    let density = self
+                        .density
+                        .entry(run)
+                        .or_insert(Density { rows: 0, stride: 1 });
                     keep(&transaction, run, &metrics, density, self.max_metrics)?;
                 }
                 Item::Void { run, after_step } => {
-                    let gone = transaction
-                        .execute("DELETE FROM metrics WHERE run = ?1 AND step > ?2", params![run, after_step as i64])?;
+                    let gone = transaction.execute(
+                        "DELETE FROM metrics WHERE run = ?1 AND step > ?2",
+                        params![run, after_step as i64],
+                    )?;
                     if let Some(density) = self.density.get_mut(&run) {
                         density.rows = density.rows.saturating_sub(gone as u64);
                     }
@@ -229,8 +254,10 @@ impl Writer {
                     write_log(&transaction, run, &entry)?;
                     self.logged += 1;
                     if self.logged.is_multiple_of(CLEAN_EVERY) {
-                        transaction
-                            .execute("DELETE FROM logs WHERE id <= (SELECT MAX(id) FROM logs) - ?1", [MAX_LOGS])?;
+                        transaction.execute(
+                            "DELETE FROM logs WHERE id <= (SELECT MAX(id) FROM logs) - ?1",
+                            [MAX_LOGS],
+                        )?;
                     }
                 }
                 Item::Flush(_) => {}
@@ -273,18 +300,39 @@ fn keep(
         return Ok(());
     }
     density.stride *= 2;
-    transaction.execute("INSERT OR REPLACE INTO strides (run, stride) VALUES (?1, ?2)", params![run, density.stride as i64])?;
-    transaction.execute("DELETE FROM metrics WHERE run = ?1 AND step % ?2 != 0", params![run, density.stride as i64])?;
-    let rows: i64 = transaction.query_row("SELECT COUNT(*) FROM metrics WHERE run = ?1", [run], |row| row.get(0))?;
+    transaction.execute(
+        "INSERT OR REPLACE INTO strides (run, stride) VALUES (?1, ?2)",
+        params![run, density.stride as i64],
+    )?;
+    transaction.execute(
+        "DELETE FROM metrics WHERE run = ?1 AND step % ?2 != 0",
+        params![run, density.stride as i64],
+    )?;
+    let rows: i64 = transaction.query_row(
+        "SELECT COUNT(*) FROM metrics WHERE run = ?1",
+        [run],
+        |row| row.get(0),
+    )?;
     density.rows = rows as u64;
     Ok(())
 }
 
-fn write_log(transaction: &Transaction<'_>, run: RunNumber, entry: &LogEntry) -> rusqlite::Result<()> {
+fn write_log(
+    transaction: &Transaction<'_>,
+    run: RunNumber,
+    entry: &LogEntry,
+) -> rusqlite::Result<()> {
     let text = &entry.text[..entry.text.floor_char_boundary(MAX_TEXT)];
-    let mut statement = transaction
-        .prepare_cached("INSERT INTO logs (run, unix_ms, source, level, text) VALUES (?1, ?2, ?3, ?4, ?5)")?;
-    statement.execute(params![run, entry.unix_ms as i64, entry.source, entry.level, text])?;
+    let mut statement = transaction.prepare_cached(
+        "INSERT INTO logs (run, unix_ms, source, level, text) VALUES (?1, ?2, ?3, ?4, ?5)",
+    )?;
+    statement.execute(params![
+        run,
+        entry.unix_ms as i64,
+        entry.source,
+        entry.level,
+        text
+    ])?;
     Ok(())
 }
 
@@ -294,8 +342,7 @@ pub struct TelemetryReader {
     connection: Connection,
 }
 
-const COLUMNS: &str =
-    "step, generation, tokens, loss, grad_norm, learning_rate, skipped, seconds, data_seconds, comm_seconds";
+const COLUMNS: &str = "step, generation, tokens, loss, grad_norm, learning_rate, skipped, seconds, data_seconds, comm_seconds";
 
 impl TelemetryReader {
     /// The kept metrics of a run, in order of steps.
@@ -303,8 +350,9 @@ impl TelemetryReader {
     /// # Errors
     /// SQLite cannot read the table.
     pub fn metrics(&self, run: RunNumber) -> rusqlite::Result<Vec<StepMetrics>> {
-        let mut statement =
-            self.connection.prepare(&format!("SELECT {COLUMNS} FROM metrics WHERE run = ?1 ORDER BY step"))?;
+        let mut statement = self.connection.prepare(&format!(
+            "SELECT {COLUMNS} FROM metrics WHERE run = ?1 ORDER BY step"
+        ))?;
         statement.query_map([run], metrics_of)?.collect()
     }
 
@@ -313,8 +361,11 @@ impl TelemetryReader {
     /// # Errors
     /// SQLite cannot read the table.
     pub fn newest(&self, run: RunNumber) -> rusqlite::Result<Option<StepMetrics>> {
-        let query = format!("SELECT {COLUMNS} FROM metrics WHERE run = ?1 ORDER BY step DESC LIMIT 1");
-        self.connection.query_row(&query, [run], metrics_of).optional()
+        let query =
+            format!("SELECT {COLUMNS} FROM metrics WHERE run = ?1 ORDER BY step DESC LIMIT 1");
+        self.connection
+            .query_row(&query, [run], metrics_of)
+            .optional()
     }
 
     /// The kept log lines of a run, oldest first.
@@ -322,11 +373,17 @@ impl TelemetryReader {
     /// # Errors
     /// SQLite cannot read the table.
     pub fn logs(&self, run: RunNumber) -> rusqlite::Result<Vec<LogEntry>> {
-        let mut statement =
-            self.connection.prepare("SELECT unix_ms, source, level, text FROM logs WHERE run = ?1 ORDER BY id")?;
+        let mut statement = self
+            .connection
+            .prepare("SELECT unix_ms, source, level, text FROM logs WHERE run = ?1 ORDER BY id")?;
         let rows = statement.query_map([run], |row| {
             let unix_ms: i64 = row.get(0)?;
-            Ok(LogEntry { unix_ms: unix_ms as u64, source: row.get(1)?, level: row.get(2)?, text: row.get(3)? })
+            Ok(LogEntry {
+                unix_ms: unix_ms as u64,
+                source: row.get(1)?,
+                level: row.get(2)?,
+                text: row.get(3)?,
+            })
         })?;
         rows.collect()
     }
@@ -335,7 +392,10 @@ impl TelemetryReader {
 /// SQLite keeps NaN as NULL.
 fn metrics_of(row: &Row<'_>) -> rusqlite::Result<StepMetrics> {
     let whole = |column: usize| row.get::<_, i64>(column).map(|value| value as u64);
-    let real = |column: usize| row.get::<_, Option<f64>>(column).map(|value| value.unwrap_or(f64::NAN));
+    let real = |column: usize| {
+        row.get::<_, Option<f64>>(column)
+            .map(|value| value.unwrap_or(f64::NAN))
+    };
     Ok(StepMetrics {
         step: whole(0)?,
         generation: whole(1)?,
@@ -355,11 +415,21 @@ mod tests {
     use super::*;
 
     fn metrics(step: u64) -> StepMetrics {
-        StepMetrics { step, tokens: step * 10, loss: 2.0, ..StepMetrics::default() }
+        StepMetrics {
+            step,
+            tokens: step * 10,
+            loss: 2.0,
+            ..StepMetrics::default()
+        }
     }
 
     fn line(text: &str) -> LogEntry {
-        LogEntry { unix_ms: 5, source: "a".into(), level: "INFO".into(), text: text.into() }
+        LogEntry {
+            unix_ms: 5,
+            source: "a".into(),
+            level: "INFO".into(),
+            text: text.into(),
+        }
     }
 
     #[tokio::test]
@@ -370,14 +440,24 @@ mod tests {
             telemetry.measured(1, metrics(step));
         }
         telemetry.void(1, 3);
-        telemetry.measured(1, StepMetrics { loss: f64::NAN, generation: 2, ..metrics(4) });
+        telemetry.measured(
+            1,
+            StepMetrics {
+                loss: f64::NAN,
+                generation: 2,
+                ..metrics(4)
+            },
+        );
         telemetry.log(1, line("hello"));
         telemetry.log(2, line("other"));
         drop(telemetry);
         let telemetry = Telemetry::open(directory.path()).unwrap();
         let reader = telemetry.reader().unwrap();
         let kept = reader.metrics(1).unwrap();
-        assert_eq!(kept.iter().map(|row| row.step).collect::<Vec<_>>(), [1, 2, 3, 4]);
+        assert_eq!(
+            kept.iter().map(|row| row.step).collect::<Vec<_>>(),
+            [1, 2, 3, 4]
+        );
         assert!(kept[3].loss.is_nan() && kept[3].generation == 2);
         assert_eq!(reader.newest(1).unwrap().unwrap().step, 4);
         assert_eq!(reader.newest(9).unwrap(), None);
@@ -392,9 +472,19 @@ mod tests {
             telemetry.measured(1, metrics(step));
         }
         telemetry.written().await;
-        let steps: Vec<u64> = telemetry.reader().unwrap().metrics(1).unwrap().iter().map(|row| row.step).collect();
+        let steps: Vec<u64> = telemetry
+            .reader()
+            .unwrap()
+            .metrics(1)
+            .unwrap()
+            .iter()
+            .map(|row| row.step)
+            .collect();
         assert!(steps.len() <= 100 && steps.len() > 40, "{}", steps.len());
-        assert!(steps.windows(2).all(|pair| pair[1] - pair[0] == 16), "{steps:?}");
+        assert!(
+            steps.windows(2).all(|pair| pair[1] - pair[0] == 16),
+            "{steps:?}"
+        );
     }
 
     #[tokio::test]
@@ -403,6 +493,9 @@ mod tests {
         let telemetry = Telemetry::open(directory.path()).unwrap();
         telemetry.log(1, line(&"é".repeat(MAX_TEXT)));
         telemetry.written().await;
-        assert_eq!(telemetry.reader().unwrap().logs(1).unwrap()[0].text.len(), MAX_TEXT);
+        assert_eq!(
+            telemetry.reader().unwrap().logs(1).unwrap()[0].text.len(),
+            MAX_TEXT
+        );
     }
 }

@@ -28,17 +28,32 @@ impl Drop for Process {
 fn command(state: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_supra-coordinator"));
     command.arg("run").arg("--state").arg(state).args(arguments);
-    command.env_remove("SUPRA_LISTEN").env_remove("SUPRA_STATE").env_remove("SUPRA_TOKEN_FILE").env_remove("RUST_LOG");
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+        .env_remove("SUPRA_LISTEN")
+        .env_remove("SUPRA_STATE")
+        .env_remove("SUPRA_TOKEN_FILE")
+        .env_remove("RUST_LOG");
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     command
 }
 
 impl Process {
     fn start(state: &Path) -> Process {
-        let mut child = command(state, &["--listen", "127.0.0.1:0"]).stderr(Stdio::null()).spawn().unwrap();
+        let mut child = command(state, &["--listen", "127.0.0.1:0"])
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
         let mut line = String::new();
-        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
-        assert!(line.starts_with("listening on http://127.0.0.1:"), "{line:?}");
+        BufReader::new(child.stdout.as_mut().unwrap())
+            .read_line(&mut line)
+            .unwrap();
+        assert!(
+            line.starts_with("listening on http://127.0.0.1:"),
+            "{line:?}"
+        );
         let url = address::read(state).unwrap();
         assert!(line.contains(&url), "{line:?} {url:?}");
         Process { child, url }
@@ -62,7 +77,10 @@ impl Process {
 /// Starts one that cannot start; its exit code and what it says.
 fn refused(state: &Path, arguments: &[&str]) -> (Option<i32>, String) {
     let output = command(state, arguments).output().unwrap();
-    (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    (
+        output.status.code(),
+        String::from_utf8(output.stderr).unwrap(),
+    )
 }
 
 #[tokio::test]
@@ -94,8 +112,13 @@ async fn the_second_signal_ends_it_at_once() {
     let mut client = Client::connect(&process.url, None).await.unwrap();
     submit(&mut client, recipe(1, 1)).await;
     // A worker that never answers keeps the coordinator from ending by itself.
-    let mut mute = crate::server_rig::Session::open(&process.url, crate::server_rig::hello("a")).await.unwrap();
-    while !matches!(mute.hear().await.unwrap(), supra_proto::v1::coordinator_message::Body::Assignment(_)) {}
+    let mut mute = crate::server_rig::Session::open(&process.url, crate::server_rig::hello("a"))
+        .await
+        .unwrap();
+    while !matches!(
+        mute.hear().await.unwrap(),
+        supra_proto::v1::coordinator_message::Body::Assignment(_)
+    ) {}
     process.signal(Signal::SIGINT);
     tokio::time::sleep(Duration::from_millis(200)).await;
     process.signal(Signal::SIGINT);
@@ -130,11 +153,17 @@ fn what_keeps_it_from_starting_is_named_with_a_remedy() {
     let port = taken.local_addr().unwrap().port();
     let (code, text) = refused(state.path(), &["--listen", &format!("127.0.0.1:{port}")]);
     assert_eq!(code, Some(1));
-    assert!(text.contains(&format!("port {port} of 127.0.0.1 is in use")) && text.contains("--listen"), "{text}");
+    assert!(
+        text.contains(&format!("port {port} of 127.0.0.1 is in use")) && text.contains("--listen"),
+        "{text}"
+    );
 
     let (code, text) = refused(state.path(), &["--listen", "0.0.0.0:0"]);
     assert_eq!(code, Some(2));
-    assert!(text.contains("--insecure-plaintext") && text.contains("--token-file"), "{text}");
+    assert!(
+        text.contains("--insecure-plaintext") && text.contains("--token-file"),
+        "{text}"
+    );
 
     let (code, text) = refused(state.path(), &["--listen", "nonsense"]);
     assert_eq!(code, Some(2));
@@ -173,7 +202,9 @@ async fn a_token_is_asked_for_on_every_call() {
         insecure_plaintext: true,
         ..crate::server_rig::quick(state.path())
     };
-    let service = supra_coordinator::service::Service::start(options).await.unwrap();
+    let service = supra_coordinator::service::Service::start(options)
+        .await
+        .unwrap();
     let url = format!("http://{}", service.address());
     let mut stranger = Client::connect(&url, None).await.unwrap();
     assert!(stranger.list().await.is_err());

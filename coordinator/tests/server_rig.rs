@@ -44,7 +44,10 @@ pub fn quick(state: &Path) -> Options {
         farewell: Duration::from_secs(2),
         ..Limits::default()
     };
-    Options { limits, ..Options::local(state) }
+    Options {
+        limits,
+        ..Options::local(state)
+    }
 }
 
 pub async fn coordinator(state: &Path) -> (Service, String, Client) {
@@ -55,13 +58,20 @@ pub async fn coordinator(state: &Path) -> (Service, String, Client) {
 }
 
 pub async fn submit(client: &mut Client, recipe: String) -> String {
-    let request =
-        v1::SubmitRequest { recipe, file_name: "server.yaml".into(), base_directory: "/nowhere".into() };
+    let request = v1::SubmitRequest {
+        recipe,
+        file_name: "server.yaml".into(),
+        base_directory: "/nowhere".into(),
+    };
     client.submit(request).await.expect("is accepted")
 }
 
 /// Waits until the newest run's status is as wished.
-pub async fn wait_for(client: &mut Client, what: &str, wish: impl Fn(&RunStatus) -> bool) -> RunStatus {
+pub async fn wait_for(
+    client: &mut Client,
+    what: &str,
+    wish: impl Fn(&RunStatus) -> bool,
+) -> RunStatus {
     let mut last = None;
     let waiting = async {
         loop {
@@ -80,7 +90,10 @@ pub async fn wait_for(client: &mut Client, what: &str, wish: impl Fn(&RunStatus)
 }
 
 pub async fn wait_for_state(client: &mut Client, state: RunState) -> RunStatus {
-    wait_for(client, state.as_str_name(), |status| status.state() == state).await
+    wait_for(client, state.as_str_name(), |status| {
+        status.state() == state
+    })
+    .await
 }
 
 /// A worker without a model. Dropping it kills it.
@@ -97,12 +110,19 @@ impl Drop for Worker {
 impl Worker {
     pub fn start(url: &str, name: &str) -> Worker {
         let (url, name) = (url.to_owned(), name.to_owned());
-        Worker { task: tokio::spawn(async move { Session::open(&url, hello(&name)).await?.work().await }) }
+        Worker {
+            task: tokio::spawn(
+                async move { Session::open(&url, hello(&name)).await?.work().await },
+            ),
+        }
     }
 
     /// Waits until it ends by itself: on a goodbye, or with what it was refused for.
     pub async fn end(mut self) -> Result<(), String> {
-        timeout(PATIENCE, &mut self.task).await.expect("ends in time").expect("does not panic")
+        timeout(PATIENCE, &mut self.task)
+            .await
+            .expect("ends in time")
+            .expect("does not panic")
     }
 }
 
@@ -138,10 +158,22 @@ enum Turn {
 impl Session {
     pub async fn open(url: &str, hello: v1::Hello) -> Result<Session, String> {
         let (up, outgoing) = mpsc::channel(64);
-        let first = v1::WorkerMessage { sequence: 1, body: Some(Up::Hello(hello)), ..Default::default() };
+        let first = v1::WorkerMessage {
+            sequence: 1,
+            body: Some(Up::Hello(hello)),
+            ..Default::default()
+        };
         up.send(first).await.expect("has room");
-        let down = attach(url, None, ReceiverStream::new(outgoing)).await.map_err(|error| error.to_string())?;
-        Ok(Session { up, down, run: String::new(), generation: 0, sequence: 1 })
+        let down = attach(url, None, ReceiverStream::new(outgoing))
+            .await
+            .map_err(|error| error.to_string())?;
+        Ok(Session {
+            up,
+            down,
+            run: String::new(),
+            generation: 0,
+            sequence: 1,
+        })
     }
 
     pub async fn say(&mut self, body: Up) -> Result<(), String> {
@@ -152,15 +184,25 @@ impl Session {
             sequence: self.sequence,
             body: Some(body),
         };
-        self.up.send(message).await.map_err(|_| "the stream is closed".to_owned())
+        self.up
+            .send(message)
+            .await
+            .map_err(|_| "the stream is closed".to_owned())
     }
 
     pub async fn hear(&mut self) -> Result<Down, String> {
-        let message = self.down.message().await.map_err(|status| status.to_string())?.ok_or("the stream has ended")?;
+        let message = self
+            .down
+            .message()
+            .await
+            .map_err(|status| status.to_string())?
+            .ok_or("the stream has ended")?;
         if message.generation > 0 {
             (self.run, self.generation) = (message.run, message.generation);
         }
-        message.body.ok_or_else(|| "a message without body".to_owned())
+        message
+            .body
+            .ok_or_else(|| "a message without body".to_owned())
     }
 
     async fn work(mut self) -> Result<(), String> {
@@ -172,7 +214,12 @@ impl Session {
                 _ => continue,
             };
             match turn {
-                Turn::Done(reason) => self.say(Up::Left(v1::Left { reason: reason.into() })).await?,
+                Turn::Done(reason) => {
+                    self.say(Up::Left(v1::Left {
+                        reason: reason.into(),
+                    }))
+                    .await?
+                }
                 Turn::Goodbye => return Ok(()),
             }
         }
@@ -180,11 +227,18 @@ impl Session {
 
     /// Trains honestly; only the model is missing.
     async fn train(&mut self, place: v1::Assignment) -> Result<Turn, String> {
-        let recipe = Recipe::parse(&place.recipe, "assignment").map_err(|error| error.to_string())?;
+        let recipe =
+            Recipe::parse(&place.recipe, "assignment").map_err(|error| error.to_string())?;
         let plan = Plan::new(&recipe, WINDOWS, MANIFEST).map_err(|error| error.to_string())?;
         let mut step = place.restore.map_or(0, |restore| restore.step);
         let replica_hash = vec![step as u8; 32];
-        self.say(Up::Formed(v1::Formed { step, replica_hash, windows: WINDOWS, manifest_hash: MANIFEST.into() })).await?;
+        self.say(Up::Formed(v1::Formed {
+            step,
+            replica_hash,
+            windows: WINDOWS,
+            manifest_hash: MANIFEST.into(),
+        }))
+        .await?;
         let mut stop = false;
         loop {
             if step == plan.steps {
@@ -215,7 +269,13 @@ impl Session {
     async fn checkpoint(&mut self, step: u64) -> Result<bool, String> {
         let manifest_hash = vec![step as u8; 32];
         let path = format!("step-{step:08}-gen-{}", self.generation);
-        let written = v1::CheckpointWritten { step, path, bytes: 7, manifest_hash: manifest_hash.clone(), seconds: 0.0 };
+        let written = v1::CheckpointWritten {
+            step,
+            path,
+            bytes: 7,
+            manifest_hash: manifest_hash.clone(),
+            seconds: 0.0,
+        };
         self.say(Up::CheckpointWritten(written)).await?;
         loop {
             match self.hear().await? {
@@ -224,14 +284,24 @@ impl Session {
                 _ => {}
             }
         }
-        self.say(Up::CheckpointPublished(v1::CheckpointPublished { step, manifest_hash })).await?;
+        self.say(Up::CheckpointPublished(v1::CheckpointPublished {
+            step,
+            manifest_hash,
+        }))
+        .await?;
         Ok(true)
     }
 }
 
 fn report(plan: &Plan, step: u64, rank: u32, world: u32) -> v1::StepReport {
-    let (all, mine) = (plan.step_samples(step), plan.rank_samples(step, rank, world));
-    let digest: Digest = mine.clone().map(|sample| Digest::of_sample(sample, &[7])).sum();
+    let (all, mine) = (
+        plan.step_samples(step),
+        plan.rank_samples(step, rank, world),
+    );
+    let digest: Digest = mine
+        .clone()
+        .map(|sample| Digest::of_sample(sample, &[7]))
+        .sum();
     v1::StepReport {
         step,
         first_sample: all.start,
@@ -243,7 +313,11 @@ fn report(plan: &Plan, step: u64, rank: u32, world: u32) -> v1::StepReport {
         grad_norm: 1.0,
         learning_rate: plan.learning_rate(step),
         skipped: false,
-        replica_hash: if plan.replica_check_due(step) { vec![step as u8; 32] } else { Vec::new() },
+        replica_hash: if plan.replica_check_due(step) {
+            vec![step as u8; 32]
+        } else {
+            Vec::new()
+        },
         seconds: 0.02,
         data_seconds: 0.0,
         comm_seconds: 0.0,

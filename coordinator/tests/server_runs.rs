@@ -5,13 +5,23 @@ use supra_coordinator::ledger::Record;
 use supra_proto::v1::{self, RunState};
 use supra_proto::{Client, ClientError};
 
-use crate::server_rig::{Session, Worker, coordinator, hello, recipe, submit, wait_for, wait_for_state};
+use crate::server_rig::{
+    Session, Worker, coordinator, hello, recipe, submit, wait_for, wait_for_state,
+};
 
 async fn verdict(client: &mut Client) -> Verdict {
     let head = client.status("").await.unwrap().ledger_head;
     let records = client.ledger("").await.unwrap().all().await.unwrap();
-    let records = records.into_iter().map(|record| Record::try_from(record).unwrap());
-    audit(records, AuditOptions { head: head.try_into().ok(), ..AuditOptions::default() })
+    let records = records
+        .into_iter()
+        .map(|record| Record::try_from(record).unwrap());
+    audit(
+        records,
+        AuditOptions {
+            head: head.try_into().ok(),
+            ..AuditOptions::default()
+        },
+    )
 }
 
 #[tokio::test]
@@ -21,7 +31,10 @@ async fn two_workers_train_a_run_to_its_last_sample() {
     let run = submit(&mut client, recipe(2, 2)).await;
     assert!(run.starts_with("server-"), "{run}");
     let waiting = client.status(&run).await.unwrap();
-    assert_eq!((waiting.state(), waiting.reason.as_str()), (RunState::Forming, "waiting for 2 workers: 0 attached"));
+    assert_eq!(
+        (waiting.state(), waiting.reason.as_str()),
+        (RunState::Forming, "waiting for 2 workers: 0 attached")
+    );
     let mut watch = client.watch("").await.unwrap();
     let _workers = [Worker::start(&url, "a"), Worker::start(&url, "b")];
     let mut seen = Vec::new();
@@ -32,18 +45,43 @@ async fn two_workers_train_a_run_to_its_last_sample() {
     assert!(seen.contains(&RunState::Training), "{seen:?}");
 
     let status = client.status("server").await.unwrap();
-    assert_eq!((status.step, status.steps, status.tokens, status.budget_tokens), (11, 11, 830, 830));
+    assert_eq!(
+        (
+            status.step,
+            status.steps,
+            status.tokens,
+            status.budget_tokens
+        ),
+        (11, 11, 830, 830)
+    );
     assert_eq!(status.loss, 2.0);
     let verdict = verdict(&mut client).await;
     assert_eq!(verdict.breaks, []);
     assert!(verdict.finished && verdict.tokens == 830);
 
     let checkpoints = client.checkpoints("").await.unwrap();
-    assert_eq!(checkpoints.iter().map(|known| known.step).collect::<Vec<_>>(), [9, 11]);
-    assert!(checkpoints[1].path.contains(&format!("runs/{run}/checkpoints/step-00000011")), "{checkpoints:?}");
-    assert_eq!(client.metrics("").await.unwrap().all().await.unwrap().len(), 11);
+    assert_eq!(
+        checkpoints
+            .iter()
+            .map(|known| known.step)
+            .collect::<Vec<_>>(),
+        [9, 11]
+    );
+    assert!(
+        checkpoints[1]
+            .path
+            .contains(&format!("runs/{run}/checkpoints/step-00000011")),
+        "{checkpoints:?}"
+    );
+    assert_eq!(
+        client.metrics("").await.unwrap().all().await.unwrap().len(),
+        11
+    );
     let lines = client.logs("", false).await.unwrap().all().await.unwrap();
-    assert!(lines.iter().any(|line| line.text.contains("has finished")), "{lines:?}");
+    assert!(
+        lines.iter().any(|line| line.text.contains("has finished")),
+        "{lines:?}"
+    );
     drop(service);
 }
 
@@ -75,7 +113,10 @@ async fn cancel_and_resume_go_on_from_the_checkpoint() {
     wait_for(&mut client, "step 4", |status| status.step >= 4).await;
     client.cancel("").await.unwrap();
     let stopped = wait_for_state(&mut client, RunState::Cancelled).await;
-    assert_eq!(stopped.checkpoint.map(|checkpoint| checkpoint.step), Some(stopped.step));
+    assert_eq!(
+        stopped.checkpoint.map(|checkpoint| checkpoint.step),
+        Some(stopped.step)
+    );
     client.resume("").await.unwrap();
     wait_for_state(&mut client, RunState::Finished).await;
     let verdict = verdict(&mut client).await;
@@ -89,7 +130,10 @@ async fn runs_queue_and_the_second_one_follows_the_first() {
     let first = submit(&mut client, recipe(1, 1)).await;
     submit(&mut client, recipe(1, 1)).await;
     let second = client.status("").await.unwrap();
-    assert_eq!((second.state(), second.reason), (RunState::Queued, format!("behind {first}")));
+    assert_eq!(
+        (second.state(), second.reason),
+        (RunState::Queued, format!("behind {first}"))
+    );
     let _worker = Worker::start(&url, "a");
     wait_for_state(&mut client, RunState::Finished).await;
     let all = client.list().await.unwrap();
@@ -125,8 +169,15 @@ async fn a_second_worker_of_the_same_name_is_refused() {
     let mut first = Session::open(&url, hello("a")).await.unwrap();
     first.hear().await.unwrap();
     let refusal = Worker::start(&url, "a").end().await.unwrap_err();
-    assert!(refusal.contains("worker a is already attached from 127.0.0.1") && refusal.contains("--name"), "{refusal}");
-    let other = v1::Hello { build: "9.9.9".into(), ..hello("b") };
+    assert!(
+        refusal.contains("worker a is already attached from 127.0.0.1")
+            && refusal.contains("--name"),
+        "{refusal}"
+    );
+    let other = v1::Hello {
+        build: "9.9.9".into(),
+        ..hello("b")
+    };
     let mut stranger = Session::open(&url, other).await.unwrap();
     let answer = format!("{:?}", stranger.hear().await.unwrap());
     assert!(answer.contains("install the same build"), "{answer}");
@@ -136,19 +187,44 @@ async fn a_second_worker_of_the_same_name_is_refused() {
 async fn bad_requests_say_what_is_wrong() {
     let state = tempfile::tempdir().unwrap();
     let (_service, _url, mut client) = coordinator(state.path()).await;
-    assert!(matches!(client.status("").await, Err(error) if error.to_string().contains("no runs yet")));
+    assert!(
+        matches!(client.status("").await, Err(error) if error.to_string().contains("no runs yet"))
+    );
     let request = |recipe: String| v1::SubmitRequest {
         recipe,
         file_name: "typo.yaml".into(),
         base_directory: "/nowhere".into(),
     };
-    let error = client.submit(request(recipe(1, 1).replace("micro_batch", "micro_bach"))).await.unwrap_err();
+    let error = client
+        .submit(request(recipe(1, 1).replace("micro_batch", "micro_bach")))
+        .await
+        .unwrap_err();
     let report = error.to_string();
-    assert!(report.contains("typo.yaml") && report.contains("micro_bach"), "{report}");
-    let relative = v1::SubmitRequest { base_directory: "here".into(), ..request(recipe(1, 1)) };
-    assert!(client.submit(relative).await.unwrap_err().to_string().contains("absolute"));
+    assert!(
+        report.contains("typo.yaml") && report.contains("micro_bach"),
+        "{report}"
+    );
+    let relative = v1::SubmitRequest {
+        base_directory: "here".into(),
+        ..request(recipe(1, 1))
+    };
+    assert!(
+        client
+            .submit(relative)
+            .await
+            .unwrap_err()
+            .to_string()
+            .contains("absolute")
+    );
     submit(&mut client, recipe(1, 1)).await;
-    assert!(client.status("nothing").await.unwrap_err().to_string().contains("there is no run nothing"));
+    assert!(
+        client
+            .status("nothing")
+            .await
+            .unwrap_err()
+            .to_string()
+            .contains("there is no run nothing")
+    );
     let cancelled = client.cancel("").await.unwrap();
     assert_eq!(cancelled.state(), RunState::Cancelled);
 }
@@ -162,13 +238,20 @@ async fn followed_logs_and_statuses_end_with_the_coordinator() {
     let mut watch = client.watch("").await.unwrap();
     let mut session = Session::open(&url, hello("a")).await.unwrap();
     session.hear().await.unwrap();
-    let line = v1::LogLine { unix_ms: 1, level: "INFO".into(), text: "loading".into() };
+    let line = v1::LogLine {
+        unix_ms: 1,
+        level: "INFO".into(),
+        text: "loading".into(),
+    };
     loop {
         if let Ok(v1::coordinator_message::Body::Assignment(_)) = session.hear().await {
             break;
         }
     }
-    session.say(v1::worker_message::Body::Log(line)).await.unwrap();
+    session
+        .say(v1::worker_message::Body::Log(line))
+        .await
+        .unwrap();
     while lines.next().await.unwrap().expect("a line").text != "loading" {}
     drop(session);
     service.stopper().shut_down("a test").await;

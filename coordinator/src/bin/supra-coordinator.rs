@@ -43,7 +43,12 @@ enum Command {
 #[derive(Args)]
 struct Run {
     /// Where to listen; port 0 takes a free one, which is printed and written to DIR/address
-    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:7070", env = "SUPRA_LISTEN")]
+    #[arg(
+        long,
+        value_name = "HOST:PORT",
+        default_value = "127.0.0.1:7070",
+        env = "SUPRA_LISTEN"
+    )]
     listen: String,
 
     /// State directory: journal, metrics, logs, and the checkpoints of runs that name no other place
@@ -78,7 +83,11 @@ enum LogFormat {
 fn main() -> ExitCode {
     let Command::Run(run) = Cli::parse().command;
     log_to_stderr(run.log_format);
-    let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(error) => return fail(FAILED, &format!("cannot start threads: {error}")),
     };
@@ -90,7 +99,10 @@ fn main() -> ExitCode {
 
 fn log_to_stderr(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false);
     match format {
         LogFormat::Human => builder.init(),
         LogFormat::Json => builder.json().flatten_event(true).init(),
@@ -116,7 +128,10 @@ async fn serve(run: Run) -> ExitCode {
         Ok(service) => service,
         Err(error) => return failed(&error),
     };
-    say(&format!("listening on {}, state in {shown}", address::url(service.address())));
+    say(&format!(
+        "listening on {}, state in {shown}",
+        address::url(service.address())
+    ));
     let stop = service.stopper();
     tokio::select! {
         ended = service.wait() => match ended {
@@ -130,7 +145,10 @@ async fn serve(run: Run) -> ExitCode {
 
 /// Asks for the end at the first signal; returns at the second.
 async fn signals(stop: supra_coordinator::service::Stopper) -> ExitCode {
-    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt())) else {
+    let (Ok(mut terminate), Ok(mut interrupt)) = (
+        signal(SignalKind::terminate()),
+        signal(SignalKind::interrupt()),
+    ) else {
         tracing::warn!("signals cannot be caught: they end the coordinator at once");
         return std::future::pending().await;
     };
@@ -156,7 +174,14 @@ fn say(line: &str) {
 }
 
 fn failed(error: &ServiceError) -> ExitCode {
-    fail(if error.is_bad_input() { BAD_INPUT } else { FAILED }, &error.to_string())
+    fail(
+        if error.is_bad_input() {
+            BAD_INPUT
+        } else {
+            FAILED
+        },
+        &error.to_string(),
+    )
 }
 
 fn fail(code: u8, message: &str) -> ExitCode {

@@ -52,10 +52,17 @@ pub(super) struct Store {
 impl Store {
     pub fn open(directory: &Path) -> Result<Store, JournalError> {
         let path = file(directory);
-        let sqlite = |cause| JournalError::Sqlite { path: path.clone(), cause };
+        let sqlite = |cause| JournalError::Sqlite {
+            path: path.clone(),
+            cause,
+        };
         let connection = Connection::open(&path).map_err(sqlite)?;
-        connection.pragma_update(None, "journal_mode", "WAL").map_err(sqlite)?;
-        connection.pragma_update(None, "synchronous", "FULL").map_err(sqlite)?;
+        connection
+            .pragma_update(None, "journal_mode", "WAL")
+            .map_err(sqlite)?;
+        connection
+            .pragma_update(None, "synchronous", "FULL")
+            .map_err(sqlite)?;
         match version(&connection).map_err(sqlite)? {
             0 => {
                 let create = format!("BEGIN; {TABLES} PRAGMA user_version = {FORMAT}; COMMIT;");
@@ -64,7 +71,13 @@ impl Store {
             found => supported(&path, found)?,
         }
         let (state, seq, snapshot_seq) = replay(&path, &connection)?;
-        let mut store = Store { path, connection, state, seq, snapshot_seq };
+        let mut store = Store {
+            path,
+            connection,
+            state,
+            seq,
+            snapshot_seq,
+        };
         if store.seq - store.snapshot_seq > SNAPSHOT_EVERY {
             store.commit(&[])?;
         }
@@ -77,7 +90,10 @@ impl Store {
 
     /// Writes facts in one transaction; on return they are on disk.
     pub fn commit(&mut self, facts: &[Fact]) -> Result<(), JournalError> {
-        let sqlite = |cause| JournalError::Sqlite { path: self.path.clone(), cause };
+        let sqlite = |cause| JournalError::Sqlite {
+            path: self.path.clone(),
+            cause,
+        };
         let transaction = self.connection.transaction().map_err(sqlite)?;
         for fact in facts {
             self.seq += 1;
@@ -98,16 +114,25 @@ impl Store {
 }
 
 fn json<T: serde::Serialize>(value: &T) -> rusqlite::Result<String> {
-    serde_json::to_string(value).map_err(|error| rusqlite::Error::ToSqlConversionFailure(error.into()))
+    serde_json::to_string(value)
+        .map_err(|error| rusqlite::Error::ToSqlConversionFailure(error.into()))
 }
 
 fn insert(connection: &Connection, seq: u64, fact: &Fact) -> rusqlite::Result<()> {
     if let Fact::Recorded { run, record } = fact {
-        let mut statement =
-            connection.prepare_cached("INSERT INTO ledger (run, idx, seq, hash, body) VALUES (?1, ?2, ?3, ?4, ?5)")?;
-        statement.execute(params![run, record.index as i64, seq as i64, record.hash, record.body.encode()])?;
+        let mut statement = connection.prepare_cached(
+            "INSERT INTO ledger (run, idx, seq, hash, body) VALUES (?1, ?2, ?3, ?4, ?5)",
+        )?;
+        statement.execute(params![
+            run,
+            record.index as i64,
+            seq as i64,
+            record.hash,
+            record.body.encode()
+        ])?;
     } else {
-        let mut statement = connection.prepare_cached("INSERT INTO facts (seq, run, fact) VALUES (?1, ?2, ?3)")?;
+        let mut statement =
+            connection.prepare_cached("INSERT INTO facts (seq, run, fact) VALUES (?1, ?2, ?3)")?;
         statement.execute(params![seq as i64, fact.run(), json(fact)?])?;
     }
     Ok(())
@@ -119,17 +144,30 @@ fn version(connection: &Connection) -> rusqlite::Result<i64> {
 
 fn supported(path: &Path, found: i64) -> Result<(), JournalError> {
     if found > FORMAT {
-        return Err(JournalError::Newer { path: path.to_owned(), found, known: FORMAT });
+        return Err(JournalError::Newer {
+            path: path.to_owned(),
+            found,
+            known: FORMAT,
+        });
     }
     Ok(())
 }
 
 /// The state that the journal holds, the number of its last fact and that of its snapshot.
 fn replay(path: &Path, connection: &Connection) -> Result<(State, u64, u64), JournalError> {
-    let sqlite = |cause| JournalError::Sqlite { path: path.to_owned(), cause };
-    let damaged = |what: String| JournalError::Damaged { path: path.to_owned(), what };
+    let sqlite = |cause| JournalError::Sqlite {
+        path: path.to_owned(),
+        cause,
+    };
+    let damaged = |what: String| JournalError::Damaged {
+        path: path.to_owned(),
+        what,
+    };
     let (mut state, snapshot_seq) = snapshot(connection).map_err(sqlite)?;
-    let mut facts = facts_after(connection, snapshot_seq).map_err(sqlite)?.into_iter().peekable();
+    let mut facts = facts_after(connection, snapshot_seq)
+        .map_err(sqlite)?
+        .into_iter()
+        .peekable();
     let mut records = records_after(connection, &state).map_err(sqlite)?;
     records.sort_by_key(|row| row.seq);
     let mut records = records.into_iter().peekable();
@@ -145,14 +183,31 @@ fn replay(path: &Path, connection: &Connection) -> Result<(State, u64, u64), Jou
             let tail = state.run(row.run).map(|run| run.ledger).unwrap_or_default();
             let what = || damaged(format!("ledger record {} of run {}", row.index, row.run));
             let body = Body::decode(&row.body).ok_or_else(what)?;
-            let record = Record { index: row.index, previous: tail.head, hash: row.hash, body };
+            let record = Record {
+                index: row.index,
+                previous: tail.head,
+                hash: row.hash,
+                body,
+            };
             if tail.next(record.body.clone()) != record {
                 return Err(what());
             }
-            (row.seq, Fact::Recorded { run: row.run, record })
+            (
+                row.seq,
+                Fact::Recorded {
+                    run: row.run,
+                    record,
+                },
+            )
         } else {
-            let Some((seq, text)) = facts.next() else { continue };
-            (seq, serde_json::from_str(&text).map_err(|error| damaged(format!("fact {seq}: {error}")))?)
+            let Some((seq, text)) = facts.next() else {
+                continue;
+            };
+            (
+                seq,
+                serde_json::from_str(&text)
+                    .map_err(|error| damaged(format!("fact {seq}: {error}")))?,
+            )
         };
         if seq != last + 1 {
             return Err(damaged(format!("fact {} is missing", last + 1)));
@@ -164,17 +219,22 @@ fn replay(path: &Path, connection: &Connection) -> Result<(State, u64, u64), Jou
 
 fn snapshot(connection: &Connection) -> rusqlite::Result<(State, u64)> {
     let row: Option<(i64, String)> = connection
-        .query_row("SELECT seq, state FROM snapshot WHERE format = ?1", [SNAPSHOT_FORMAT], |row| {
-            Ok((row.get(0)?, row.get(1)?))
-        })
+        .query_row(
+            "SELECT seq, state FROM snapshot WHERE format = ?1",
+            [SNAPSHOT_FORMAT],
+            |row| Ok((row.get(0)?, row.get(1)?)),
+        )
         .optional()?;
     let known = row.and_then(|(seq, text)| Some((serde_json::from_str(&text).ok()?, seq as u64)));
     Ok(known.unwrap_or_default())
 }
 
 fn facts_after(connection: &Connection, seq: u64) -> rusqlite::Result<Vec<(u64, String)>> {
-    let mut statement = connection.prepare("SELECT seq, fact FROM facts WHERE seq > ?1 ORDER BY seq")?;
-    let rows = statement.query_map([seq as i64], |row| Ok((row.get::<_, i64>(0)? as u64, row.get(1)?)))?;
+    let mut statement =
+        connection.prepare("SELECT seq, fact FROM facts WHERE seq > ?1 ORDER BY seq")?;
+    let rows = statement.query_map([seq as i64], |row| {
+        Ok((row.get::<_, i64>(0)? as u64, row.get(1)?))
+    })?;
     rows.collect()
 }
 
@@ -201,14 +261,16 @@ impl Row {
 /// Ledger rows that the snapshot does not hold, run by run.
 fn records_after(connection: &Connection, snapshot: &State) -> rusqlite::Result<Vec<Row>> {
     let mut rows = Vec::new();
-    let mut of_run = connection.prepare("SELECT run, idx, seq, hash, body FROM ledger WHERE run = ?1 AND idx >= ?2")?;
+    let mut of_run = connection
+        .prepare("SELECT run, idx, seq, hash, body FROM ledger WHERE run = ?1 AND idx >= ?2")?;
     for run in snapshot.runs() {
         for row in of_run.query_map(params![run.number, run.ledger.length as i64], Row::read)? {
             rows.push(row?);
         }
     }
     let newest = snapshot.runs().len() as i64;
-    let mut of_new = connection.prepare("SELECT run, idx, seq, hash, body FROM ledger WHERE run > ?1")?;
+    let mut of_new =
+        connection.prepare("SELECT run, idx, seq, hash, body FROM ledger WHERE run > ?1")?;
     for row in of_new.query_map([newest], Row::read)? {
         rows.push(row?);
     }
@@ -229,10 +291,15 @@ impl Reader {
     /// There is none, or it cannot be read.
     pub fn open(directory: &Path) -> Result<Reader, JournalError> {
         let path = file(directory);
-        let sqlite = |cause| JournalError::Sqlite { path: path.clone(), cause };
+        let sqlite = |cause| JournalError::Sqlite {
+            path: path.clone(),
+            cause,
+        };
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(&path, flags).map_err(sqlite)?;
-        connection.busy_timeout(std::time::Duration::from_secs(5)).map_err(sqlite)?;
+        connection
+            .busy_timeout(std::time::Duration::from_secs(5))
+            .map_err(sqlite)?;
         supported(&path, version(&connection).map_err(sqlite)?)?;
         Ok(Reader { path, connection })
     }
@@ -250,14 +317,32 @@ impl Reader {
     ///
     /// # Errors
     /// SQLite cannot read the table.
-    pub fn ledger(&self, run: RunNumber, from: u64, limit: usize) -> Result<Vec<Result<Record, RecordError>>, JournalError> {
-        self.records(run, from, limit).map_err(|cause| JournalError::Sqlite { path: self.path.clone(), cause })
+    pub fn ledger(
+        &self,
+        run: RunNumber,
+        from: u64,
+        limit: usize,
+    ) -> Result<Vec<Result<Record, RecordError>>, JournalError> {
+        self.records(run, from, limit)
+            .map_err(|cause| JournalError::Sqlite {
+                path: self.path.clone(),
+                cause,
+            })
     }
 
-    fn records(&self, run: RunNumber, from: u64, limit: usize) -> rusqlite::Result<Vec<Result<Record, RecordError>>> {
-        let mut before = self.connection.prepare_cached("SELECT hash FROM ledger WHERE run = ?1 AND idx < ?2 ORDER BY idx DESC LIMIT 1")?;
-        let mut previous: Hash =
-            before.query_row(params![run, from as i64], |row| row.get(0)).optional()?.unwrap_or_default();
+    fn records(
+        &self,
+        run: RunNumber,
+        from: u64,
+        limit: usize,
+    ) -> rusqlite::Result<Vec<Result<Record, RecordError>>> {
+        let mut before = self.connection.prepare_cached(
+            "SELECT hash FROM ledger WHERE run = ?1 AND idx < ?2 ORDER BY idx DESC LIMIT 1",
+        )?;
+        let mut previous: Hash = before
+            .query_row(params![run, from as i64], |row| row.get(0))
+            .optional()?
+            .unwrap_or_default();
         let mut statement = self.connection.prepare_cached(
             "SELECT run, idx, seq, hash, body FROM ledger WHERE run = ?1 AND idx >= ?2 ORDER BY idx LIMIT ?3",
         )?;
@@ -266,7 +351,12 @@ impl Reader {
         for row in rows {
             let row = row?;
             let record = match Body::decode(&row.body) {
-                Some(body) => Ok(ledger::Record { index: row.index, previous, hash: row.hash, body }),
+                Some(body) => Ok(ledger::Record {
+                    index: row.index,
+                    previous,
+                    hash: row.hash,
+                    body,
+                }),
                 None => Err(RecordError::Damaged { index: row.index }),
             };
             previous = row.hash;

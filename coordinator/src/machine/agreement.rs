@@ -22,14 +22,26 @@ pub(crate) struct Ground {
 }
 
 /// Holds what the ranks of a forming generation said against each other and against the run's ledger.
-pub(crate) fn formed(said: &[Said<Formed>], from_step: u64, open: Option<&Open>) -> Result<Ground, String> {
+pub(crate) fn formed(
+    said: &[Said<Formed>],
+    from_step: u64,
+    open: Option<&Open>,
+) -> Result<Ground, String> {
     let step = same(said, "the step of their state", |formed| formed.step)?;
     if step != from_step {
-        return Err(format!("the ranks hold the state of step {step}, they were to restore step {from_step}"));
+        return Err(format!(
+            "the ranks hold the state of step {step}, they were to restore step {from_step}"
+        ));
     }
-    same(said, "the hash of their parameters", |formed| ledger::hex(&formed.replica_hash))?;
-    let windows = same(said, "the windows of the training data", |formed| formed.windows)?;
-    same(said, "the hash of the training data's manifest", |formed| ledger::hex(&formed.manifest_hash))?;
+    same(said, "the hash of their parameters", |formed| {
+        ledger::hex(&formed.replica_hash)
+    })?;
+    let windows = same(said, "the windows of the training data", |formed| {
+        formed.windows
+    })?;
+    same(said, "the hash of the training data's manifest", |formed| {
+        ledger::hex(&formed.manifest_hash)
+    })?;
     let manifest_hash = said
         .first()
         .and_then(|(_, formed)| Hash::try_from(formed.manifest_hash.as_slice()).ok())
@@ -46,7 +58,10 @@ pub(crate) fn formed(said: &[Said<Formed>], from_step: u64, open: Option<&Open>)
             ledger::hex(&open.manifest_hash),
         ));
     }
-    Ok(Ground { windows, manifest_hash })
+    Ok(Ground {
+        windows,
+        manifest_hash,
+    })
 }
 
 /// Holds the reports of all ranks on one step against each other and against the plan; answers with the sum of the
@@ -56,19 +71,31 @@ pub(crate) fn step(said: &[Said<StepReport>], step: u64, plan: &Plan) -> Result<
     let first = same(said, "the first sample", |report| report.first_sample)?;
     let samples = same(said, "the number of samples", |report| report.samples)?;
     if step > plan.steps || first != planned.start || samples != planned.end - planned.start {
-        return Err(format!("the ranks fed samples {first}..{}, the plan says {planned:?}", first.saturating_add(samples)));
+        return Err(format!(
+            "the ranks fed samples {first}..{}, the plan says {planned:?}",
+            first.saturating_add(samples)
+        ));
     }
     same(said, "the sum of the loss", |report| Bits(report.loss_sum))?;
     same(said, "the number of targets", |report| report.targets)?;
     same(said, "the gradient norm", |report| Bits(report.grad_norm))?;
-    let skipped = same(said, "whether the update was skipped", |report| report.skipped)?;
-    let rate = same(said, "the learning rate", |report| Bits(report.learning_rate))?.0;
+    let skipped = same(said, "whether the update was skipped", |report| {
+        report.skipped
+    })?;
+    let rate = same(said, "the learning rate", |report| {
+        Bits(report.learning_rate)
+    })?
+    .0;
     let expected = plan.learning_rate(step);
     let close = (rate - expected).abs() <= LEARNING_RATE_TOLERANCE * expected.abs();
     if !skipped && !close {
-        return Err(format!("the ranks applied learning rate {rate}, the plan says {expected}"));
+        return Err(format!(
+            "the ranks applied learning rate {rate}, the plan says {expected}"
+        ));
     }
-    let hash = same(said, "the hash of their parameters", |report| ledger::hex(&report.replica_hash))?;
+    let hash = same(said, "the hash of their parameters", |report| {
+        ledger::hex(&report.replica_hash)
+    })?;
     if plan.replica_check_due(step) && hash.is_empty() {
         return Err("a hash of the parameters is due and no rank sent one".into());
     }
@@ -87,17 +114,30 @@ fn fed(said: &[Said<StepReport>], step: u64, plan: &Plan) -> Result<Digest, Stri
                 share.end - share.start,
             ));
         }
-        let digest = Hash::try_from(report.fed_digest.as_slice())
-            .map_err(|_| format!("rank {rank} ({name}) sent a digest of {} bytes", report.fed_digest.len()))?;
+        let digest = Hash::try_from(report.fed_digest.as_slice()).map_err(|_| {
+            format!(
+                "rank {rank} ({name}) sent a digest of {} bytes",
+                report.fed_digest.len()
+            )
+        })?;
         sum += Digest::from_bytes(digest);
     }
     Ok(sum)
 }
 
 /// The value that all ranks gave; an error names the first two ranks that differ.
-fn same<T, V: PartialEq + Display>(said: &[Said<T>], what: &str, value: impl Fn(&T) -> V) -> Result<V, String> {
-    let mut ranks = said.iter().enumerate().map(|(rank, (name, report))| (rank, *name, value(report)));
-    let Some((_, first_name, first)) = ranks.next() else { return Err("no rank reported".into()) };
+fn same<T, V: PartialEq + Display>(
+    said: &[Said<T>],
+    what: &str,
+    value: impl Fn(&T) -> V,
+) -> Result<V, String> {
+    let mut ranks = said
+        .iter()
+        .enumerate()
+        .map(|(rank, (name, report))| (rank, *name, value(report)));
+    let Some((_, first_name, first)) = ranks.next() else {
+        return Err("no rank reported".into());
+    };
     match ranks.find(|(_, _, other)| *other != first) {
         None => Ok(first),
         Some((rank, name, other)) => Err(format!(
@@ -127,7 +167,9 @@ mod tests {
     use crate::machine::rig;
 
     fn reports(plan: &Plan, step: u64, world: u32) -> Vec<StepReport> {
-        (0..world).map(|rank| rig::report(plan, step, rank, world)).collect()
+        (0..world)
+            .map(|rank| rig::report(plan, step, rank, world))
+            .collect()
     }
 
     fn check(reports: &[StepReport], number: u64, plan: &Plan) -> Result<Digest, String> {
@@ -155,7 +197,10 @@ mod tests {
         };
         has(&|report| report.loss_sum = f64::NAN, "loss");
         has(&|report| report.targets += 1, "targets");
-        has(&|report| report.grad_norm = -report.grad_norm, "gradient norm");
+        has(
+            &|report| report.grad_norm = -report.grad_norm,
+            "gradient norm",
+        );
         has(&|report| report.learning_rate *= 2.0, "learning rate");
         has(&|report| report.skipped = true, "skipped");
         has(&|report| report.samples += 1, "number of samples");
@@ -168,32 +213,71 @@ mod tests {
     fn ranks_that_agree_on_something_else_than_the_plan_are_wrong() {
         let plan = rig::plan();
         let mut shifted = reports(&plan, 2, 2);
-        shifted.iter_mut().for_each(|report| report.first_sample += 1);
-        assert!(check(&shifted, 2, &plan).unwrap_err().contains("the plan says"));
+        shifted
+            .iter_mut()
+            .for_each(|report| report.first_sample += 1);
+        assert!(
+            check(&shifted, 2, &plan)
+                .unwrap_err()
+                .contains("the plan says")
+        );
         let mut faster = reports(&plan, 2, 2);
-        faster.iter_mut().for_each(|report| report.learning_rate += 1e-9);
-        assert!(check(&faster, 2, &plan).unwrap_err().contains("learning rate"));
+        faster
+            .iter_mut()
+            .for_each(|report| report.learning_rate += 1e-9);
+        assert!(
+            check(&faster, 2, &plan)
+                .unwrap_err()
+                .contains("learning rate")
+        );
     }
 
     #[test]
     fn both_infinite_and_nan_losses_agree_with_themselves() {
         let plan = rig::plan();
         let mut skipped = reports(&plan, 2, 2);
-        skipped.iter_mut().for_each(|report| (report.loss_sum, report.skipped) = (f64::NAN, true));
+        skipped
+            .iter_mut()
+            .for_each(|report| (report.loss_sum, report.skipped) = (f64::NAN, true));
         assert!(check(&skipped, 2, &plan).is_ok());
     }
 
     #[test]
     fn changed_data_and_a_wrong_state_are_refused() {
-        let fine = Formed { step: 4, replica_hash: vec![1; 32], windows: 10, manifest_hash: vec![2; 32] };
+        let fine = Formed {
+            step: 4,
+            replica_hash: vec![1; 32],
+            windows: 10,
+            manifest_hash: vec![2; 32],
+        };
         let said = [("a", &fine), ("b", &fine)];
-        assert_eq!(formed(&said, 4, None), Ok(Ground { windows: 10, manifest_hash: [2; 32] }));
-        assert!(formed(&said, 3, None).unwrap_err().contains("were to restore step 3"));
+        assert_eq!(
+            formed(&said, 4, None),
+            Ok(Ground {
+                windows: 10,
+                manifest_hash: [2; 32]
+            })
+        );
+        assert!(
+            formed(&said, 3, None)
+                .unwrap_err()
+                .contains("were to restore step 3")
+        );
         let mut open = rig::open();
         open.windows = 11;
-        assert!(formed(&said, 4, Some(&open)).unwrap_err().contains("training data changed"));
-        let other = Formed { replica_hash: vec![3; 32], ..fine.clone() };
+        assert!(
+            formed(&said, 4, Some(&open))
+                .unwrap_err()
+                .contains("training data changed")
+        );
+        let other = Formed {
+            replica_hash: vec![3; 32],
+            ..fine.clone()
+        };
         let error = formed(&[("a", &fine), ("b", &other)], 4, None).unwrap_err();
-        assert!(error.contains("rank 1 (b)") && error.contains("parameters"), "{error}");
+        assert!(
+            error.contains("rank 1 (b)") && error.contains("parameters"),
+            "{error}"
+        );
     }
 }

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use supra_proto::v1::{Assignment, Hello, Refusal, RestoreFrom, Welcome, coordinator_message::Body as Down};
+use supra_proto::v1::{
+    Assignment, Hello, Refusal, RestoreFrom, Welcome, coordinator_message::Body as Down,
+};
 
 use super::fact::Fact;
 use super::generation::{Generation, Member, Stage};
@@ -26,23 +28,54 @@ impl Machine {
             return self.dismiss(conn, &reason);
         }
         if let Err(message) = self.admit(&hello) {
-            self.log(None, "WARN", format!("refused a worker from {peer}: {message}"));
+            self.log(
+                None,
+                "WARN",
+                format!("refused a worker from {peer}: {message}"),
+            );
             let body = Down::Refusal(Refusal { message });
-            self.out.push(Action::Send { conn, run: String::new(), generation: 0, body });
+            self.out.push(Action::Send {
+                conn,
+                run: String::new(),
+                generation: 0,
+                body,
+            });
             self.out.push(Action::Close(conn));
             return;
         }
         self.replace(&hello);
-        let Hello { name, device, data_address, previous_exit, .. } = &hello;
+        let Hello {
+            name,
+            device,
+            data_address,
+            previous_exit,
+            ..
+        } = &hello;
         let run = self.state.queue.front().copied();
-        self.log(run, "INFO", format!("worker {name} attached from {peer}: {device}, data plane {data_address}"));
+        self.log(
+            run,
+            "INFO",
+            format!("worker {name} attached from {peer}: {device}, data plane {data_address}"),
+        );
         if !previous_exit.is_empty() {
-            self.log(run, "WARN", format!("worker {name} was restarted: {previous_exit}"));
+            self.log(
+                run,
+                "WARN",
+                format!("worker {name} was restarted: {previous_exit}"),
+            );
         }
-        let welcome = Welcome { heartbeat_seconds: self.limits.heartbeat.as_secs_f64() };
-        self.out.push(Action::Send { conn, run: String::new(), generation: 0, body: Down::Welcome(welcome) });
+        let welcome = Welcome {
+            heartbeat_seconds: self.limits.heartbeat.as_secs_f64(),
+        };
+        self.out.push(Action::Send {
+            conn,
+            run: String::new(),
+            generation: 0,
+            body: Down::Welcome(welcome),
+        });
         self.departed.retain(|gone| gone.hello.name != hello.name);
-        self.workers.insert(conn, Worker::new(hello, peer, self.moment.now));
+        self.workers
+            .insert(conn, Worker::new(hello, peer, self.moment.now));
         self.attached_at = self.moment.now;
     }
 
@@ -72,7 +105,10 @@ impl Machine {
                 && self.moment.now.saturating_sub(worker.heard) < held
         });
         match rival {
-            Some(rival) => Err(format!("worker {name} is already attached from {}; choose --name", rival.peer)),
+            Some(rival) => Err(format!(
+                "worker {name} is already attached from {}; choose --name",
+                rival.peer
+            )),
             None => Ok(()),
         }
     }
@@ -83,7 +119,9 @@ impl Machine {
         let stale: Vec<Conn> = self
             .workers
             .iter()
-            .filter(|(_, worker)| worker.hello.instance == hello.instance || worker.hello.name == hello.name)
+            .filter(|(_, worker)| {
+                worker.hello.instance == hello.instance || worker.hello.name == hello.name
+            })
             .map(|(conn, _)| *conn)
             .collect();
         for conn in stale {
@@ -93,58 +131,107 @@ impl Machine {
 
     /// Forgets a worker; if it has a place in the generation in hand, that ends it.
     pub(super) fn drop_worker(&mut self, conn: Conn, cause: &str) {
-        let Some(worker) = self.workers.remove(&conn) else { return };
+        let Some(worker) = self.workers.remove(&conn) else {
+            return;
+        };
         self.out.push(Action::Close(conn));
         let run = self.state.queue.front().copied();
-        self.log(run, "WARN", format!("worker {} is gone: {cause}", worker.hello.name));
+        self.log(
+            run,
+            "WARN",
+            format!("worker {} is gone: {cause}", worker.hello.name),
+        );
         let doing = worker.doing();
         self.departed.push_back(worker);
         if self.departed.len() > MAX_DEPARTED {
             self.departed.pop_front();
         }
-        let Some(generation) = &mut self.generation else { return };
-        let Some(rank) = generation.rank(conn) else { return };
+        let Some(generation) = &mut self.generation else {
+            return;
+        };
+        let Some(rank) = generation.rank(conn) else {
+            return;
+        };
         let member = &mut generation.members[rank];
         let left = member.left.is_some();
         member.lost = true;
         if !left {
             let forming = generation.stage == Stage::Forming;
-            let cause = format!("rank {rank} ({}) was lost while {doing}: {cause}", member.name);
-            self.break_up(cause, super::ending::Severity::Lost { counts: !forming }, Some(rank));
+            let cause = format!(
+                "rank {rank} ({}) was lost while {doing}: {cause}",
+                member.name
+            );
+            self.break_up(
+                cause,
+                super::ending::Severity::Lost { counts: !forming },
+                Some(rank),
+            );
         }
     }
 
     pub(super) fn tick(&mut self) {
         let now = self.moment.now;
         if now.saturating_sub(self.ticked_at) > ASLEEP {
-            self.workers.values_mut().for_each(|worker| worker.heard = now);
+            self.workers
+                .values_mut()
+                .for_each(|worker| worker.heard = now);
         }
         self.ticked_at = now;
         let silence = self.limits.silence;
         let silent: Vec<Conn> = self.overdue(|worker| now.saturating_sub(worker.heard) > silence);
         for conn in silent {
-            self.drop_worker(conn, &format!("silent for more than {} s", silence.as_secs_f64()));
+            self.drop_worker(
+                conn,
+                &format!("silent for more than {} s", silence.as_secs_f64()),
+            );
         }
-        let Some(generation) = &self.generation else { return };
-        let Stage::Leaving { since, limit } = generation.stage else { return };
+        let Some(generation) = &self.generation else {
+            return;
+        };
+        let Stage::Leaving { since, limit } = generation.stage else {
+            return;
+        };
         if now.saturating_sub(since) > limit {
             let number = generation.number;
-            let stuck: Vec<Conn> =
-                generation.members.iter().filter(|member| !member.gone()).map(|member| member.conn).collect();
+            let stuck: Vec<Conn> = generation
+                .members
+                .iter()
+                .filter(|member| !member.gone())
+                .map(|member| member.conn)
+                .collect();
             for conn in stuck {
-                self.drop_worker(conn, &format!("did not leave generation {number} within {} s", limit.as_secs_f64()));
+                self.drop_worker(
+                    conn,
+                    &format!(
+                        "did not leave generation {number} within {} s",
+                        limit.as_secs_f64()
+                    ),
+                );
             }
         }
     }
 
     fn overdue(&self, late: impl Fn(&Worker) -> bool) -> Vec<Conn> {
-        self.workers.iter().filter(|(_, worker)| late(worker)).map(|(conn, _)| *conn).collect()
+        self.workers
+            .iter()
+            .filter(|(_, worker)| late(worker))
+            .map(|(conn, _)| *conn)
+            .collect()
     }
 
     /// Whether the first run in the queue gets its generation now, of how many workers, or why not.
     pub(super) fn muster(&self, run: &Run) -> Result<u32, String> {
-        let attached = |name: &String| self.workers.values().any(|worker| worker.hello.name == *name);
-        let missing: Vec<String> = run.members.iter().filter(|name| !attached(name)).cloned().collect();
+        let attached = |name: &String| {
+            self.workers
+                .values()
+                .any(|worker| worker.hello.name == *name)
+        };
+        let missing: Vec<String> = run
+            .members
+            .iter()
+            .filter(|name| !attached(name))
+            .cloned()
+            .collect();
         let now = self.moment.now;
         Muster {
             min: run.workers.min,
@@ -161,14 +248,21 @@ impl Machine {
 
     /// Forms the next generation of the first run in the queue, if it can.
     pub(super) fn form(&mut self) {
-        let Some(number) = self.state.queue.front().copied() else { return };
+        let Some(number) = self.state.queue.front().copied() else {
+            return;
+        };
         if self.workers.is_empty() {
             return;
         }
-        let Some(run) = self.state.run(number) else { return };
+        let Some(run) = self.state.run(number) else {
+            return;
+        };
         let Ok(world) = self.muster(run) else { return };
-        let mut chosen: Vec<(Conn, String)> =
-            self.workers.iter().map(|(conn, worker)| (*conn, worker.hello.name.clone())).collect();
+        let mut chosen: Vec<(Conn, String)> = self
+            .workers
+            .iter()
+            .map(|(conn, worker)| (*conn, worker.hello.name.clone()))
+            .collect();
         chosen.sort_by(|left, right| left.1.cmp(&right.1));
         chosen.truncate(world as usize);
         self.assign(number, chosen);
@@ -176,7 +270,9 @@ impl Machine {
 
     /// Gives the chosen workers their ranks, in order.
     fn assign(&mut self, number: RunNumber, chosen: Vec<(Conn, String)>) {
-        let Some(run) = self.state.run(number) else { return };
+        let Some(run) = self.state.run(number) else {
+            return;
+        };
         let (generation, from_step) = (run.generation + 1, run.recovery_step());
         let restore = run.recovery().map(|checkpoint| RestoreFrom {
             step: checkpoint.step,
@@ -196,16 +292,35 @@ impl Machine {
         self.log(
             Some(number),
             "INFO",
-            format!("generation {generation} forms from step {from_step}: {}", members.join(", ")),
+            format!(
+                "generation {generation} forms from step {from_step}: {}",
+                members.join(", ")
+            ),
         );
-        self.decide(Fact::Formed { run: number, generation, members, from_step });
+        self.decide(Fact::Formed {
+            run: number,
+            generation,
+            members,
+            from_step,
+        });
         let addresses: Vec<String> = chosen
             .iter()
-            .map(|(conn, _)| self.workers.get(conn).map(|worker| worker.hello.data_address.clone()).unwrap_or_default())
+            .map(|(conn, _)| {
+                self.workers
+                    .get(conn)
+                    .map(|worker| worker.hello.data_address.clone())
+                    .unwrap_or_default()
+            })
             .collect();
         let members = chosen
             .into_iter()
-            .map(|(conn, name)| Member { conn, name, formed: None, left: None, lost: false })
+            .map(|(conn, name)| Member {
+                conn,
+                name,
+                formed: None,
+                left: None,
+                lost: false,
+            })
             .collect();
         self.generation = Some(Generation {
             run: number,
@@ -219,7 +334,14 @@ impl Machine {
         });
         for rank in 0..addresses.len() {
             let next_address = addresses[(rank + 1) % addresses.len()].clone();
-            self.tell(rank, Down::Assignment(Assignment { rank: rank as u32, next_address, ..template.clone() }));
+            self.tell(
+                rank,
+                Down::Assignment(Assignment {
+                    rank: rank as u32,
+                    next_address,
+                    ..template.clone()
+                }),
+            );
         }
     }
 }

@@ -56,10 +56,28 @@ impl Machine {
             return Err(Refused::Taken(submission.id));
         }
         let run = self.state.next_number();
-        let Submission { id, name, recipe, checkpoint_root, keep, budget_tokens, workers } = submission;
+        let Submission {
+            id,
+            name,
+            recipe,
+            checkpoint_root,
+            keep,
+            budget_tokens,
+            workers,
+        } = submission;
         self.log(Some(run), "INFO", format!("run {id} is queued"));
         let at = self.moment.unix_ms;
-        self.decide(Fact::Submitted { run, id, name, recipe, checkpoint_root, keep, budget_tokens, workers, at });
+        self.decide(Fact::Submitted {
+            run,
+            id,
+            name,
+            recipe,
+            checkpoint_root,
+            keep,
+            budget_tokens,
+            workers,
+            at,
+        });
         Ok(())
     }
 
@@ -69,8 +87,18 @@ impl Machine {
         match run.phase {
             RunPhase::Queued => {}
             RunPhase::Cancelled => return Ok(()),
-            RunPhase::Finished => return Err(Refused::Over { id, how: "has finished" }),
-            RunPhase::Failed => return Err(Refused::Over { id, how: "has failed" }),
+            RunPhase::Finished => {
+                return Err(Refused::Over {
+                    id,
+                    how: "has finished",
+                });
+            }
+            RunPhase::Failed => {
+                return Err(Refused::Over {
+                    id,
+                    how: "has failed",
+                });
+            }
         }
         self.stop(number, "cancelled; `supra resume` continues it");
         Ok(())
@@ -82,12 +110,24 @@ impl Machine {
         let id = run.id.clone();
         match run.phase {
             RunPhase::Queued => return Ok(()),
-            RunPhase::Finished => return Err(Refused::Over { id, how: "has finished" }),
+            RunPhase::Finished => {
+                return Err(Refused::Over {
+                    id,
+                    how: "has finished",
+                });
+            }
             RunPhase::Cancelled | RunPhase::Failed => {}
         }
         let step = run.recovery_step();
-        self.decide(Fact::Queued { run: number, at: self.moment.unix_ms });
-        self.log(Some(number), "INFO", format!("run {id} is queued again, from step {step}"));
+        self.decide(Fact::Queued {
+            run: number,
+            at: self.moment.unix_ms,
+        });
+        self.log(
+            Some(number),
+            "INFO",
+            format!("run {id} is queued again, from step {step}"),
+        );
         Ok(())
     }
 
@@ -99,13 +139,18 @@ impl Machine {
         self.shutdown = Some(reason);
         let running = self.generation.as_ref().map(|generation| generation.run);
         if let Some(run) = running {
-            self.stop(run, "stopped with the coordinator; `supra resume` continues it");
+            self.stop(
+                run,
+                "stopped with the coordinator; `supra resume` continues it",
+            );
         }
     }
 
     /// Everybody is told and the process may end. Workers that ask to come in now are told too.
     pub(super) fn say_goodbye(&mut self) {
-        let Some(reason) = self.shutdown.clone() else { return };
+        let Some(reason) = self.shutdown.clone() else {
+            return;
+        };
         let conns: Vec<_> = self.workers.keys().copied().collect();
         self.workers.clear();
         for conn in conns {
@@ -118,24 +163,56 @@ impl Machine {
     }
 
     pub(super) fn dismiss(&mut self, conn: super::Conn, reason: &str) {
-        let body = Down::Goodbye(Goodbye { reason: reason.to_owned() });
-        self.out.push(Action::Send { conn, run: String::new(), generation: 0, body });
+        let body = Down::Goodbye(Goodbye {
+            reason: reason.to_owned(),
+        });
+        self.out.push(Action::Send {
+            conn,
+            run: String::new(),
+            generation: 0,
+            body,
+        });
         self.out.push(Action::Close(conn));
     }
 
     /// Stops a queued run: at once when it is not training, else after a checkpoint.
     fn stop(&mut self, number: RunNumber, reason: &str) {
-        let Some(run) = self.state.run(number).filter(|run| !run.ended() && run.stop.is_none()) else { return };
-        let training = self.generation.as_ref().is_some_and(|generation| generation.run == run.number);
+        let Some(run) = self
+            .state
+            .run(number)
+            .filter(|run| !run.ended() && run.stop.is_none())
+        else {
+            return;
+        };
+        let training = self
+            .generation
+            .as_ref()
+            .is_some_and(|generation| generation.run == run.number);
         if !training {
             return self.end_run(number, Outcome::Cancelled, reason.to_owned());
         }
-        self.decide(Fact::StopAsked { run: number, reason: reason.to_owned() });
-        self.log(Some(number), "INFO", "asked to stop: a checkpoint is written first".to_owned());
-        if self.generation.as_ref().is_some_and(super::Generation::leaving) {
+        self.decide(Fact::StopAsked {
+            run: number,
+            reason: reason.to_owned(),
+        });
+        self.log(
+            Some(number),
+            "INFO",
+            "asked to stop: a checkpoint is written first".to_owned(),
+        );
+        if self
+            .generation
+            .as_ref()
+            .is_some_and(super::Generation::leaving)
+        {
             return self.end_run(number, Outcome::Cancelled, reason.to_owned());
         }
-        self.tell_all(&Down::Stop(StopAfterStep { reason: reason.to_owned() }), None);
+        self.tell_all(
+            &Down::Stop(StopAfterStep {
+                reason: reason.to_owned(),
+            }),
+            None,
+        );
     }
 
     fn known(&self, number: RunNumber) -> Result<&Run, Refused> {
@@ -143,6 +220,10 @@ impl Machine {
     }
 
     fn not_ending(&self) -> Result<(), Refused> {
-        if self.shutdown.is_some() { Err(Refused::ShuttingDown) } else { Ok(()) }
+        if self.shutdown.is_some() {
+            Err(Refused::ShuttingDown)
+        } else {
+            Ok(())
+        }
     }
 }

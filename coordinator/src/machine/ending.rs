@@ -24,15 +24,34 @@ impl Machine {
     /// Ends the generation in hand: everybody but `spared` is told, what comes after the newest checkpoint is void.
     pub(super) fn break_up(&mut self, cause: String, severity: Severity, spared: Option<usize>) {
         let now = self.moment.now;
-        let Some(generation) = self.generation.as_mut().filter(|generation| !generation.leaving()) else { return };
-        generation.stage = Stage::Leaving { since: now, limit: self.limits.leave };
+        let Some(generation) = self
+            .generation
+            .as_mut()
+            .filter(|generation| !generation.leaving())
+        else {
+            return;
+        };
+        generation.stage = Stage::Leaving {
+            since: now,
+            limit: self.limits.leave,
+        };
         generation.reports.clear();
         generation.held = None;
         let (number, run) = (generation.number, generation.run);
-        self.log(Some(run), "WARN", format!("generation {number} is void: {cause}"));
+        self.log(
+            Some(run),
+            "WARN",
+            format!("generation {number} is void: {cause}"),
+        );
         let step = self.state.run(run).map_or(0, |known| known.step);
         let counts = severity != Severity::Lost { counts: false };
-        self.decide(Fact::Broke { run, generation: number, step, counts, cause: cause.clone() });
+        self.decide(Fact::Broke {
+            run,
+            generation: number,
+            step,
+            counts,
+            cause: cause.clone(),
+        });
         self.roll_back(run, &cause);
         if let Some((outcome, reason)) = self.consequence(run, &cause, severity) {
             self.end_run(run, outcome, reason);
@@ -41,28 +60,45 @@ impl Machine {
     }
 
     /// What the end of a generation means for its run; nothing when it is to be tried again.
-    fn consequence(&self, run: RunNumber, cause: &str, severity: Severity) -> Option<(Outcome, String)> {
+    fn consequence(
+        &self,
+        run: RunNumber,
+        cause: &str,
+        severity: Severity,
+    ) -> Option<(Outcome, String)> {
         let run = self.state.run(run)?;
         if severity == Severity::Fatal {
             return Some((Outcome::Failed, cause.to_owned()));
         }
         if let Some(stop) = &run.stop {
             let step = run.recovery_step();
-            return Some((Outcome::Cancelled, format!("{stop}; it stands at step {step}, since {cause}")));
+            return Some((
+                Outcome::Cancelled,
+                format!("{stop}; it stands at step {step}, since {cause}"),
+            ));
         }
         let failures = run.failures.count;
         (failures >= self.limits.failures).then(|| {
             let step = run.failures.step + 1;
-            (Outcome::Failed, format!("{failures} generations in a row failed at step {step}; the last: {cause}"))
+            (
+                Outcome::Failed,
+                format!("{failures} generations in a row failed at step {step}; the last: {cause}"),
+            )
         })
     }
 
     /// Steps after the newest checkpoint are void.
     fn roll_back(&mut self, number: RunNumber, reason: &str) {
-        let Some(run) = self.state.run(number) else { return };
+        let Some(run) = self.state.run(number) else {
+            return;
+        };
         let after_step = run.recovery_step();
         if run.step > after_step {
-            let body = Body::Void { generation: run.generation, after_step, reason: reason.to_owned() };
+            let body = Body::Void {
+                generation: run.generation,
+                after_step,
+                reason: reason.to_owned(),
+            };
             self.record(number, body);
         }
     }
@@ -73,26 +109,52 @@ impl Machine {
             Outcome::Cancelled => ("INFO", "is stopped"),
             Outcome::Failed => ("ERROR", "has failed"),
         };
-        let id = self.state.run(run).map(|known| known.id.clone()).unwrap_or_default();
+        let id = self
+            .state
+            .run(run)
+            .map(|known| known.id.clone())
+            .unwrap_or_default();
         let colon = if reason.is_empty() { "" } else { ": " };
         self.log(Some(run), level, format!("run {id} {how}{colon}{reason}"));
-        self.decide(Fact::Ended { run, outcome, reason, at: self.moment.unix_ms });
+        self.decide(Fact::Ended {
+            run,
+            outcome,
+            reason,
+            at: self.moment.unix_ms,
+        });
     }
 
     /// A generation that everybody has left is over.
     pub(super) fn conclude(&mut self) {
-        let Some(generation) = self.generation.as_ref().filter(|generation| generation.empty()) else { return };
+        let Some(generation) = self
+            .generation
+            .as_ref()
+            .filter(|generation| generation.empty())
+        else {
+            return;
+        };
         if !generation.leaving() {
             let run = generation.run;
-            let stopped = generation.members.iter().all(|member| member.left == Some(LeftReason::Stopped));
+            let stopped = generation
+                .members
+                .iter()
+                .all(|member| member.left == Some(LeftReason::Stopped));
             let asked = self.state.run(run).and_then(|known| known.stop.clone());
             match asked.filter(|_| stopped) {
                 Some(reason) => {
                     self.roll_back(run, &reason);
                     self.end_run(run, Outcome::Cancelled, reason);
                 }
-                None if stopped => self.break_up("its workers stopped".into(), Severity::Lost { counts: false }, None),
-                None => self.break_up("its workers left before the end".into(), Severity::Transient, None),
+                None if stopped => self.break_up(
+                    "its workers stopped".into(),
+                    Severity::Lost { counts: false },
+                    None,
+                ),
+                None => self.break_up(
+                    "its workers left before the end".into(),
+                    Severity::Transient,
+                    None,
+                ),
             }
         }
         self.generation = None;
@@ -102,12 +164,22 @@ impl Machine {
     /// Draws the consequences of published checkpoints: steps are durable, the budget may be spent, old ones may go.
     /// Does nothing twice, so that it also completes what a crash interrupted.
     pub(super) fn settle(&mut self, number: RunNumber) {
-        let Some(run) = self.state.run(number) else { return };
+        let Some(run) = self.state.run(number) else {
+            return;
+        };
         if let Some(newest) = run.checkpoints.iter().rev().find(|known| known.published)
             && newest.step > run.durable
         {
-            let (generation, step, manifest_hash) = (newest.generation, newest.step, newest.manifest_hash);
-            self.record(number, Body::Durable { generation, step, manifest_hash });
+            let (generation, step, manifest_hash) =
+                (newest.generation, newest.step, newest.manifest_hash);
+            self.record(
+                number,
+                Body::Durable {
+                    generation,
+                    step,
+                    manifest_hash,
+                },
+            );
         }
         self.close(number);
         self.retire(number);
@@ -115,8 +187,12 @@ impl Machine {
 
     /// Ends a run whose last step is durable.
     fn close(&mut self, number: RunNumber) {
-        let Some(run) = self.state.run(number) else { return };
-        let Some(open) = run.open.as_ref().filter(|open| run.durable == open.steps) else { return };
+        let Some(run) = self.state.run(number) else {
+            return;
+        };
+        let Some(open) = run.open.as_ref().filter(|open| run.durable == open.steps) else {
+            return;
+        };
         let (step, samples, closed, phase) = (open.steps, open.samples, run.closed, run.phase);
         if !closed {
             self.record(number, Body::Close { step, samples });
@@ -126,33 +202,61 @@ impl Machine {
         }
         self.end_run(number, Outcome::Finished, String::new());
         let (now, limit) = (self.moment.now, self.limits.farewell);
-        if let Some(generation) = self.generation.as_mut().filter(|generation| generation.run == number) {
+        if let Some(generation) = self
+            .generation
+            .as_mut()
+            .filter(|generation| generation.run == number)
+        {
             generation.stage = Stage::Leaving { since: now, limit };
         }
     }
 
     /// Retires what is older than the last `keep` published checkpoints.
     fn retire(&mut self, number: RunNumber) {
-        let Some(run) = self.state.run(number) else { return };
+        let Some(run) = self.state.run(number) else {
+            return;
+        };
         let keep = run.keep.max(1) as usize;
-        let published = run.checkpoints.iter().enumerate().filter(|(_, known)| known.published);
+        let published = run
+            .checkpoints
+            .iter()
+            .enumerate()
+            .filter(|(_, known)| known.published);
         let places: Vec<usize> = published.map(|(place, _)| place).collect();
-        let Some(oldest) = places.len().checked_sub(keep).map(|place| places[place]) else { return };
-        let old: Vec<String> = run.checkpoints[..oldest].iter().map(|known| known.path.clone()).collect();
+        let Some(oldest) = places.len().checked_sub(keep).map(|place| places[place]) else {
+            return;
+        };
+        let old: Vec<String> = run.checkpoints[..oldest]
+            .iter()
+            .map(|known| known.path.clone())
+            .collect();
         for path in old {
-            self.decide(Fact::Retired { run: number, path: path.clone() });
+            self.decide(Fact::Retired {
+                run: number,
+                path: path.clone(),
+            });
             self.delete(number, path);
         }
     }
 
     fn delete(&mut self, number: RunNumber, path: String) {
-        let Some(run) = self.state.run(number) else { return };
+        let Some(run) = self.state.run(number) else {
+            return;
+        };
         let directory = run.checkpoint_root.join(&path);
-        self.out.push(Action::Delete { run: number, path, directory });
+        self.out.push(Action::Delete {
+            run: number,
+            path,
+            directory,
+        });
     }
 
     pub(super) fn deleted(&mut self, run: RunNumber, path: String) {
-        if self.state.run(run).is_some_and(|known| known.doomed.contains(&path)) {
+        if self
+            .state
+            .run(run)
+            .is_some_and(|known| known.doomed.contains(&path))
+        {
             self.decide(Fact::Deleted { run, path });
         }
     }
@@ -161,7 +265,9 @@ impl Machine {
     pub(super) fn recover(&mut self) {
         for number in 1..self.state.next_number() {
             self.settle(number);
-            let Some(run) = self.state.run(number).cloned() else { continue };
+            let Some(run) = self.state.run(number).cloned() else {
+                continue;
+            };
             for path in run.doomed.iter().cloned() {
                 self.delete(number, path);
             }
@@ -171,7 +277,13 @@ impl Machine {
             const CAUSE: &str = "the coordinator was restarted";
             if run.alive {
                 let (generation, step) = (run.generation, run.step);
-                self.decide(Fact::Broke { run: number, generation, step, counts: false, cause: CAUSE.into() });
+                self.decide(Fact::Broke {
+                    run: number,
+                    generation,
+                    step,
+                    counts: false,
+                    cause: CAUSE.into(),
+                });
             }
             self.roll_back(number, CAUSE);
             if let Some(reason) = run.stop {

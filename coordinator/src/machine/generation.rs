@@ -79,19 +79,29 @@ impl Generation {
 
     /// What every rank said when it had formed; none until all have.
     pub fn all_formed(&self) -> Option<Vec<(&str, &Formed)>> {
-        self.members.iter().map(|member| Some((member.name.as_str(), member.formed.as_ref()?))).collect()
+        self.members
+            .iter()
+            .map(|member| Some((member.name.as_str(), member.formed.as_ref()?)))
+            .collect()
     }
 
     /// Notes a report; a repeat changes nothing.
     pub fn note(&mut self, rank: usize, report: StepReport) {
         let world = self.members.len();
-        let reports = self.reports.entry(report.step).or_insert_with(|| vec![None; world]);
+        let reports = self
+            .reports
+            .entry(report.step)
+            .or_insert_with(|| vec![None; world]);
         reports[rank].get_or_insert(report);
     }
 
     /// The reports on `step`; none until all ranks have reported.
     pub fn all_reported(&self, step: u64) -> Option<Vec<(&str, &StepReport)>> {
         let reports = self.reports.get(&step)?;
-        self.members.iter().zip(reports).map(|(member, report)| Some((member.name.as_str(), report.as_ref()?))).collect()
+        self.members
+            .iter()
+            .zip(reports)
+            .map(|(member, report)| Some((member.name.as_str(), report.as_ref()?)))
+            .collect()
     }
 }

@@ -31,16 +31,24 @@ impl Muster<'_> {
         let idle = u32::try_from(self.idle).unwrap_or(u32::MAX);
         if idle < self.min {
             let workers = if self.min == 1 { "worker" } else { "workers" };
-            return Err(format!("waiting for {} {workers}: {idle} attached", self.min));
+            return Err(format!(
+                "waiting for {} {workers}: {idle} attached",
+                self.min
+            ));
         }
         if idle >= self.max {
             return Ok(self.max);
         }
         if !self.missing.is_empty() && self.free < self.rejoin {
-            return Err(format!("waiting for {} to come back", self.missing.join(", ")));
+            return Err(format!(
+                "waiting for {} to come back",
+                self.missing.join(", ")
+            ));
         }
         if self.quiet < self.grace {
-            return Err(format!("{idle} workers attached, waiting a moment for more"));
+            return Err(format!(
+                "{idle} workers attached, waiting a moment for more"
+            ));
         }
         Ok(idle)
     }
@@ -65,17 +73,44 @@ mod tests {
 
     #[test]
     fn too_few_wait_and_a_full_house_goes_at_once() {
-        assert_eq!(muster(1).decide(), Err("waiting for 2 workers: 1 attached".into()));
+        assert_eq!(
+            muster(1).decide(),
+            Err("waiting for 2 workers: 1 attached".into())
+        );
         assert_eq!(muster(2).decide(), Ok(2));
-        assert_eq!(Muster { quiet: Duration::ZERO, ..muster(6) }.decide(), Ok(4));
+        assert_eq!(
+            Muster {
+                quiet: Duration::ZERO,
+                ..muster(6)
+            }
+            .decide(),
+            Ok(4)
+        );
     }
 
     #[test]
     fn stragglers_and_lost_members_get_their_time() {
-        assert!(Muster { quiet: Duration::ZERO, ..muster(2) }.decide().is_err());
+        assert!(
+            Muster {
+                quiet: Duration::ZERO,
+                ..muster(2)
+            }
+            .decide()
+            .is_err()
+        );
         let missing = ["b".to_owned()];
-        let short = Muster { missing: &missing, ..muster(2) };
+        let short = Muster {
+            missing: &missing,
+            ..muster(2)
+        };
         assert_eq!(short.decide(), Err("waiting for b to come back".into()));
-        assert_eq!(Muster { free: Duration::from_secs(5), ..short }.decide(), Ok(2));
+        assert_eq!(
+            Muster {
+                free: Duration::from_secs(5),
+                ..short
+            }
+            .decide(),
+            Ok(2)
+        );
     }
 }

@@ -47,7 +47,10 @@ pub(crate) fn open() -> Open {
 pub(crate) fn report(plan: &Plan, step: u64, rank: u32, world: u32) -> v1::StepReport {
     let all = plan.step_samples(step);
     let mine = plan.rank_samples(step, rank, world);
-    let digest: Digest = mine.clone().map(|sample| Digest::of_sample(sample, &[sample as u32])).sum();
+    let digest: Digest = mine
+        .clone()
+        .map(|sample| Digest::of_sample(sample, &[sample as u32]))
+        .sum();
     v1::StepReport {
         step,
         first_sample: all.start,
@@ -59,7 +62,11 @@ pub(crate) fn report(plan: &Plan, step: u64, rank: u32, world: u32) -> v1::StepR
         grad_norm: 1.0,
         learning_rate: plan.learning_rate(step),
         skipped: false,
-        replica_hash: if plan.replica_check_due(step) { vec![step as u8; 32] } else { Vec::new() },
+        replica_hash: if plan.replica_check_due(step) {
+            vec![step as u8; 32]
+        } else {
+            Vec::new()
+        },
         seconds: 0.1,
         data_seconds: 0.01,
         comm_seconds: 0.02,
@@ -67,7 +74,11 @@ pub(crate) fn report(plan: &Plan, step: u64, rank: u32, world: u32) -> v1::StepR
 }
 
 pub(crate) fn identity() -> Identity {
-    Identity { build: "test".into(), plan_version: 1, plan_probe: vec![5; 32] }
+    Identity {
+        build: "test".into(),
+        plan_version: 1,
+        plan_probe: vec![5; 32],
+    }
 }
 
 pub(crate) fn hello(name: &str, instance: u64) -> v1::Hello {
@@ -109,8 +120,12 @@ pub(crate) struct Rig {
 
 impl Rig {
     pub fn new() -> Rig {
-        let (machine, actions) =
-            Machine::new(State::default(), Limits::default(), identity(), &Moment::default());
+        let (machine, actions) = Machine::new(
+            State::default(),
+            Limits::default(),
+            identity(),
+            &Moment::default(),
+        );
         assert!(actions.is_empty());
         Rig {
             machine,
@@ -124,7 +139,11 @@ impl Rig {
     }
 
     fn moment(&self) -> Moment {
-        Moment { now: self.now, unix_ms: 1, key: [7; 32] }
+        Moment {
+            now: self.now,
+            unix_ms: 1,
+            key: [7; 32],
+        }
     }
 
     pub fn event(&mut self, event: Event) -> Result<(), Refused> {
@@ -137,7 +156,12 @@ impl Rig {
         for action in actions {
             match action {
                 Action::Journal(fact) => self.facts.push(fact),
-                Action::Send { conn, generation, body, .. } => self.sent.push((conn, generation, body)),
+                Action::Send {
+                    conn,
+                    generation,
+                    body,
+                    ..
+                } => self.sent.push((conn, generation, body)),
                 Action::Close(conn) => self.closed.push(conn),
                 Action::Delete { path, .. } => self.deleted.push(path),
                 Action::Exit => self.exited = true,
@@ -149,8 +173,12 @@ impl Rig {
     /// The coordinator dies after `kept` facts and starts again.
     pub fn restart(&mut self, kept: usize) {
         self.facts.truncate(kept);
-        let (machine, actions) =
-            Machine::new(self.replayed(), Limits::default(), identity(), &self.moment());
+        let (machine, actions) = Machine::new(
+            self.replayed(),
+            Limits::default(),
+            identity(),
+            &self.moment(),
+        );
         self.machine = machine;
         self.sent.clear();
         self.carry_out(actions);
@@ -168,12 +196,33 @@ impl Rig {
     }
 
     pub fn attach(&mut self, conn: Conn, name: &str) {
-        self.event(Event::Hello { conn, peer: format!("{name}:9"), hello: hello(name, conn) }).unwrap();
+        self.event(Event::Hello {
+            conn,
+            peer: format!("{name}:9"),
+            hello: hello(name, conn),
+        })
+        .unwrap();
     }
 
+    /// Says something of the newest run.
     pub fn say(&mut self, conn: Conn, generation: u64, body: Up) {
-        let run = self.machine.state().runs().last().map(|run| run.id.clone()).unwrap_or_default();
-        let message = v1::WorkerMessage { run, generation, sequence: 1, body: Some(body) };
+        let run = self
+            .machine
+            .state()
+            .runs()
+            .last()
+            .map(|run| run.id.clone())
+            .unwrap_or_default();
+        self.say_of(run, conn, generation, body);
+    }
+
+    pub fn say_of(&mut self, run: String, conn: Conn, generation: u64, body: Up) {
+        let message = v1::WorkerMessage {
+            run,
+            generation,
+            sequence: 1,
+            body: Some(body),
+        };
         self.event(Event::Message { conn, message }).unwrap();
     }
 
@@ -183,7 +232,11 @@ impl Rig {
     }
 
     pub fn lose(&mut self, conn: Conn) {
-        self.event(Event::Lost { conn, cause: "the stream closed".into() }).unwrap();
+        self.event(Event::Lost {
+            conn,
+            cause: "the stream closed".into(),
+        })
+        .unwrap();
     }
 
     /// Takes the messages sent since the last call.
@@ -192,34 +245,73 @@ impl Rig {
     }
 
     pub fn formed(&mut self, conn: Conn, generation: u64, step: u64) {
-        let formed = v1::Formed { step, replica_hash: vec![1; 32], windows: WINDOWS, manifest_hash: MANIFEST.to_vec() };
+        let formed = v1::Formed {
+            step,
+            replica_hash: vec![1; 32],
+            windows: WINDOWS,
+            manifest_hash: MANIFEST.to_vec(),
+        };
         self.say(conn, generation, Up::Formed(formed));
     }
 
     /// Every worker of `conns`, in rank order, reports `step`.
     pub fn step(&mut self, conns: &[Conn], generation: u64, step: u64) {
         for (rank, conn) in conns.iter().enumerate() {
-            let report = report(&plan(), step, rank as u32, conns.len() as u32);
-            self.say(*conn, generation, Up::Step(report));
+            self.report(*conn, generation, step, rank as u32, conns.len() as u32);
         }
     }
 
+    /// One honest report.
+    pub fn report(&mut self, conn: Conn, generation: u64, step: u64, rank: u32, world: u32) {
+        self.say(
+            conn,
+            generation,
+            Up::Step(report(&plan(), step, rank, world)),
+        );
+    }
+
+    pub fn heartbeat(&mut self, conn: Conn) {
+        self.say(conn, 0, Up::Heartbeat(v1::Heartbeat::default()));
+    }
+
     pub fn written(&mut self, conn: Conn, generation: u64, step: u64) {
-        self.say(conn, generation, Up::CheckpointWritten(checkpoint(generation, step)));
+        self.say(
+            conn,
+            generation,
+            Up::CheckpointWritten(checkpoint(generation, step)),
+        );
     }
 
     pub fn published(&mut self, conn: Conn, generation: u64, step: u64) {
         let manifest_hash = checkpoint(generation, step).manifest_hash;
-        self.say(conn, generation, Up::CheckpointPublished(v1::CheckpointPublished { step, manifest_hash }));
+        self.say(
+            conn,
+            generation,
+            Up::CheckpointPublished(v1::CheckpointPublished {
+                step,
+                manifest_hash,
+            }),
+        );
     }
 
     pub fn left(&mut self, conn: Conn, generation: u64, reason: v1::LeftReason) {
-        self.say(conn, generation, Up::Left(v1::Left { reason: reason.into() }));
+        self.say(
+            conn,
+            generation,
+            Up::Left(v1::Left {
+                reason: reason.into(),
+            }),
+        );
     }
 
     pub fn fault(&mut self, conn: Conn, generation: u64, kind: v1::FaultKind, message: &str) {
         let phase = v1::Phase::Training.into();
-        let fault = v1::Fault { kind: kind.into(), message: message.into(), phase, step: 1 };
+        let fault = v1::Fault {
+            kind: kind.into(),
+            message: message.into(),
+            phase,
+            step: 1,
+        };
         self.say(conn, generation, Up::Fault(fault));
     }
 

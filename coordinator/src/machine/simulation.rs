@@ -4,7 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use proptest::prelude::*;
-use supra_proto::v1::{self, LeftReason, coordinator_message::Body as Down, worker_message::Body as Up};
+use supra_proto::v1::{
+    self, LeftReason, coordinator_message::Body as Down, worker_message::Body as Up,
+};
 
 use super::rig::{self, Rig};
 use super::*;
@@ -70,7 +72,12 @@ impl World {
     fn new() -> World {
         let mut rig = Rig::new();
         rig.submit("rig-1");
-        World { rig, conns: BTreeMap::new(), actors: BTreeMap::new(), next: 1 }
+        World {
+            rig,
+            conns: BTreeMap::new(),
+            actors: BTreeMap::new(),
+            next: 1,
+        }
     }
 
     fn make(&mut self, step: &Move) {
@@ -97,20 +104,36 @@ impl World {
             }
             Move::Fault(who) => {
                 let conn = self.conns.get(&who).copied();
-                let actor = conn.and_then(|conn| self.actors.get_mut(&conn)).filter(|actor| actor.place.is_some());
+                let actor = conn
+                    .and_then(|conn| self.actors.get_mut(&conn))
+                    .filter(|actor| actor.place.is_some());
                 if let (Some(conn), Some(actor)) = (conn, actor) {
                     let generation = actor.generation;
-                    *actor = Actor { generation, ..Actor::default() };
-                    self.rig.fault(conn, generation, v1::FaultKind::Transient, "disk full");
+                    *actor = Actor {
+                        generation,
+                        ..Actor::default()
+                    };
+                    self.rig
+                        .fault(conn, generation, v1::FaultKind::Transient, "disk full");
                     self.rig.left(conn, generation, LeftReason::Fault);
                 }
             }
             Move::CancelOrResume => {
-                let event = if self.rig.run().ended() { Event::Resume(1) } else { Event::Cancel(1) };
+                let event = if self.rig.run().ended() {
+                    Event::Resume(1)
+                } else {
+                    Event::Cancel(1)
+                };
                 let _ = self.rig.event(event);
             }
             Move::Crash(lost) => {
-                let unsynced = self.rig.facts.iter().rev().take_while(|fact| !fact.urgent()).count();
+                let unsynced = self
+                    .rig
+                    .facts
+                    .iter()
+                    .rev()
+                    .take_while(|fact| !fact.urgent())
+                    .count();
                 let kept = self.rig.facts.len() - lost.min(unsynced);
                 self.conns.clear();
                 self.actors.clear();
@@ -128,12 +151,24 @@ impl World {
             self.conns.retain(|_, known| *known != conn);
         }
         for (conn, generation, body) in self.rig.told() {
-            let newest = self.actors.values().filter(|actor| actor.generation == generation).map(|actor| actor.step).max();
-            let Some(actor) = self.actors.get_mut(&conn) else { continue };
+            let newest = self
+                .actors
+                .values()
+                .filter(|actor| actor.generation == generation)
+                .map(|actor| actor.step)
+                .max();
+            let Some(actor) = self.actors.get_mut(&conn) else {
+                continue;
+            };
             match body {
                 Down::Assignment(place) => {
                     let step = place.restore.as_ref().map_or(0, |restore| restore.step);
-                    *actor = Actor { place: Some(place), generation, step, ..Actor::default() };
+                    *actor = Actor {
+                        place: Some(place),
+                        generation,
+                        step,
+                        ..Actor::default()
+                    };
                 }
                 Down::Void(_) if actor.generation == generation => actor.void = true,
                 Down::Stop(_) => actor.stop_at = newest,
@@ -148,11 +183,18 @@ impl World {
     fn work(&mut self, conn: Conn) {
         let plan = rig::plan();
         let slowest = self.slowest(conn);
-        let Some(actor) = self.actors.get_mut(&conn) else { return };
-        let Some(place) = actor.place.clone() else { return };
+        let Some(actor) = self.actors.get_mut(&conn) else {
+            return;
+        };
+        let Some(place) = actor.place.clone() else {
+            return;
+        };
         let generation = actor.generation;
         if actor.void {
-            *actor = Actor { generation, ..Actor::default() };
+            *actor = Actor {
+                generation,
+                ..Actor::default()
+            };
             return self.rig.left(conn, generation, LeftReason::Void);
         }
         if !actor.formed {
@@ -161,12 +203,20 @@ impl World {
             return self.rig.formed(conn, generation, step);
         }
         if actor.awaiting {
-            let Some(publish) = actor.publish.take() else { return };
+            let Some(publish) = actor.publish.take() else {
+                return;
+            };
             actor.awaiting = false;
-            let published = v1::CheckpointPublished { step: publish.step, manifest_hash: publish.manifest_hash };
-            return self.rig.say(conn, generation, Up::CheckpointPublished(published));
+            let published = v1::CheckpointPublished {
+                step: publish.step,
+                manifest_hash: publish.manifest_hash,
+            };
+            return self
+                .rig
+                .say(conn, generation, Up::CheckpointPublished(published));
         }
-        let due = actor.step > 0 && (actor.stop_at == Some(actor.step) || plan.checkpoint_due(actor.step));
+        let due = actor.step > 0
+            && (actor.stop_at == Some(actor.step) || plan.checkpoint_due(actor.step));
         if place.rank == 0 && due && actor.last_checkpoint != Some(actor.step) {
             actor.last_checkpoint = Some(actor.step);
             actor.awaiting = true;
@@ -174,8 +224,15 @@ impl World {
             return self.rig.written(conn, generation, step);
         }
         if actor.step == plan.steps || actor.stop_at == Some(actor.step) {
-            let reason = if actor.step == plan.steps { LeftReason::Finished } else { LeftReason::Stopped };
-            *actor = Actor { generation, ..Actor::default() };
+            let reason = if actor.step == plan.steps {
+                LeftReason::Finished
+            } else {
+                LeftReason::Stopped
+            };
+            *actor = Actor {
+                generation,
+                ..Actor::default()
+            };
             return self.rig.left(conn, generation, reason);
         }
         if actor.step <= slowest {
@@ -188,23 +245,39 @@ impl World {
     /// The step of the slowest worker in the generation of this one.
     fn slowest(&self, conn: Conn) -> u64 {
         let generation = self.actors.get(&conn).map_or(0, |actor| actor.generation);
-        let peers = self.actors.values().filter(|actor| actor.generation == generation && actor.place.is_some());
-        peers.map(|actor| if actor.formed { actor.step } else { 0 }).min().unwrap_or(0)
+        let peers = self
+            .actors
+            .values()
+            .filter(|actor| actor.generation == generation && actor.place.is_some());
+        peers
+            .map(|actor| if actor.formed { actor.step } else { 0 })
+            .min()
+            .unwrap_or(0)
     }
 
     fn check(&self) {
-        assert_eq!(&self.rig.replayed(), self.rig.machine.state(), "replay is the live state");
+        assert_eq!(
+            &self.rig.replayed(),
+            self.rig.machine.state(),
+            "replay is the live state"
+        );
         let verdict = audit(self.rig.ledger(), Options::default());
         assert_eq!(verdict.verdict, Verdict::Ok, "{:?}", verdict.breaks);
         let mut applied = BTreeSet::new();
         for record in self.rig.ledger() {
             if let Body::Step(step) = record.body {
-                assert!(applied.insert((step.generation, step.step)), "once per generation and step");
+                assert!(
+                    applied.insert((step.generation, step.step)),
+                    "once per generation and step"
+                );
             }
         }
         let run = self.rig.run();
         assert_eq!(verdict.steps, run.step);
-        assert!(run.recovery_step() <= run.step, "a checkpoint holds only applied steps");
+        assert!(
+            run.recovery_step() <= run.step,
+            "a checkpoint holds only applied steps"
+        );
         if run.phase == RunPhase::Finished {
             assert!(verdict.finished);
             assert_eq!(verdict.tokens, verdict.budget_tokens);
@@ -224,7 +297,8 @@ impl World {
             for who in 0..4 {
                 self.make(&Move::Work(who));
                 if let Some(conn) = self.conns.get(&who).copied() {
-                    self.rig.say(conn, 0, Up::Heartbeat(v1::Heartbeat::default()));
+                    self.rig
+                        .say(conn, 0, Up::Heartbeat(v1::Heartbeat::default()));
                 }
             }
             self.make(&Move::Wait(5));

@@ -164,7 +164,20 @@ impl State {
     }
 
     fn submit(&mut self, fact: &Fact) {
-        let Fact::Submitted { run, id, name, recipe, checkpoint_root, keep, budget_tokens, workers, at } = fact else { return };
+        let Fact::Submitted {
+            run,
+            id,
+            name,
+            recipe,
+            checkpoint_root,
+            keep,
+            budget_tokens,
+            workers,
+            at,
+        } = fact
+        else {
+            return;
+        };
         self.runs.push(Run {
             number: *run,
             id: id.clone(),
@@ -210,7 +223,10 @@ impl Run {
     /// Tokens of the applied steps.
     pub fn tokens(&self) -> u64 {
         self.open.as_ref().map_or(0, |open| {
-            self.step.saturating_mul(open.batch_samples).min(open.samples) * open.sequence_length
+            self.step
+                .saturating_mul(open.batch_samples)
+                .min(open.samples)
+                * open.sequence_length
         })
     }
 
@@ -230,22 +246,36 @@ impl Run {
                 self.ended_unix_ms = 0;
             }
             Fact::StopAsked { reason, .. } => self.stop = Some(reason.clone()),
-            Fact::Formed { generation, members, .. } => {
+            Fact::Formed {
+                generation,
+                members,
+                ..
+            } => {
                 self.generation = *generation;
                 self.members.clone_from(members);
                 self.alive = true;
             }
-            Fact::Broke { step, counts, cause, .. } => self.broke(*step, *counts, cause),
+            Fact::Broke {
+                step,
+                counts,
+                cause,
+                ..
+            } => self.broke(*step, *counts, cause),
             Fact::Recorded { record, .. } => {
                 self.ledger.advance(record);
                 self.record(&record.body);
             }
             Fact::Written { checkpoint, .. } => {
-                self.checkpoints.retain(|known| known.path != checkpoint.path);
+                self.checkpoints
+                    .retain(|known| known.path != checkpoint.path);
                 self.checkpoints.push(checkpoint.clone());
             }
             Fact::Published { path, .. } => {
-                if let Some(known) = self.checkpoints.iter_mut().find(|known| known.path == *path) {
+                if let Some(known) = self
+                    .checkpoints
+                    .iter_mut()
+                    .find(|known| known.path == *path)
+                {
                     known.published = true;
                 }
             }
@@ -254,7 +284,12 @@ impl Run {
                 self.doomed.push(path.clone());
             }
             Fact::Deleted { path, .. } => self.doomed.retain(|doomed| doomed != path),
-            Fact::Ended { outcome, reason, at, .. } => {
+            Fact::Ended {
+                outcome,
+                reason,
+                at,
+                ..
+            } => {
                 self.phase = match outcome {
                     Outcome::Finished => RunPhase::Finished,
                     Outcome::Cancelled => RunPhase::Cancelled,
@@ -272,8 +307,15 @@ impl Run {
         self.alive = false;
         cause.clone_into(&mut self.reason);
         if counts {
-            let before = if self.failures.step == step { self.failures.count } else { 0 };
-            self.failures = Failures { step, count: before + 1 };
+            let before = if self.failures.step == step {
+                self.failures.count
+            } else {
+                0
+            };
+            self.failures = Failures {
+                step,
+                count: before + 1,
+            };
         }
     }
 

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use supra_proto::v1::{self, FaultKind, LeftReason, RunState, coordinator_message::Body as Down};
+use supra_proto::v1::{
+    self, FaultKind, LeftReason, RunState, coordinator_message::Body as Down,
+    worker_message::Body as Up,
+};
 
 use super::rig::{Rig, hello, plan, report};
 use super::*;
@@ -44,7 +47,12 @@ fn voids(rig: &mut Rig) -> Vec<(Conn, String)> {
 
 fn refusal(rig: &mut Rig, hello: v1::Hello) -> Option<String> {
     rig.told();
-    rig.event(Event::Hello { conn: 99, peer: "10.0.0.9:1".into(), hello }).unwrap();
+    rig.event(Event::Hello {
+        conn: 99,
+        peer: "10.0.0.9:1".into(),
+        hello,
+    })
+    .unwrap();
     rig.told().into_iter().find_map(|(_, _, body)| match body {
         Down::Refusal(refusal) => Some(refusal.message),
         _ => None,
@@ -66,9 +74,16 @@ fn ranks_go_by_name_and_each_knows_only_its_neighbour() {
             _ => None,
         })
         .collect();
-    let places: Vec<_> = assignments.iter().map(|(conn, _, a)| (*conn, a.rank, a.next_address.as_str())).collect();
+    let places: Vec<_> = assignments
+        .iter()
+        .map(|(conn, _, a)| (*conn, a.rank, a.next_address.as_str()))
+        .collect();
     assert_eq!(places, [(2, 0, "b:1"), (3, 1, "c:1"), (1, 2, "a:1")]);
-    assert!(assignments.iter().all(|(_, generation, a)| (*generation, a.world) == (1, 3) && a.restore.is_none()));
+    assert!(
+        assignments
+            .iter()
+            .all(|(_, generation, a)| (*generation, a.world) == (1, 3) && a.restore.is_none())
+    );
 }
 
 #[test]
@@ -91,16 +106,12 @@ fn a_run_trains_to_the_last_sample_and_its_ledger_says_so() {
 #[test]
 fn a_step_waits_for_every_rank_and_repeats_change_nothing() {
     let mut rig = training();
-    let plan = plan();
-    let say = |rig: &mut Rig, conn, rank| {
-        rig.say(conn, 1, supra_proto::v1::worker_message::Body::Step(report(&plan, 1, rank, 2)))
-    };
-    say(&mut rig, 1, 0);
-    say(&mut rig, 1, 0);
+    rig.report(1, 1, 1, 0, 2);
+    rig.report(1, 1, 1, 0, 2);
     assert_eq!(rig.run().step, 0);
-    say(&mut rig, 2, 1);
+    rig.report(2, 1, 1, 1, 2);
     assert_eq!(rig.run().step, 1);
-    say(&mut rig, 2, 1);
+    rig.report(2, 1, 1, 1, 2);
     assert_eq!(rig.ledger().len(), 2);
 }
 
@@ -122,10 +133,10 @@ fn reports_that_come_before_the_last_rank_has_formed_are_kept() {
 fn a_checkpoint_is_journalled_only_when_its_step_is_accounted_for() {
     let mut rig = training();
     rig.step(&[1, 2], 1, 1);
-    rig.step(&[1], 1, 2);
+    rig.report(1, 1, 2, 0, 2);
     rig.written(1, 1, 2);
     assert!(rig.run().checkpoints.is_empty());
-    rig.step(&[1, 2], 1, 2);
+    rig.report(2, 1, 2, 1, 2);
     assert_eq!(rig.run().recovery_step(), 2);
     assert!(matches!(&rig.told()[..], [(1, 1, Down::Publish(_))]));
 }
@@ -137,19 +148,32 @@ fn a_lost_worker_voids_the_generation_and_the_next_resumes_from_the_checkpoint()
     rig.lose(2);
     let told = voids(&mut rig);
     assert_eq!(told.len(), 1);
-    assert!(told[0].0 == 1 && told[0].1.contains("rank 1 (b) was lost while"), "{told:?}");
-    assert!(matches!(rig.ledger().last().map(|r| &r.body), Some(Body::Void { after_step: 2, .. })));
+    assert!(
+        told[0].0 == 1 && told[0].1.contains("rank 1 (b) was lost while"),
+        "{told:?}"
+    );
+    assert!(matches!(
+        rig.ledger().last().map(|r| &r.body),
+        Some(Body::Void { after_step: 2, .. })
+    ));
     assert_eq!(rig.run().step, 2);
     rig.left(1, 1, LeftReason::Void);
     rig.wait(1.0);
-    assert!(rig.status().reason.contains("waiting for b to come back"), "{}", rig.status().reason);
+    assert!(
+        rig.status().reason.contains("waiting for b to come back"),
+        "{}",
+        rig.status().reason
+    );
     rig.attach(3, "b");
     rig.wait(1.1);
     let told = rig.told();
     let restores: Vec<_> = told
         .iter()
         .filter_map(|(_, generation, body)| match body {
-            Down::Assignment(a) => a.restore.as_ref().map(|restore| (*generation, restore.step)),
+            Down::Assignment(a) => a
+                .restore
+                .as_ref()
+                .map(|restore| (*generation, restore.step)),
             _ => None,
         })
         .collect();
@@ -173,10 +197,15 @@ fn a_member_that_does_not_leave_is_dropped() {
     assert_eq!(voids(&mut rig).len(), 1);
     rig.left(2, 1, LeftReason::Fault);
     for _ in 0..11 {
-        rig.say(1, 1, supra_proto::v1::worker_message::Body::Heartbeat(v1::Heartbeat::default()));
+        rig.heartbeat(1);
+        rig.heartbeat(2);
         rig.wait(1.0);
     }
     assert_eq!(rig.closed, [1]);
+    for _ in 0..3 {
+        rig.heartbeat(2);
+        rig.wait(2.0);
+    }
     assert_eq!(rig.status().generation, 2, "the other worker trains on");
 }
 
@@ -184,25 +213,45 @@ fn a_member_that_does_not_leave_is_dropped() {
 fn silence_is_loss_but_not_when_the_coordinator_itself_slept() {
     let mut rig = halfway();
     rig.wait(60.0);
-    assert_eq!(rig.machine.worker_list().iter().filter(|worker| worker.phase == "lost").count(), 0);
+    assert_eq!(
+        rig.machine
+            .worker_list()
+            .iter()
+            .filter(|worker| worker.phase == "lost")
+            .count(),
+        0
+    );
     for _ in 0..11 {
-        rig.say(1, 1, supra_proto::v1::worker_message::Body::Heartbeat(v1::Heartbeat::default()));
+        rig.heartbeat(1);
         rig.wait(1.0);
     }
     let told = voids(&mut rig);
-    assert!(told.len() == 1 && told[0].1.contains("silent for more than 10 s"), "{told:?}");
+    assert!(
+        told.len() == 1 && told[0].1.contains("silent for more than 10 s"),
+        "{told:?}"
+    );
 }
 
 #[test]
 fn a_wrong_report_fails_the_run_with_rank_and_field() {
     let mut rig = training();
     let plan = plan();
-    let body = supra_proto::v1::worker_message::Body::Step;
-    rig.say(1, 1, body(report(&plan, 1, 0, 2)));
-    rig.say(2, 1, body(v1::StepReport { grad_norm: 2.0, ..report(&plan, 1, 1, 2) }));
+    rig.report(1, 1, 1, 0, 2);
+    rig.say(
+        2,
+        1,
+        Up::Step(v1::StepReport {
+            grad_norm: 2.0,
+            ..report(&plan, 1, 1, 2)
+        }),
+    );
     let status = rig.status();
     assert_eq!(status.state(), RunState::Failed);
-    assert!(status.reason.contains("gradient norm") && status.reason.contains("rank 1 (b)"), "{}", status.reason);
+    assert!(
+        status.reason.contains("gradient norm") && status.reason.contains("rank 1 (b)"),
+        "{}",
+        status.reason
+    );
     assert_eq!(voids(&mut rig).len(), 2);
     assert_eq!(rig.run().step, 0);
 }
@@ -210,19 +259,25 @@ fn a_wrong_report_fails_the_run_with_rank_and_field() {
 #[test]
 fn a_fault_of_the_input_fails_the_run_and_frees_the_workers() {
     let mut rig = training();
-    rig.submit("rig-2");
     rig.fault(1, 1, FaultKind::Input, "part-3.parquet is truncated");
     rig.left(1, 1, LeftReason::Fault);
-    let message = v1::WorkerMessage {
-        run: "rig-1".into(),
-        generation: 1,
-        sequence: 1,
-        body: Some(supra_proto::v1::worker_message::Body::Left(v1::Left { reason: LeftReason::Void.into() })),
-    };
-    rig.event(Event::Message { conn: 2, message }).unwrap();
+    rig.submit("rig-2");
+    assert_eq!(rig.status().world, 0);
+    rig.say_of(
+        "rig-1".into(),
+        2,
+        1,
+        Up::Left(v1::Left {
+            reason: LeftReason::Void.into(),
+        }),
+    );
     let first = rig.machine.status(1).unwrap();
     assert_eq!(first.state(), RunState::Failed);
-    assert!(first.reason.contains("part-3.parquet is truncated"), "{}", first.reason);
+    assert!(
+        first.reason.contains("part-3.parquet is truncated"),
+        "{}",
+        first.reason
+    );
     assert_eq!(rig.status().world, 2, "the next run got the workers");
 }
 
@@ -232,10 +287,19 @@ fn data_that_is_too_small_for_the_budget_fails_the_run() {
     rig.submit("rig-1");
     rig.attach(1, "a");
     rig.wait(1.1);
-    let formed = v1::Formed { step: 0, replica_hash: vec![1; 32], windows: 3, manifest_hash: vec![2; 32] };
-    rig.say(1, 1, supra_proto::v1::worker_message::Body::Formed(formed));
+    let formed = v1::Formed {
+        step: 0,
+        replica_hash: vec![1; 32],
+        windows: 3,
+        manifest_hash: vec![2; 32],
+    };
+    rig.say(1, 1, Up::Formed(formed));
     assert_eq!(rig.status().state(), RunState::Failed);
-    assert!(rig.status().reason.contains("the dataset holds 3"), "{}", rig.status().reason);
+    assert!(
+        rig.status().reason.contains("the dataset holds 3"),
+        "{}",
+        rig.status().reason
+    );
 }
 
 #[test]
@@ -253,7 +317,11 @@ fn three_failures_at_the_same_step_are_enough() {
     }
     assert_eq!(rig.status().state(), RunState::Failed);
     let reason = rig.status().reason;
-    assert!(reason.contains("3 generations in a row failed at step 1") && reason.contains("out of memory"), "{reason}");
+    assert!(
+        reason.contains("3 generations in a row failed at step 1")
+            && reason.contains("out of memory"),
+        "{reason}"
+    );
     rig.event(Event::Resume(1)).unwrap();
     assert_eq!(rig.status().state(), RunState::Forming);
 }
@@ -276,7 +344,11 @@ fn cancel_stops_with_a_checkpoint_and_resume_goes_on_from_it() {
     rig.step(&[1, 2], 1, 1);
     rig.event(Event::Cancel(1)).unwrap();
     assert_eq!(rig.status().state(), RunState::Stopping);
-    let stops = rig.told().into_iter().filter(|(_, _, body)| matches!(body, Down::Stop(_))).count();
+    let stops = rig
+        .told()
+        .into_iter()
+        .filter(|(_, _, body)| matches!(body, Down::Stop(_)))
+        .count();
     assert_eq!(stops, 2);
     rig.written(1, 1, 1);
     rig.published(1, 1, 1);
@@ -286,7 +358,11 @@ fn cancel_stops_with_a_checkpoint_and_resume_goes_on_from_it() {
     assert_eq!(rig.run().step, 1);
     rig.event(Event::Resume(1)).unwrap();
     rig.wait(1.1);
-    assert!(rig.told().iter().any(|(_, _, body)| matches!(body, Down::Assignment(a) if a.restore.is_some())));
+    assert!(
+        rig.told()
+            .iter()
+            .any(|(_, _, body)| matches!(body, Down::Assignment(a) if a.restore.is_some()))
+    );
 }
 
 #[test]
@@ -295,12 +371,16 @@ fn a_queued_run_is_cancelled_at_once_and_a_finished_one_not_at_all() {
     rig.submit("rig-2");
     rig.event(Event::Cancel(2)).unwrap();
     assert_eq!(rig.status().state(), RunState::Cancelled);
-    rig.step(&[], 1, 1);
     let mut rig = halfway();
     rig.step(&[1, 2], 1, 3);
     rig.written(1, 1, 3);
     rig.published(1, 1, 3);
-    assert!(rig.event(Event::Cancel(1)).unwrap_err().to_string().contains("has finished"));
+    assert!(
+        rig.event(Event::Cancel(1))
+            .unwrap_err()
+            .to_string()
+            .contains("has finished")
+    );
     assert!(rig.event(Event::Resume(1)).is_err());
     assert_eq!(rig.event(Event::Cancel(7)), Err(Refused::NoRun(7)));
 }
@@ -311,11 +391,18 @@ fn shutdown_stops_with_a_checkpoint_then_tells_everybody() {
     rig.attach(3, "c");
     rig.event(Event::Shutdown("asked to".into())).unwrap();
     assert!(!rig.exited);
-    assert_eq!(rig.event(Event::Submit(super::rig::submission("late"))), Err(Refused::ShuttingDown));
+    assert_eq!(
+        rig.event(Event::Submit(super::rig::submission("late"))),
+        Err(Refused::ShuttingDown)
+    );
     rig.left(1, 1, LeftReason::Stopped);
     rig.left(2, 1, LeftReason::Stopped);
     assert!(rig.exited);
-    let goodbyes = rig.told().into_iter().filter(|(_, _, body)| matches!(body, Down::Goodbye(_))).count();
+    let goodbyes = rig
+        .told()
+        .into_iter()
+        .filter(|(_, _, body)| matches!(body, Down::Goodbye(_)))
+        .count();
     assert_eq!(goodbyes, 3);
     assert_eq!(rig.status().state(), RunState::Cancelled);
 }
@@ -324,10 +411,24 @@ fn shutdown_stops_with_a_checkpoint_then_tells_everybody() {
 fn strangers_are_refused_with_a_remedy() {
     let mut rig = Rig::new();
     rig.attach(1, "a");
-    let build = v1::Hello { build: "other".into(), ..hello("b", 1) };
-    assert!(refusal(&mut rig, build).unwrap().contains("worker b is build other, the coordinator is build test"));
-    let plan = v1::Hello { plan_probe: vec![6; 32], ..hello("b", 1) };
-    assert!(refusal(&mut rig, plan).unwrap().contains("order the data in another way"));
+    let build = v1::Hello {
+        build: "other".into(),
+        ..hello("b", 1)
+    };
+    assert!(
+        refusal(&mut rig, build)
+            .unwrap()
+            .contains("worker b is build other, the coordinator is build test")
+    );
+    let plan = v1::Hello {
+        plan_probe: vec![6; 32],
+        ..hello("b", 1)
+    };
+    assert!(
+        refusal(&mut rig, plan)
+            .unwrap()
+            .contains("order the data in another way")
+    );
     let twin = refusal(&mut rig, hello("a", 2)).unwrap();
     assert_eq!(twin, "worker a is already attached from a:9; choose --name");
     assert_eq!(refusal(&mut rig, hello("b", 1)), None);
@@ -336,10 +437,18 @@ fn strangers_are_refused_with_a_remedy() {
 #[test]
 fn a_supervisor_that_reconnects_takes_the_place_of_its_dead_stream() {
     let mut rig = training();
-    rig.event(Event::Hello { conn: 5, peer: "b:9".into(), hello: hello("b", 2) }).unwrap();
+    rig.event(Event::Hello {
+        conn: 5,
+        peer: "b:9".into(),
+        hello: hello("b", 2),
+    })
+    .unwrap();
     assert_eq!(rig.closed, [2]);
     let told = voids(&mut rig);
-    assert!(told.len() == 1 && told[0].1.contains("it attached again"), "{told:?}");
+    assert!(
+        told.len() == 1 && told[0].1.contains("it attached again"),
+        "{told:?}"
+    );
 }
 
 #[test]
@@ -372,7 +481,13 @@ fn runs_are_found_by_unique_prefix() {
     rig.submit("alpha-10");
     assert_eq!(rig.machine.find(""), Ok(2));
     assert_eq!(rig.machine.find("alpha-1"), Ok(1));
-    assert!(rig.machine.find("al").unwrap_err().to_string().contains("alpha-1, alpha-10"));
+    assert!(
+        rig.machine
+            .find("al")
+            .unwrap_err()
+            .to_string()
+            .contains("alpha-1, alpha-10")
+    );
     assert!(rig.machine.find("beta").is_err());
 }
 

@@ -3,8 +3,8 @@
 use std::path::{Component, Path};
 
 use supra_proto::v1::{
-    CheckpointPublished, CheckpointWritten, Fault, FaultKind, Formed, LeftReason, PublishCheckpoint, StepMetrics,
-    StepReport, coordinator_message::Body as Down,
+    CheckpointPublished, CheckpointWritten, Fault, FaultKind, Formed, LeftReason,
+    PublishCheckpoint, StepMetrics, StepReport, coordinator_message::Body as Down,
 };
 use supra_recipes::plan::Plan;
 use supra_recipes::schema::Recipe;
@@ -16,9 +16,16 @@ use super::state::{Checkpoint, RunNumber};
 use super::{Action, Machine, agreement};
 use crate::ledger::{Body, Hash, Open, Step};
 
+/// A step's ledger entry and metrics, or why the ranks' reports on it do not add up.
+type Applied = Result<(Step, StepMetrics), String>;
+
 impl Machine {
     pub(super) fn formed(&mut self, rank: usize, formed: Formed) {
-        let Some(generation) = self.generation.as_mut().filter(|generation| generation.stage == Stage::Forming) else {
+        let Some(generation) = self
+            .generation
+            .as_mut()
+            .filter(|generation| generation.stage == Stage::Forming)
+        else {
             return;
         };
         generation.members[rank].formed.get_or_insert(formed);
@@ -27,8 +34,15 @@ impl Machine {
             None => {}
             Some(Ok((plan, open))) => self.begin(run, plan, open),
             Some(Err(cause)) => {
-                let number = self.generation.as_ref().map_or(0, |generation| generation.number);
-                self.break_up(format!("generation {number} cannot train: {cause}"), Severity::Fatal, None);
+                let number = self
+                    .generation
+                    .as_ref()
+                    .map_or(0, |generation| generation.number);
+                self.break_up(
+                    format!("generation {number} cannot train: {cause}"),
+                    Severity::Fatal,
+                    None,
+                );
             }
         }
     }
@@ -41,8 +55,8 @@ impl Machine {
         let plan = || {
             let ground = agreement::formed(&said, generation.from_step, run.open.as_ref())?;
             let recipe = Recipe::parse(&run.recipe, &run.id).map_err(|error| error.to_string())?;
-            let plan =
-                Plan::new(&recipe, ground.windows, ground.manifest_hash).map_err(|error| error.to_string())?;
+            let plan = Plan::new(&recipe, ground.windows, ground.manifest_hash)
+                .map_err(|error| error.to_string())?;
             let open = Open {
                 run: run.id.clone(),
                 recipe_hash: *blake3::hash(run.recipe.as_bytes()).as_bytes(),
@@ -62,13 +76,23 @@ impl Machine {
         if self.state.run(number).is_some_and(|run| run.open.is_none()) {
             self.record(number, Body::Open(open));
         }
-        let Some(generation) = &mut self.generation else { return };
+        let Some(generation) = &mut self.generation else {
+            return;
+        };
         generation.stage = Stage::Training;
         generation.plan = Some(plan);
         let (generation, world) = (generation.number, generation.members.len());
-        self.log(Some(number), "INFO", format!("generation {generation} trains with {world} workers"));
+        self.log(
+            Some(number),
+            "INFO",
+            format!("generation {generation} trains with {world} workers"),
+        );
         // Rank 0 publishes the checkpoint that it restores from, if the last generation could not.
-        let unpublished = self.state.run(number).and_then(|run| run.recovery()).filter(|known| !known.published);
+        let unpublished = self
+            .state
+            .run(number)
+            .and_then(|run| run.recovery())
+            .filter(|known| !known.published);
         if let Some(path) = unpublished.map(|known| known.path.clone()) {
             self.decide(Fact::Published { run: number, path });
         }
@@ -80,15 +104,25 @@ impl Machine {
     /// Journals the held checkpoint, if its step is applied by now.
     fn release(&mut self, number: RunNumber) {
         let applied = self.state.run(number).map_or(0, |run| run.step);
-        let Some(generation) = &mut self.generation else { return };
+        let Some(generation) = &mut self.generation else {
+            return;
+        };
         if let Some(held) = generation.held.take_if(|held| held.step <= applied) {
             self.accept(number, held);
         }
     }
 
     pub(super) fn reported(&mut self, rank: usize, number: RunNumber, report: StepReport) {
-        let Some(applied) = self.state.run(number).map(|run| run.step) else { return };
-        let Some(generation) = self.generation.as_mut().filter(|generation| !generation.leaving()) else { return };
+        let Some(applied) = self.state.run(number).map(|run| run.step) else {
+            return;
+        };
+        let Some(generation) = self
+            .generation
+            .as_mut()
+            .filter(|generation| !generation.leaving())
+        else {
+            return;
+        };
         if report.step <= applied {
             return;
         }
@@ -110,28 +144,45 @@ impl Machine {
         while let Some((step, result)) = self.next_step(number) {
             let (entry, metrics) = match result {
                 Ok(applied) => applied,
-                Err(cause) => return self.break_up(format!("step {step}: {cause}"), Severity::Fatal, None),
+                Err(cause) => {
+                    return self.break_up(format!("step {step}: {cause}"), Severity::Fatal, None);
+                }
             };
             if entry.skipped {
-                self.log(Some(number), "WARN", format!("step {step} was skipped: loss or gradient was not finite"));
+                self.log(
+                    Some(number),
+                    "WARN",
+                    format!("step {step} was skipped: loss or gradient was not finite"),
+                );
             }
             self.record(number, Body::Step(entry));
-            self.out.push(Action::Measured { run: number, metrics });
-            let Some(generation) = &mut self.generation else { return };
+            self.out.push(Action::Measured {
+                run: number,
+                metrics,
+            });
+            let Some(generation) = &mut self.generation else {
+                return;
+            };
             generation.reports.remove(&step);
             self.release(number);
         }
     }
 
-    /// The next step, if all ranks have reported it: its ledger entry and metrics, or why they do not add up.
-    #[allow(clippy::type_complexity)]
-    fn next_step(&self, number: RunNumber) -> Option<(u64, Result<(Step, StepMetrics), String>)> {
-        let generation = self.generation.as_ref().filter(|generation| generation.stage == Stage::Training)?;
+    /// The next step, if all ranks have reported it.
+    fn next_step(&self, number: RunNumber) -> Option<(u64, Applied)> {
+        let generation = self
+            .generation
+            .as_ref()
+            .filter(|generation| generation.stage == Stage::Training)?;
         let plan = generation.plan.as_ref()?;
         let step = self.state.run(number)?.step + 1;
         let said = generation.all_reported(step)?;
         let (_, first) = said.first()?;
-        let slowest = |seconds: fn(&StepReport) -> f64| said.iter().map(|(_, report)| seconds(report)).fold(0.0, f64::max);
+        let slowest = |seconds: fn(&StepReport) -> f64| {
+            said.iter()
+                .map(|(_, report)| seconds(report))
+                .fold(0.0, f64::max)
+        };
         let result = agreement::step(&said, step, plan).map(|digest| {
             let entry = Step {
                 generation: generation.number,
@@ -159,13 +210,26 @@ impl Machine {
     }
 
     pub(super) fn written(&mut self, rank: usize, number: RunNumber, written: CheckpointWritten) {
-        let Some(generation) = self.generation.as_mut().filter(|generation| !generation.leaving()) else { return };
+        let Some(generation) = self
+            .generation
+            .as_mut()
+            .filter(|generation| !generation.leaving())
+        else {
+            return;
+        };
         let who = format!("rank {rank} ({})", generation.members[rank].name);
         if rank != 0 {
-            return self.break_up(format!("{who} wrote a checkpoint, which is rank 0's task"), Severity::Transient, None);
+            return self.break_up(
+                format!("{who} wrote a checkpoint, which is rank 0's task"),
+                Severity::Transient,
+                None,
+            );
         }
         if !inside(&written.path) || written.manifest_hash.len() != crate::ledger::HASH_BYTES {
-            let cause = format!("{who} wrote a checkpoint to {:?}, which is not below the run's directory", written.path);
+            let cause = format!(
+                "{who} wrote a checkpoint to {:?}, which is not below the run's directory",
+                written.path
+            );
             return self.break_up(cause, Severity::Fatal, None);
         }
         let applied = self.state.run(number).map_or(0, |run| run.step);
@@ -179,49 +243,89 @@ impl Machine {
 
     /// Journals a checkpoint of applied steps and lets rank 0 publish it.
     fn accept(&mut self, number: RunNumber, written: CheckpointWritten) {
-        let Some(run) = self.state.run(number) else { return };
-        let Some(generation) = self.generation.as_ref() else { return };
-        let Ok(manifest_hash) = Hash::try_from(written.manifest_hash.as_slice()) else { return };
+        let Some(run) = self.state.run(number) else {
+            return;
+        };
+        let Some(generation) = self.generation.as_ref() else {
+            return;
+        };
+        let Ok(manifest_hash) = Hash::try_from(written.manifest_hash.as_slice()) else {
+            return;
+        };
         if written.step < run.recovery_step() {
             return;
         }
-        let repeat =
-            run.checkpoints.iter().any(|known| known.path == written.path && known.manifest_hash == manifest_hash);
+        let repeat = run
+            .checkpoints
+            .iter()
+            .any(|known| known.path == written.path && known.manifest_hash == manifest_hash);
         if !repeat {
             let checkpoint = Checkpoint {
                 step: written.step,
-                tokens: generation.plan.as_ref().map_or(0, |plan| plan.tokens_after(written.step)),
+                tokens: generation
+                    .plan
+                    .as_ref()
+                    .map_or(0, |plan| plan.tokens_after(written.step)),
                 generation: generation.number,
                 path: written.path,
                 bytes: written.bytes,
                 manifest_hash,
                 published: false,
             };
-            self.decide(Fact::Written { run: number, checkpoint });
+            self.decide(Fact::Written {
+                run: number,
+                checkpoint,
+            });
         }
-        let publish = PublishCheckpoint { step: written.step, manifest_hash: written.manifest_hash };
+        let publish = PublishCheckpoint {
+            step: written.step,
+            manifest_hash: written.manifest_hash,
+        };
         self.tell(0, Down::Publish(publish));
     }
 
     pub(super) fn published(&mut self, number: RunNumber, published: &CheckpointPublished) {
-        let Some(run) = self.state.run(number) else { return };
+        let Some(run) = self.state.run(number) else {
+            return;
+        };
         let known = run.checkpoints.iter().find(|known| {
-            known.step == published.step && known.manifest_hash.as_slice() == published.manifest_hash
+            known.step == published.step
+                && known.manifest_hash.as_slice() == published.manifest_hash
         });
-        let Some(path) = known.filter(|known| !known.published).map(|known| known.path.clone()) else { return };
-        self.log(Some(number), "INFO", format!("checkpoint of step {} is published: {path}", published.step));
+        let Some(path) = known
+            .filter(|known| !known.published)
+            .map(|known| known.path.clone())
+        else {
+            return;
+        };
+        self.log(
+            Some(number),
+            "INFO",
+            format!("checkpoint of step {} is published: {path}", published.step),
+        );
         self.decide(Fact::Published { run: number, path });
         self.settle(number);
     }
 
     pub(super) fn fault(&mut self, rank: usize, fault: &Fault) {
-        let Some(generation) = &self.generation else { return };
+        let Some(generation) = &self.generation else {
+            return;
+        };
         let member = &generation.members[rank];
         let doing = self.workers.get(&member.conn).map(|worker| {
-            super::worker::Worker { phase: fault.phase(), step: fault.step, ..worker.clone() }.doing()
+            super::worker::Worker {
+                phase: fault.phase(),
+                step: fault.step,
+                ..worker.clone()
+            }
+            .doing()
         });
-        let cause =
-            format!("rank {rank} ({}) failed while {}: {}", member.name, doing.unwrap_or_default(), fault.message);
+        let cause = format!(
+            "rank {rank} ({}) failed while {}: {}",
+            member.name,
+            doing.unwrap_or_default(),
+            fault.message
+        );
         let severity = match fault.kind() {
             FaultKind::Unspecified | FaultKind::Transient => Severity::Transient,
             FaultKind::Input | FaultKind::Diverged => Severity::Fatal,
@@ -230,14 +334,20 @@ impl Machine {
     }
 
     pub(super) fn left(&mut self, rank: usize, reason: LeftReason) {
-        let Some(generation) = &mut self.generation else { return };
+        let Some(generation) = &mut self.generation else {
+            return;
+        };
         let member = &mut generation.members[rank];
         member.left = Some(reason);
         let name = member.name.clone();
         match reason {
             LeftReason::Finished | LeftReason::Stopped => {}
             LeftReason::Void | LeftReason::Fault | LeftReason::Unspecified => {
-                self.break_up(format!("rank {rank} ({name}) left the generation"), Severity::Transient, None);
+                self.break_up(
+                    format!("rank {rank} ({name}) left the generation"),
+                    Severity::Transient,
+                    None,
+                );
             }
         }
     }
@@ -245,7 +355,10 @@ impl Machine {
 
 /// The path stays below the directory that it is relative to, and names something in it.
 fn inside(path: &str) -> bool {
-    !path.is_empty() && Path::new(path).components().all(|part| matches!(part, Component::Normal(_)))
+    !path.is_empty()
+        && Path::new(path)
+            .components()
+            .all(|part| matches!(part, Component::Normal(_)))
 }
 
 #[cfg(test)]

@@ -39,7 +39,10 @@ impl Machine {
         if let Some(run) = runs.iter().find(|run| run.id == prefix) {
             return Ok(run.number);
         }
-        let matching: Vec<&Run> = runs.iter().filter(|run| run.id.starts_with(prefix)).collect();
+        let matching: Vec<&Run> = runs
+            .iter()
+            .filter(|run| run.id.starts_with(prefix))
+            .collect();
         match matching.as_slice() {
             [] => Err(FindError::None(prefix.to_owned())),
             [run] => Ok(run.number),
@@ -54,7 +57,10 @@ impl Machine {
     pub fn status(&self, number: RunNumber) -> Option<v1::RunStatus> {
         let run = self.state.run(number)?;
         let (state, reason) = self.standing(run);
-        let generation = self.generation.as_ref().filter(|generation| generation.run == number);
+        let generation = self
+            .generation
+            .as_ref()
+            .filter(|generation| generation.run == number);
         Some(v1::RunStatus {
             run: run.id.clone(),
             name: run.name.clone(),
@@ -83,11 +89,17 @@ impl Machine {
             RunPhase::Failed => return (RunState::Failed, run.reason.clone()),
             RunPhase::Queued => {}
         }
-        let stage = self.generation.as_ref().filter(|generation| generation.run == run.number);
+        let stage = self
+            .generation
+            .as_ref()
+            .filter(|generation| generation.run == run.number);
         match (stage.map(|generation| generation.stage), &run.stop) {
             (Some(_), Some(reason)) => (RunState::Stopping, reason.clone()),
             (Some(Stage::Training), None) => (RunState::Training, String::new()),
-            (Some(Stage::Forming), None) => (RunState::Forming, format!("generation {} is loading", run.generation)),
+            (Some(Stage::Forming), None) => (
+                RunState::Forming,
+                format!("generation {} is loading", run.generation),
+            ),
             (Some(Stage::Leaving { .. }), None) => (RunState::Forming, run.reason.clone()),
             (None, _) => self.waiting(run),
         }
@@ -97,20 +109,30 @@ impl Machine {
     fn waiting(&self, run: &Run) -> (RunState, String) {
         let first = self.state.queue.front().copied().unwrap_or(run.number);
         if first != run.number {
-            let other = self.state.run(first).map(|other| other.id.as_str()).unwrap_or_default();
+            let other = self
+                .state
+                .run(first)
+                .map(|other| other.id.as_str())
+                .unwrap_or_default();
             return (RunState::Queued, format!("behind {other}"));
         }
         let why = match &self.generation {
             Some(_) => "the workers are leaving the last run".to_owned(),
             None => self.muster(run).err().unwrap_or_default(),
         };
-        let before = if run.reason.is_empty() { String::new() } else { format!(" (before: {})", run.reason) };
+        let before = if run.reason.is_empty() {
+            String::new()
+        } else {
+            format!(" (before: {})", run.reason)
+        };
         (RunState::Forming, format!("{why}{before}"))
     }
 
     /// Journalled checkpoints of a run, oldest first.
     pub fn checkpoints(&self, number: RunNumber) -> Vec<v1::Checkpoint> {
-        let Some(run) = self.state.run(number) else { return Vec::new() };
+        let Some(run) = self.state.run(number) else {
+            return Vec::new();
+        };
         run.checkpoints
             .iter()
             .map(|known| v1::Checkpoint {
@@ -127,7 +149,11 @@ impl Machine {
 
     /// Attached workers by name, then those that left, newest first.
     pub fn worker_list(&self) -> Vec<v1::WorkerStatus> {
-        let mut attached: Vec<_> = self.workers.iter().map(|(conn, worker)| self.worker(*conn, worker)).collect();
+        let mut attached: Vec<_> = self
+            .workers
+            .iter()
+            .map(|(conn, worker)| self.worker(*conn, worker))
+            .collect();
         attached.sort_by(|left, right| left.name.cmp(&right.name));
         let departed = self.departed.iter().rev().map(|worker| v1::WorkerStatus {
             phase: "lost".to_owned(),

@@ -22,7 +22,13 @@ pub(crate) struct Worker {
 
 impl Worker {
     pub fn new(hello: v1::Hello, peer: String, now: Duration) -> Self {
-        Worker { hello, peer, heard: now, phase: Phase::Idle, step: 0 }
+        Worker {
+            hello,
+            peer,
+            heard: now,
+            phase: Phase::Idle,
+            step: 0,
+        }
     }
 
     /// What it is doing, for one-line reasons.

@@ -9,12 +9,13 @@ use tokio::sync::{broadcast, mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval};
 
-use super::speed::Speed;
 use super::ServiceError;
+use super::speed::Speed;
 use crate::journal::{Journal, JournalError};
 use crate::ledger::Body;
 use crate::machine::{
-    Action, Conn, Event, Fact, FindError, Identity, Limits, Machine, Moment, Refused, RunNumber, RunPhase,
+    Action, Conn, Event, Fact, FindError, Identity, Limits, Machine, Moment, Refused, RunNumber,
+    RunPhase,
 };
 use crate::telemetry::Telemetry;
 
@@ -50,9 +51,17 @@ pub enum OwnerError {
 
 /// What the owner is asked.
 enum Ask {
-    Attach { peer: String, hello: Box<v1::Hello>, down: Downstream, reply: oneshot::Sender<Conn> },
+    Attach {
+        peer: String,
+        hello: Box<v1::Hello>,
+        down: Downstream,
+        reply: oneshot::Sender<Conn>,
+    },
     Event(Event),
-    Client { event: Event, reply: oneshot::Sender<Result<(), Refused>> },
+    Client {
+        event: Event,
+        reply: oneshot::Sender<Result<(), Refused>>,
+    },
     Look(Box<dyn FnOnce(&Owner) + Send>),
 }
 
@@ -75,9 +84,20 @@ impl From<Ended> for tonic::Status {
 }
 
 impl Handle {
-    pub async fn attach(&self, peer: String, hello: v1::Hello, down: Downstream) -> Result<Conn, Ended> {
+    pub async fn attach(
+        &self,
+        peer: String,
+        hello: v1::Hello,
+        down: Downstream,
+    ) -> Result<Conn, Ended> {
         let (reply, answer) = oneshot::channel();
-        self.ask(Ask::Attach { peer, hello: Box::new(hello), down, reply }).await?;
+        self.ask(Ask::Attach {
+            peer,
+            hello: Box::new(hello),
+            down,
+            reply,
+        })
+        .await?;
         answer.await.map_err(|_| Ended)
     }
 
@@ -93,7 +113,10 @@ impl Handle {
     }
 
     /// Looks at the owner's state between two events.
-    pub async fn look<T: Send + 'static>(&self, look: impl FnOnce(&Owner) -> T + Send + 'static) -> Result<T, Ended> {
+    pub async fn look<T: Send + 'static>(
+        &self,
+        look: impl FnOnce(&Owner) -> T + Send + 'static,
+    ) -> Result<T, Ended> {
         let (reply, answer) = oneshot::channel();
         let look = Box::new(move |owner: &Owner| {
             let _ = reply.send(look(owner));
@@ -157,7 +180,10 @@ impl Owner {
         limits: Limits,
         identity: Identity,
     ) -> Result<(Handle, JoinHandle<Result<Ending, OwnerError>>), ServiceError> {
-        let telemetry_error = |cause| ServiceError::Telemetry { path: state.join("telemetry.db"), cause };
+        let telemetry_error = |cause| ServiceError::Telemetry {
+            path: state.join("telemetry.db"),
+            cause,
+        };
         let (journal, remembered) = Journal::open(state)?;
         let telemetry = Telemetry::open(state).map_err(telemetry_error)?;
         let reader = telemetry.reader().map_err(telemetry_error)?;
@@ -171,7 +197,11 @@ impl Owner {
         let (asks, inbox) = mpsc::channel(INBOX);
         let (changed, changes) = watch::channel(0);
         let (logs, _) = broadcast::channel(LOG_BACKLOG);
-        let handle = Handle { asks: asks.clone(), changed: changes, state: state.to_owned() };
+        let handle = Handle {
+            asks: asks.clone(),
+            changed: changes,
+            state: state.to_owned(),
+        };
         let owner = Owner {
             machine,
             journal,
@@ -190,7 +220,11 @@ impl Owner {
         Ok((handle, tokio::spawn(owner.run(inbox, actions))))
     }
 
-    async fn run(mut self, mut inbox: mpsc::Receiver<Ask>, actions: Vec<Action>) -> Result<Ending, OwnerError> {
+    async fn run(
+        mut self,
+        mut inbox: mpsc::Receiver<Ask>,
+        actions: Vec<Action>,
+    ) -> Result<Ending, OwnerError> {
         self.carry_out(actions).await?;
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -208,17 +242,29 @@ impl Owner {
         }
         self.journal.sync().await?;
         self.telemetry.written().await;
-        Ok(Ending { stopped_a_run: self.stopped_a_run })
+        Ok(Ending {
+            stopped_a_run: self.stopped_a_run,
+        })
     }
 
     async fn answer(&mut self, ask: Ask) -> Result<(), OwnerError> {
         match ask {
-            Ask::Attach { peer, hello, down, reply } => {
+            Ask::Attach {
+                peer,
+                hello,
+                down,
+                reply,
+            } => {
                 let conn = self.next_conn;
                 self.next_conn += 1;
                 self.links.insert(conn, Link { down, sequence: 0 });
                 let _ = reply.send(conn);
-                self.happen(Event::Hello { conn, peer, hello: *hello }).await?;
+                self.happen(Event::Hello {
+                    conn,
+                    peer,
+                    hello: *hello,
+                })
+                .await?;
             }
             Ask::Event(event) => {
                 self.happen(event).await?;
@@ -234,7 +280,9 @@ impl Owner {
 
     /// Lets an event happen that cannot be refused.
     async fn happen(&mut self, event: Event) -> Result<(), OwnerError> {
-        self.wish(event).await?.unwrap_or_else(|refused| tracing::debug!("refused: {refused}"));
+        self.wish(event)
+            .await?
+            .unwrap_or_else(|refused| tracing::debug!("refused: {refused}"));
         Ok(())
     }
 
@@ -265,18 +313,30 @@ impl Owner {
                     facts.push(fact);
                 }
                 Action::Measured { run, metrics } => {
-                    self.speeds.entry(run).or_default().measured(Instant::now(), &metrics);
+                    self.speeds
+                        .entry(run)
+                        .or_default()
+                        .measured(Instant::now(), &metrics);
                     self.telemetry.measured(run, metrics);
                 }
                 Action::Log { run, entry } => self.log(run.unwrap_or(0), entry),
-                Action::Send { conn, run, generation, body } => {
+                Action::Send {
+                    conn,
+                    run,
+                    generation,
+                    body,
+                } => {
                     self.write_down(&mut facts).await?;
                     self.send(conn, run, generation, body);
                 }
                 Action::Close(conn) => {
                     self.links.remove(&conn);
                 }
-                Action::Delete { run, path, directory } => {
+                Action::Delete {
+                    run,
+                    path,
+                    directory,
+                } => {
                     self.write_down(&mut facts).await?;
                     self.delete(run, path, directory);
                 }
@@ -317,17 +377,32 @@ impl Owner {
 
     /// Sends without waiting: a worker whose queue is full is lost.
     fn send(&mut self, conn: Conn, run: String, generation: u64, body: Down) {
-        let Some(link) = self.links.get_mut(&conn) else { return };
+        let Some(link) = self.links.get_mut(&conn) else {
+            return;
+        };
         link.sequence += 1;
-        let message = CoordinatorMessage { run, generation, sequence: link.sequence, body: Some(body) };
+        let message = CoordinatorMessage {
+            run,
+            generation,
+            sequence: link.sequence,
+            body: Some(body),
+        };
         if let Err(mpsc::error::TrySendError::Full(_)) = link.down.try_send(Ok(message)) {
             self.links.remove(&conn);
-            self.aftermath.push_back(Event::Lost { conn, cause: "it does not read what it is sent".into() });
+            self.aftermath.push_back(Event::Lost {
+                conn,
+                cause: "it does not read what it is sent".into(),
+            });
         }
     }
 
     fn log(&mut self, run: RunNumber, entry: LogEntry) {
-        let LogEntry { source, level, text, .. } = &entry;
+        let LogEntry {
+            source,
+            level,
+            text,
+            ..
+        } = &entry;
         match level.as_str() {
             "ERROR" => tracing::error!(source, "{text}"),
             "WARN" => tracing::warn!(source, "{text}"),
@@ -343,7 +418,10 @@ impl Owner {
         let events = self.events.clone();
         tokio::task::spawn_blocking(move || match std::fs::remove_dir_all(&directory) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                tracing::warn!("cannot delete the old checkpoint {}: {error}", directory.display());
+                tracing::warn!(
+                    "cannot delete the old checkpoint {}: {error}",
+                    directory.display()
+                );
             }
             _ => {
                 if let Some(events) = events.upgrade() {
@@ -372,7 +450,10 @@ impl Owner {
     }
 
     pub fn ended(&self, run: RunNumber) -> bool {
-        self.machine.state().run(run).is_none_or(|run| run.phase != RunPhase::Queued)
+        self.machine
+            .state()
+            .run(run)
+            .is_none_or(|run| run.phase != RunPhase::Queued)
     }
 
     pub fn checkpoints(&self, run: RunNumber) -> Vec<v1::Checkpoint> {
@@ -405,6 +486,13 @@ impl Owner {
 
 /// Now. Decisions are made with the monotonic clock; the wall clock is only shown, so it may step as it likes.
 fn moment(started: Instant) -> Moment {
-    let unix_ms = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_millis();
-    Moment { now: started.elapsed(), unix_ms: u64::try_from(unix_ms).unwrap_or(u64::MAX), key: rand::random() }
+    let unix_ms = SystemTime::now()
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_millis();
+    Moment {
+        now: started.elapsed(),
+        unix_ms: u64::try_from(unix_ms).unwrap_or(u64::MAX),
+        key: rand::random(),
+    }
 }

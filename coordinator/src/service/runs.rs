@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use supra_proto::v1::runs_server::Runs;
 use supra_proto::v1::{
-    CheckpointsResponse, LedgerRecord, ListRequest, ListResponse, LogEntry, LogsRequest, RunRequest, RunStatus,
-    ShutdownRequest, ShutdownResponse, StepMetrics, SubmitRequest, SubmitResponse, WorkersRequest, WorkersResponse,
+    CheckpointsResponse, LedgerRecord, ListRequest, ListResponse, LogEntry, LogsRequest,
+    RunRequest, RunStatus, ShutdownRequest, ShutdownResponse, StepMetrics, SubmitRequest,
+    SubmitResponse, WorkersRequest, WorkersResponse,
 };
 use supra_recipes::schema::Recipe;
 use tonic::{Request, Response, Status};
@@ -23,7 +24,10 @@ pub(super) struct RunsService {
 
 impl RunsService {
     pub fn new(owner: Handle, state: &Path) -> Self {
-        RunsService { owner, state: state.to_owned() }
+        RunsService {
+            owner,
+            state: state.to_owned(),
+        }
     }
 
     /// The run that a client names.
@@ -37,7 +41,10 @@ impl RunsService {
         prefix: String,
         look: impl FnOnce(&Owner, RunNumber) -> T + Send + 'static,
     ) -> Result<T, Status> {
-        let found = self.owner.look(move |owner| owner.find(&prefix).map(|run| look(owner, run))).await?;
+        let found = self
+            .owner
+            .look(move |owner| owner.find(&prefix).map(|run| look(owner, run)))
+            .await?;
         found.map_err(|error| match &error {
             FindError::Empty | FindError::None(_) => Status::not_found(error.to_string()),
             FindError::Many { .. } => Status::invalid_argument(error.to_string()),
@@ -45,10 +52,16 @@ impl RunsService {
     }
 
     /// Lets a client's wish happen and shows what became of its run.
-    async fn act(&self, prefix: String, event: fn(RunNumber) -> Event) -> Result<Response<RunStatus>, Status> {
+    async fn act(
+        &self,
+        prefix: String,
+        event: fn(RunNumber) -> Event,
+    ) -> Result<Response<RunStatus>, Status> {
         let run = self.find(prefix).await?;
         self.owner.client(event(run)).await?.map_err(refused)?;
-        Ok(Response::new(self.owner.look(move |owner| owner.status(run)).await?))
+        Ok(Response::new(
+            self.owner.look(move |owner| owner.status(run)).await?,
+        ))
     }
 }
 
@@ -59,37 +72,72 @@ impl Runs for RunsService {
     type LedgerStream = Stream<LedgerRecord>;
     type MetricsStream = Stream<StepMetrics>;
 
-    async fn submit(&self, request: Request<SubmitRequest>) -> Result<Response<SubmitResponse>, Status> {
-        let submission = submission(&request.into_inner(), &self.state).map_err(Status::invalid_argument)?;
+    async fn submit(
+        &self,
+        request: Request<SubmitRequest>,
+    ) -> Result<Response<SubmitResponse>, Status> {
+        let submission =
+            submission(&request.into_inner(), &self.state).map_err(Status::invalid_argument)?;
         let run = submission.id.clone();
-        self.owner.client(Event::Submit(submission)).await?.map_err(refused)?;
+        self.owner
+            .client(Event::Submit(submission))
+            .await?
+            .map_err(refused)?;
         Ok(Response::new(SubmitResponse { run }))
     }
 
     async fn list(&self, _: Request<ListRequest>) -> Result<Response<ListResponse>, Status> {
-        let all = |owner: &Owner| owner.newest_first().into_iter().map(|run| owner.status(run)).collect();
-        Ok(Response::new(ListResponse { runs: self.owner.look(all).await? }))
+        let all = |owner: &Owner| {
+            owner
+                .newest_first()
+                .into_iter()
+                .map(|run| owner.status(run))
+                .collect()
+        };
+        Ok(Response::new(ListResponse {
+            runs: self.owner.look(all).await?,
+        }))
     }
 
     async fn status(&self, request: Request<RunRequest>) -> Result<Response<RunStatus>, Status> {
-        let status = self.with(request.into_inner().run, |owner, run| owner.status(run)).await?;
+        let status = self
+            .with(request.into_inner().run, |owner, run| owner.status(run))
+            .await?;
         Ok(Response::new(status))
     }
 
-    async fn watch(&self, request: Request<RunRequest>) -> Result<Response<Self::WatchStream>, Status> {
+    async fn watch(
+        &self,
+        request: Request<RunRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
         let run = self.find(request.into_inner().run).await?;
         Ok(Response::new(streams::watch(self.owner.clone(), run)))
     }
 
-    async fn logs(&self, request: Request<LogsRequest>) -> Result<Response<Self::LogsStream>, Status> {
+    async fn logs(
+        &self,
+        request: Request<LogsRequest>,
+    ) -> Result<Response<Self::LogsStream>, Status> {
         let LogsRequest { run, follow } = request.into_inner();
         let run = self.find(run).await?;
         // Subscribing and asking for the flush happen between two events, so that no line is missed or shown twice.
-        let (new, written, reader) =
-            self.owner.look(|owner| (owner.new_logs(), owner.telemetry_written(), owner.telemetry())).await?;
+        let (new, written, reader) = self
+            .owner
+            .look(|owner| {
+                (
+                    owner.new_logs(),
+                    owner.telemetry_written(),
+                    owner.telemetry(),
+                )
+            })
+            .await?;
         written.await;
         let kept = read_blocking(move || reader?.logs(run)).await?;
-        Ok(Response::new(streams::logs(kept, run, follow.then_some(new))))
+        Ok(Response::new(streams::logs(
+            kept,
+            run,
+            follow.then_some(new),
+        )))
     }
 
     async fn cancel(&self, request: Request<RunRequest>) -> Result<Response<RunStatus>, Status> {
@@ -100,23 +148,46 @@ impl Runs for RunsService {
         self.act(request.into_inner().run, Event::Resume).await
     }
 
-    async fn checkpoints(&self, request: Request<RunRequest>) -> Result<Response<CheckpointsResponse>, Status> {
-        let checkpoints = self.with(request.into_inner().run, |owner, run| owner.checkpoints(run)).await?;
+    async fn checkpoints(
+        &self,
+        request: Request<RunRequest>,
+    ) -> Result<Response<CheckpointsResponse>, Status> {
+        let checkpoints = self
+            .with(request.into_inner().run, |owner, run| {
+                owner.checkpoints(run)
+            })
+            .await?;
         Ok(Response::new(CheckpointsResponse { checkpoints }))
     }
 
-    async fn workers(&self, _: Request<WorkersRequest>) -> Result<Response<WorkersResponse>, Status> {
-        Ok(Response::new(WorkersResponse { workers: self.owner.look(Owner::workers).await? }))
+    async fn workers(
+        &self,
+        _: Request<WorkersRequest>,
+    ) -> Result<Response<WorkersResponse>, Status> {
+        Ok(Response::new(WorkersResponse {
+            workers: self.owner.look(Owner::workers).await?,
+        }))
     }
 
-    async fn ledger(&self, request: Request<RunRequest>) -> Result<Response<Self::LedgerStream>, Status> {
-        let (run, written) = self.with(request.into_inner().run, |owner, run| (run, owner.journal_written())).await?;
+    async fn ledger(
+        &self,
+        request: Request<RunRequest>,
+    ) -> Result<Response<Self::LedgerStream>, Status> {
+        let (run, written) = self
+            .with(request.into_inner().run, |owner, run| {
+                (run, owner.journal_written())
+            })
+            .await?;
         written.await;
-        let reader = Reader::open(self.owner.state()).map_err(|error| Status::internal(error.to_string()))?;
+        let reader = Reader::open(self.owner.state())
+            .map_err(|error| Status::internal(error.to_string()))?;
         Ok(Response::new(streams::ledger(reader, run)))
     }
 
-    async fn metrics(&self, request: Request<RunRequest>) -> Result<Response<Self::MetricsStream>, Status> {
+    async fn metrics(
+        &self,
+        request: Request<RunRequest>,
+    ) -> Result<Response<Self::MetricsStream>, Status> {
         let look = |owner: &Owner, run| (run, owner.telemetry_written(), owner.telemetry());
         let (run, written, reader) = self.with(request.into_inner().run, look).await?;
         written.await;
@@ -124,7 +195,10 @@ impl Runs for RunsService {
         Ok(Response::new(streams::all(rows)))
     }
 
-    async fn shutdown(&self, _: Request<ShutdownRequest>) -> Result<Response<ShutdownResponse>, Status> {
+    async fn shutdown(
+        &self,
+        _: Request<ShutdownRequest>,
+    ) -> Result<Response<ShutdownResponse>, Status> {
         self.owner.shut_down("a client asked for it".into()).await;
         Ok(Response::new(ShutdownResponse {}))
     }
@@ -134,7 +208,9 @@ async fn read_blocking<T: Send + 'static>(
     read: impl FnOnce() -> rusqlite::Result<T> + Send + 'static,
 ) -> Result<T, Status> {
     let broken = |cause: String| Status::internal(format!("telemetry.db: {cause}"));
-    let result = tokio::task::spawn_blocking(read).await.map_err(|error| broken(error.to_string()))?;
+    let result = tokio::task::spawn_blocking(read)
+        .await
+        .map_err(|error| broken(error.to_string()))?;
     result.map_err(|error| broken(error.to_string()))
 }
 
@@ -142,7 +218,9 @@ fn refused(refused: Refused) -> Status {
     match refused {
         Refused::NoRun(_) => Status::not_found(refused.to_string()),
         Refused::ShuttingDown => Status::unavailable(refused.to_string()),
-        Refused::Taken(_) | Refused::Over { .. } => Status::failed_precondition(refused.to_string()),
+        Refused::Taken(_) | Refused::Over { .. } => {
+            Status::failed_precondition(refused.to_string())
+        }
     }
 }
 
@@ -150,10 +228,19 @@ fn refused(refused: Refused) -> Status {
 fn submission(request: &SubmitRequest, state: &Path) -> Result<Submission, String> {
     let base = Path::new(&request.base_directory);
     if !base.is_absolute() {
-        return Err(format!("the base directory {:?} is not an absolute path", request.base_directory));
+        return Err(format!(
+            "the base directory {:?} is not an absolute path",
+            request.base_directory
+        ));
     }
-    let file = if request.file_name.is_empty() { "recipe" } else { &request.file_name };
-    let recipe = Recipe::parse(&request.recipe, file).map_err(|error| error.to_string())?.resolved(base);
+    let file = if request.file_name.is_empty() {
+        "recipe"
+    } else {
+        &request.file_name
+    };
+    let recipe = Recipe::parse(&request.recipe, file)
+        .map_err(|error| error.to_string())?
+        .resolved(base);
     let id = run_id(recipe.name.as_str());
     let checkpoint_root = match &recipe.checkpoint.to {
         // Runs of the same recipe must not overwrite each other's checkpoints.
@@ -166,7 +253,10 @@ fn submission(request: &SubmitRequest, state: &Path) -> Result<Submission, Strin
         checkpoint_root,
         keep: recipe.checkpoint.keep,
         budget_tokens: recipe.budget.tokens() / length * length,
-        workers: Workers { min: recipe.workers.min, max: recipe.workers.max },
+        workers: Workers {
+            min: recipe.workers.min,
+            max: recipe.workers.max,
+        },
         recipe: recipe.to_yaml(),
         id,
     })

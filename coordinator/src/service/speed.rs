@@ -19,13 +19,21 @@ pub(super) struct Speed {
 impl Speed {
     /// A run that trained before this coordinator started.
     pub fn resumed(newest: StepMetrics) -> Speed {
-        Speed { newest, window: VecDeque::new() }
+        Speed {
+            newest,
+            window: VecDeque::new(),
+        }
     }
 
     pub fn measured(&mut self, now: Instant, metrics: &StepMetrics) {
         self.newest = *metrics;
         self.window.push_back((now, metrics.tokens));
-        while self.window.len() > 2 && self.window.get(1).is_some_and(|(then, _)| now.duration_since(*then) >= WINDOW) {
+        while self.window.len() > 2
+            && self
+                .window
+                .get(1)
+                .is_some_and(|(then, _)| now.duration_since(*then) >= WINDOW)
+        {
             self.window.pop_front();
         }
     }
@@ -45,16 +53,25 @@ impl Speed {
         }
         status.tokens_per_second = self.tokens_per_second(now);
         if status.tokens_per_second > 0.0 {
-            status.eta_seconds = status.budget_tokens.saturating_sub(status.tokens) as f64 / status.tokens_per_second;
+            status.eta_seconds = status.budget_tokens.saturating_sub(status.tokens) as f64
+                / status.tokens_per_second;
         }
     }
 
     /// Slows down while a step takes longer than those before it.
     fn tokens_per_second(&self, now: Instant) -> f64 {
-        let (Some((first, before)), Some((last, after))) = (self.window.front(), self.window.back()) else { return 0.0 };
+        let (Some((first, before)), Some((last, after))) =
+            (self.window.front(), self.window.back())
+        else {
+            return 0.0;
+        };
         let steps = self.window.len() as u32 - 1;
         if steps == 0 {
-            return if self.newest.seconds > 0.0 { step_tokens(&self.newest) / self.newest.seconds } else { 0.0 };
+            return if self.newest.seconds > 0.0 {
+                step_tokens(&self.newest) / self.newest.seconds
+            } else {
+                0.0
+            };
         }
         let span = last.duration_since(*first);
         let overdue = now.duration_since(*last).saturating_sub(span / steps);
@@ -72,11 +89,23 @@ mod tests {
     use super::*;
 
     fn metrics(step: u64) -> StepMetrics {
-        StepMetrics { step, tokens: 100 * step, seconds: 2.0, loss: 1.5, ..StepMetrics::default() }
+        StepMetrics {
+            step,
+            tokens: 100 * step,
+            seconds: 2.0,
+            loss: 1.5,
+            ..StepMetrics::default()
+        }
     }
 
     fn shown(speed: &Speed, now: Instant, state: RunState) -> RunStatus {
-        let mut status = RunStatus { state: state.into(), tokens: 500, budget_tokens: 1000, eta_seconds: -1.0, ..RunStatus::default() };
+        let mut status = RunStatus {
+            state: state.into(),
+            tokens: 500,
+            budget_tokens: 1000,
+            eta_seconds: -1.0,
+            ..RunStatus::default()
+        };
         speed.show(&mut status, now);
         status
     }
@@ -87,16 +116,31 @@ mod tests {
         let at = |seconds: u64| start + Duration::from_secs(seconds);
         let mut speed = Speed::default();
         speed.measured(at(0), &metrics(1));
-        assert_eq!(shown(&speed, at(0), RunState::Training).tokens_per_second, 50.0);
+        assert_eq!(
+            shown(&speed, at(0), RunState::Training).tokens_per_second,
+            50.0
+        );
         for step in 2..=5 {
             speed.measured(at(10 * step), &metrics(step));
         }
         let status = shown(&speed, at(50), RunState::Training);
-        assert_eq!((status.tokens_per_second, status.eta_seconds, status.loss), (10.0, 50.0, 1.5));
-        assert!(shown(&speed, at(90), RunState::Training).tokens_per_second < 5.0, "a stalled run shows it");
+        assert_eq!(
+            (status.tokens_per_second, status.eta_seconds, status.loss),
+            (10.0, 50.0, 1.5)
+        );
+        assert!(
+            shown(&speed, at(90), RunState::Training).tokens_per_second < 5.0,
+            "a stalled run shows it"
+        );
         let stopped = shown(&speed, at(50), RunState::Cancelled);
-        assert_eq!((stopped.tokens_per_second, stopped.eta_seconds, stopped.loss), (0.0, -1.0, 1.5));
+        assert_eq!(
+            (stopped.tokens_per_second, stopped.eta_seconds, stopped.loss),
+            (0.0, -1.0, 1.5)
+        );
         speed.pause();
-        assert_eq!(shown(&speed, at(50), RunState::Training).tokens_per_second, 0.0);
+        assert_eq!(
+            shown(&speed, at(50), RunState::Training).tokens_per_second,
+            0.0
+        );
     }
 }

@@ -53,7 +53,10 @@ pub(super) fn watch(owner: Handle, run: RunNumber) -> Stream<RunStatus> {
         let mut last = None;
         loop {
             changes.mark_unchanged();
-            let Ok((status, ended)) = owner.look(move |owner| (owner.status(run), owner.ended(run))).await else {
+            let Ok((status, ended)) = owner
+                .look(move |owner| (owner.status(run), owner.ended(run)))
+                .await
+            else {
                 let _ = sink.send(Err(Ended.into())).await;
                 return;
             };
@@ -101,9 +104,9 @@ pub(super) fn logs(
             let line = match next {
                 Ok((about, entry)) if about == run => Ok(entry),
                 Ok(_) => continue,
-                Err(broadcast::error::RecvError::Lagged(lines)) => {
-                    Err(Status::data_loss(format!("too slow: {lines} lines are missing; ask again")))
-                }
+                Err(broadcast::error::RecvError::Lagged(lines)) => Err(Status::data_loss(format!(
+                    "too slow: {lines} lines are missing; ask again"
+                ))),
                 Err(broadcast::error::RecvError::Closed) => return,
             };
             let over = line.is_err();
@@ -128,7 +131,12 @@ pub(super) fn ledger(reader: Reader, run: RunNumber) -> Stream<LedgerRecord> {
 }
 
 /// Sends one page; continues with the index of the next one.
-fn page(reader: &Reader, run: RunNumber, from: u64, sink: &Sink<LedgerRecord>) -> ControlFlow<(), u64> {
+fn page(
+    reader: &Reader,
+    run: RunNumber,
+    from: u64,
+    sink: &Sink<LedgerRecord>,
+) -> ControlFlow<(), u64> {
     let records = match reader.ledger(run, from, PAGE) {
         Ok(records) => records,
         Err(error) => {
@@ -139,10 +147,16 @@ fn page(reader: &Reader, run: RunNumber, from: u64, sink: &Sink<LedgerRecord>) -
     let mut next = from;
     for record in records {
         next = record.as_ref().map_or(next, |record| record.index) + 1;
-        let wire = record.map(|record| LedgerRecord::from(&record)).map_err(|error| Status::data_loss(error.to_string()));
+        let wire = record
+            .map(|record| LedgerRecord::from(&record))
+            .map_err(|error| Status::data_loss(error.to_string()));
         if sink.blocking_send(wire).is_err() {
             return ControlFlow::Break(());
         }
     }
-    if next == from { ControlFlow::Break(()) } else { ControlFlow::Continue(next) }
+    if next == from {
+        ControlFlow::Break(())
+    } else {
+        ControlFlow::Continue(next)
+    }
 }

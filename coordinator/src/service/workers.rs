@@ -31,8 +31,14 @@ impl WorkersService {
 impl Workers for WorkersService {
     type AttachStream = ReceiverStream<Result<CoordinatorMessage, Status>>;
 
-    async fn attach(&self, request: Request<Streaming<WorkerMessage>>) -> Result<Response<Self::AttachStream>, Status> {
-        let peer = request.remote_addr().map_or_else(|| "an unknown address".to_owned(), |address| address.to_string());
+    async fn attach(
+        &self,
+        request: Request<Streaming<WorkerMessage>>,
+    ) -> Result<Response<Self::AttachStream>, Status> {
+        let peer = request.remote_addr().map_or_else(
+            || "an unknown address".to_owned(),
+            |address| address.to_string(),
+        );
         let (down, outgoing) = mpsc::channel(QUEUE);
         tokio::spawn(listen(self.owner.clone(), peer, request.into_inner(), down));
         Ok(Response::new(ReceiverStream::new(outgoing)))
@@ -40,21 +46,33 @@ impl Workers for WorkersService {
 }
 
 /// Carries what a worker says to the owner, until one of the two is gone.
-async fn listen(owner: Handle, peer: String, mut incoming: Streaming<WorkerMessage>, down: Downstream) {
+async fn listen(
+    owner: Handle,
+    peer: String,
+    mut incoming: Streaming<WorkerMessage>,
+    down: Downstream,
+) {
     let hello = match tokio::time::timeout(HELLO, incoming.message()).await {
-        Ok(Ok(Some(WorkerMessage { body: Some(Up::Hello(hello)), .. }))) => hello,
+        Ok(Ok(Some(WorkerMessage {
+            body: Some(Up::Hello(hello)),
+            ..
+        }))) => hello,
         Ok(Ok(Some(_))) => return refuse(&down, "the first message has to be a hello").await,
         Ok(Ok(None)) | Ok(Err(_)) => return,
         Err(_) => return refuse(&down, "no hello within 10 s").await,
     };
     let closed = down.clone();
-    let Ok(conn) = owner.attach(peer, hello, down).await else { return };
+    let Ok(conn) = owner.attach(peer, hello, down).await else {
+        return;
+    };
     // The owner closes a stream by dropping its end of the queue; this end must not hold it open.
     let closed = closed.downgrade();
     let cause = loop {
         match incoming.message().await {
             Ok(Some(message)) => {
-                if owner.event(Event::Message { conn, message }).await.is_err() || closed.upgrade().is_none() {
+                if owner.event(Event::Message { conn, message }).await.is_err()
+                    || closed.upgrade().is_none()
+                {
                     return;
                 }
             }

@@ -24,8 +24,18 @@ fn steps(state: &mut State, count: u64) -> Vec<Fact> {
     let facts = (0..count).map(|_| {
         let run = state.run(1).unwrap();
         let step = run.step + 1;
-        let body = Body::Step(Step { generation: 1, step, first_sample: 0, samples: 4, digest: [1; 32], skipped: step == 7 });
-        let fact = Fact::Recorded { run: 1, record: run.ledger.next(body) };
+        let body = Body::Step(Step {
+            generation: 1,
+            step,
+            first_sample: 0,
+            samples: 4,
+            digest: [1; 32],
+            skipped: step == 7,
+        });
+        let fact = Fact::Recorded {
+            run: 1,
+            record: run.ledger.next(body),
+        };
         state.apply(&fact);
         fact
     });
@@ -46,7 +56,12 @@ fn what_was_committed_is_replayed() {
         store.commit(&[submitted(run)]).unwrap();
     }
     store.commit(&steps(&mut expected, 10)).unwrap();
-    let ended = Fact::Ended { run: 2, outcome: Outcome::Failed, reason: "no data".into(), at: 9 };
+    let ended = Fact::Ended {
+        run: 2,
+        outcome: Outcome::Failed,
+        reason: "no data".into(),
+        at: 9,
+    };
     apply(&mut expected, std::slice::from_ref(&ended));
     store.commit(&[ended]).unwrap();
     drop(store);
@@ -75,7 +90,10 @@ fn a_snapshot_and_its_tail_give_the_same_state_as_everything() {
     drop(store);
     let store = Store::open(directory.path()).unwrap();
     assert_eq!(store.state(), &expected);
-    store.connection.execute("DELETE FROM snapshot", []).unwrap();
+    store
+        .connection
+        .execute("DELETE FROM snapshot", [])
+        .unwrap();
     drop(store);
     assert_eq!(Store::open(directory.path()).unwrap().state(), &expected);
 }
@@ -123,24 +141,43 @@ fn damage_is_said_and_not_trained_on() {
     let mut store = Store::open(directory.path()).unwrap();
     store.commit(&[submitted(1)]).unwrap();
     store.commit(&steps(&mut state, 3)).unwrap();
-    store.connection.execute("UPDATE ledger SET body = x'00' WHERE idx = 1", []).unwrap();
+    store
+        .connection
+        .execute("UPDATE ledger SET body = x'00' WHERE idx = 1", [])
+        .unwrap();
     drop(store);
     let error = Store::open(directory.path()).unwrap_err().to_string();
-    assert!(error.contains("journal.db is damaged: ledger record 1"), "{error}");
-    let records = Reader::open(directory.path()).unwrap().ledger(1, 0, 10).unwrap();
+    assert!(
+        error.contains("journal.db is damaged: ledger record 1"),
+        "{error}"
+    );
+    let records = Reader::open(directory.path())
+        .unwrap()
+        .ledger(1, 0, 10)
+        .unwrap();
     assert!(records[0].is_ok() && records[1].is_err() && records[2].is_ok());
 }
 
 #[test]
 fn files_that_are_no_journal_and_newer_ones_are_named() {
     let directory = tempfile::tempdir().unwrap();
-    std::fs::write(directory.path().join("journal.db"), "not a database, but long enough to look at".repeat(50)).unwrap();
+    std::fs::write(
+        directory.path().join("journal.db"),
+        "not a database, but long enough to look at".repeat(50),
+    )
+    .unwrap();
     let error = Store::open(directory.path()).unwrap_err().to_string();
-    assert!(error.contains("journal.db") && error.contains("not a database"), "{error}");
+    assert!(
+        error.contains("journal.db") && error.contains("not a database"),
+        "{error}"
+    );
 
     let directory = tempfile::tempdir().unwrap();
     let store = Store::open(directory.path()).unwrap();
-    store.connection.pragma_update(None, "user_version", 99).unwrap();
+    store
+        .connection
+        .pragma_update(None, "user_version", 99)
+        .unwrap();
     drop(store);
     let error = Store::open(directory.path()).unwrap_err().to_string();
     assert!(error.contains("newer version (format 99"), "{error}");
@@ -152,13 +189,28 @@ fn a_full_disk_says_so_and_what_to_do() {
     let directory = tempfile::tempdir().unwrap();
     let mut store = Store::open(directory.path()).unwrap();
     store.commit(&[submitted(1)]).unwrap();
-    let pages: i64 = store.connection.pragma_query_value(None, "page_count", |row| row.get(0)).unwrap();
-    store.connection.pragma_update(None, "max_page_count", pages).unwrap();
+    let pages: i64 = store
+        .connection
+        .pragma_query_value(None, "page_count", |row| row.get(0))
+        .unwrap();
+    store
+        .connection
+        .pragma_update(None, "max_page_count", pages)
+        .unwrap();
     let mut state = store.state().clone();
-    let error = store.commit(&steps(&mut state, 1000)).unwrap_err().to_string();
-    assert!(error.contains("full") && error.contains("free space"), "{error}");
+    let error = store
+        .commit(&steps(&mut state, 1000))
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("full") && error.contains("free space"),
+        "{error}"
+    );
     drop(store);
-    assert_eq!(Store::open(directory.path()).unwrap().state().runs().len(), 1);
+    assert_eq!(
+        Store::open(directory.path()).unwrap().state().runs().len(),
+        1
+    );
 }
 
 #[test]
@@ -166,12 +218,20 @@ fn a_second_coordinator_is_turned_away() {
     let directory = tempfile::tempdir().unwrap();
     let lock = StateLock::take(directory.path()).unwrap();
     let error = StateLock::take(directory.path()).unwrap_err().to_string();
-    assert!(error.contains("another coordinator (process ") && error.contains("--state"), "{error}");
+    assert!(
+        error.contains("another coordinator (process ") && error.contains("--state"),
+        "{error}"
+    );
     drop(lock);
     StateLock::take(directory.path()).unwrap();
     let file = directory.path().join("file");
     std::fs::write(&file, "").unwrap();
-    assert!(StateLock::take(&file.join("below")).unwrap_err().to_string().contains("--state"));
+    assert!(
+        StateLock::take(&file.join("below"))
+            .unwrap_err()
+            .to_string()
+            .contains("--state")
+    );
 }
 
 #[tokio::test]
@@ -180,10 +240,21 @@ async fn synced_facts_are_on_disk_and_the_rest_follows_at_the_end() {
     let (journal, mut state) = Journal::open(directory.path()).unwrap();
     journal.append(vec![submitted(1)]).unwrap();
     journal.sync().await.unwrap();
-    assert_eq!(Reader::open(directory.path()).unwrap().state().unwrap().runs().len(), 1);
+    assert_eq!(
+        Reader::open(directory.path())
+            .unwrap()
+            .state()
+            .unwrap()
+            .runs()
+            .len(),
+        1
+    );
     state.apply(&submitted(1));
     journal.append(steps(&mut state, 3)).unwrap();
     journal.check().unwrap();
     drop(journal);
-    assert_eq!(Reader::open(directory.path()).unwrap().state().unwrap(), state);
+    assert_eq!(
+        Reader::open(directory.path()).unwrap().state().unwrap(),
+        state
+    );
 }
