@@ -278,6 +278,25 @@ impl World {
             run.recovery_step() <= run.step,
             "a checkpoint holds only applied steps"
         );
+        let live = self
+            .rig
+            .machine
+            .generation
+            .as_ref()
+            .filter(|generation| !generation.leaving());
+        if let Some(generation) = live.filter(|generation| generation.plan.is_none()) {
+            assert_eq!(
+                run.step, generation.from_step,
+                "a generation starts where the ledger ends"
+            );
+        }
+        for actor in self.actors.values().filter(|actor| actor.place.is_some()) {
+            let on = live.is_some_and(|generation| generation.number == actor.generation);
+            assert!(
+                on || actor.void || run.phase == RunPhase::Finished,
+                "a worker in a void generation is told"
+            );
+        }
         if run.phase == RunPhase::Finished {
             assert!(verdict.finished);
             assert_eq!(verdict.tokens, verdict.budget_tokens);
@@ -308,7 +327,7 @@ impl World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 300, ..ProptestConfig::default() })]
 
     #[test]
     fn every_sample_is_trained_exactly_once_whatever_happens(moves in prop::collection::vec(moves(), 0..250)) {
