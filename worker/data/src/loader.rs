@@ -115,19 +115,12 @@ pub struct Prefetch {
 }
 
 impl Prefetch {
-    /// Reads the batches of rank `rank` of `world` from step `first` to the plan's last, up to `ahead` steps ahead.
-    ///
-    /// # Errors
-    /// When the system gives no thread.
-    pub fn start(
-        mut loader: Loader,
-        first: u64,
-        rank: u32,
-        world: u32,
-        ahead: usize,
-    ) -> Result<Prefetch, DataError> {
-        let (sender, receiver) = sync_channel(ahead);
+    /// Reads the batches of rank `rank` of `world` from step `first` to the plan's last, up to `ahead` steps ahead (at
+    /// least one). When the system gives no thread, the first item says so.
+    pub fn start(mut loader: Loader, first: u64, rank: u32, world: u32, ahead: usize) -> Prefetch {
+        let (sender, receiver) = sync_channel(ahead.max(1));
         let path = loader.manifest().path().to_owned();
+        let no_thread = sender.clone();
         let read = move || {
             for step in first..=loader.plan.steps {
                 let item = batch(&mut loader, step, rank, world).map(|batch| (step, batch));
@@ -140,11 +133,14 @@ impl Prefetch {
         let thread = std::thread::Builder::new()
             .name("read-ahead".to_owned())
             .spawn(read);
-        let thread = thread.map_err(DataError::io("start a thread to read", &path))?;
-        Ok(Prefetch {
+        let thread = thread
+            .map_err(DataError::io("start a thread to read", &path))
+            .map_err(|error| no_thread.try_send(Err(error)))
+            .ok();
+        Prefetch {
             receiver: Some(receiver),
-            thread: Some(thread),
-        })
+            thread,
+        }
     }
 }
 

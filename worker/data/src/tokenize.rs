@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
-use std::time::UNIX_EPOCH;
 
 use arrow::array::{Array, ArrayRef, AsArray, StringArray};
 use arrow::datatypes::DataType;
@@ -267,15 +266,14 @@ fn clean(output: &Path, inputs: &BTreeMap<String, PathBuf>) -> Result<(), DataEr
     Ok(())
 }
 
-/// What an output file was made from; equal origins give equal files.
+/// What an output file was made from; equal origins give equal files, on any machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Origin {
     version: u32,
+    /// BLAKE3 of the input file, in hexadecimal.
     input: String,
-    bytes: u64,
-    /// Modification time of the input, nanoseconds since 1970.
-    modified: Option<u64>,
     column: String,
+    /// BLAKE3 of `tokenizer.json`, in hexadecimal.
     tokenizer: String,
     marks: Marks,
 }
@@ -284,7 +282,6 @@ struct Origin {
 struct Task {
     input: PathBuf,
     output: PathBuf,
-    origin: Origin,
     rows: u64,
     finished: bool,
 }
@@ -308,29 +305,28 @@ impl Job<'_> {
         parallel::in_order(inputs.len(), self.threads, |number| {
             let (name, input) = inputs[number];
             let rows = self.open(input)?.rows();
-            let metadata = fs::metadata(input).map_err(DataError::io("read", input))?;
-            let since_1970 = metadata
-                .modified()
-                .ok()
-                .and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-            let origin = Origin {
-                version: 1,
-                input: files::name_of(input)?,
-                bytes: metadata.len(),
-                modified: since_1970.and_then(|time| u64::try_from(time.as_nanos()).ok()),
-                column: self.column.to_owned(),
-                tokenizer: self.tokenizer.hash().to_owned(),
-                marks: self.marks,
-            };
             let output = directory.join(name);
-            let finished = origin_of(&output).is_some_and(|found| found == origin);
+            let finished = match origin_of(&output) {
+                Some(found) => found == self.origin(input)?,
+                None => false,
+            };
             Ok(Task {
                 input: input.clone(),
                 output,
-                origin,
                 rows,
                 finished,
             })
+        })
+    }
+
+    /// What a file made from `input` now would be made from.
+    fn origin(&self, input: &Path) -> Result<Origin, DataError> {
+        Ok(Origin {
+            version: 1,
+            input: files::hash_file(input)?.to_hex().to_string(),
+            column: self.column.to_owned(),
+            tokenizer: self.tokenizer.hash().to_owned(),
+            marks: self.marks,
         })
     }
 
@@ -352,7 +348,7 @@ impl Job<'_> {
     fn run(&self, task: &Task) -> Result<(), DataError> {
         let input = self.open(&task.input)?;
         let partial = files::partial_path(&task.output);
-        let origin = serde_json::to_string(&task.origin)
+        let origin = serde_json::to_string(&self.origin(&task.input)?)
             .expect("invariant: an origin holds only strings and numbers");
         let mut writer = TokenWriter::create(
             &partial,
