@@ -123,7 +123,11 @@ pub fn open(name: DeviceName, threads: u32) -> Result<Place, DeviceError> {
         DeviceName::Cpu => processor_model(),
         DeviceName::Cuda(_) => gpu_model(),
     };
-    Ok(Place { device, threads, model })
+    Ok(Place {
+        device,
+        threads,
+        model,
+    })
 }
 
 fn open_cuda(device: DeviceName, index: usize) -> Result<tch::Device, DeviceError> {
@@ -147,7 +151,9 @@ fn open_cuda(device: DeviceName, index: usize) -> Result<tch::Device, DeviceErro
 /// Loads libtorch_cuda.so for the life of the process: beside the libtorch in use, or by the loader's path.
 fn load_cuda_library() -> Result<(), String> {
     let beside = loaded_libtorch().and_then(|path| path.parent().map(|dir| dir.join(CUDA_LIBRARY)));
-    let path = beside.filter(|path| path.exists()).unwrap_or_else(|| PathBuf::from(CUDA_LIBRARY));
+    let path = beside
+        .filter(|path| path.exists())
+        .unwrap_or_else(|| PathBuf::from(CUDA_LIBRARY));
     load_global(&path)
 }
 
@@ -157,7 +163,8 @@ fn load_global(path: &Path) -> Result<(), String> {
     // SAFETY: loading runs the library's static initialisers. It is libtorch's own second half, of the same wheel as
     // the libtorch_cpu.so that already runs in this process, and made to be loaded exactly so: its initialisers
     // register CUDA with libtorch. It is never unloaded, so no code of it can vanish while in use.
-    let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) }.map_err(|error| chain(&error))?;
+    let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) }
+        .map_err(|error| chain(&error))?;
     std::mem::forget(library);
     Ok(())
 }
@@ -165,7 +172,9 @@ fn load_global(path: &Path) -> Result<(), String> {
 /// The path of the libtorch_cpu.so in this process, from its memory map.
 fn loaded_libtorch() -> Option<PathBuf> {
     let maps = fs::read_to_string("/proc/self/maps").ok()?;
-    let line = maps.lines().find(|line| line.ends_with("/libtorch_cpu.so"))?;
+    let line = maps
+        .lines()
+        .find(|line| line.ends_with("/libtorch_cpu.so"))?;
     line.find('/').map(|start| PathBuf::from(&line[start..]))
 }
 
@@ -186,12 +195,22 @@ fn processor_model() -> String {
 
 /// The models of the GPUs here, as the driver names them.
 fn gpu_model() -> String {
-    let cards = fs::read_dir("/proc/driver/nvidia/gpus").into_iter().flatten().flatten();
+    let cards = fs::read_dir("/proc/driver/nvidia/gpus")
+        .into_iter()
+        .flatten()
+        .flatten();
     let models: BTreeSet<String> = cards
         .filter_map(|card| fs::read_to_string(card.path().join("information")).ok())
-        .filter_map(|text| text.lines().find_map(|line| Some(line.strip_prefix("Model:")?.trim().to_owned())))
+        .filter_map(|text| {
+            text.lines()
+                .find_map(|line| Some(line.strip_prefix("Model:")?.trim().to_owned()))
+        })
         .collect();
-    if models.is_empty() { "unknown GPU".to_owned() } else { models.into_iter().collect::<Vec<_>>().join(", ") }
+    if models.is_empty() {
+        "unknown GPU".to_owned()
+    } else {
+        models.into_iter().collect::<Vec<_>>().join(", ")
+    }
 }
 
 #[cfg(test)]

@@ -30,6 +30,9 @@ mod tests {
 
     #[test]
     fn causes_follow_once() {
-        assert_eq!(chain(&Outer(io::Error::other("no such disk"))), "cannot read x: no such disk");
+        assert_eq!(
+            chain(&Outer(io::Error::other("no such disk"))),
+            "cannot read x: no such disk"
+        );
     }
 }

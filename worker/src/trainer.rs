@@ -12,16 +12,14 @@ mod tally;
 
 use std::time::Instant;
 
-use supra_agent::{
-    CheckpointWritten, Collective, Formed, Job, Outcome, Phase, StepReport, Voided,
-};
+use supra_agent::{CheckpointWritten, Collective, Formed, Job, Outcome, Phase, StepReport, Voided};
 use supra_data::{Batch, Loader, Prefetch};
 use supra_recipes::{Digest, Plan, plan::VERSION};
 
 pub use error::TrainError;
 pub use micro::MicroBatch;
-pub use start::trained_config;
 use start::Start;
+pub use start::check_data;
 use tally::Tally;
 
 use crate::{
@@ -48,7 +46,10 @@ pub fn train(job: Job, place: &Place, build: &str) -> Outcome {
         // Whatever broke: in a void generation it broke because of that.
         Err(_) if link.void() => Outcome::Voided,
         Err(TrainError::Void(_)) => Outcome::Voided,
-        Err(error) => Outcome::Fault { kind: error.fault_kind(), message: chain(&error) },
+        Err(error) => Outcome::Fault {
+            kind: error.fault_kind(),
+            message: chain(&error),
+        },
     }
 }
 
@@ -96,17 +97,31 @@ impl Trainer {
         let environment = Environment {
             build: build.to_owned(),
             libtorch: device::LIBTORCH.to_owned(),
-            device: if place.device.is_cuda() { "cuda" } else { "cpu" }.to_owned(),
+            device: if place.device.is_cuda() {
+                "cuda"
+            } else {
+                "cpu"
+            }
+            .to_owned(),
             model: place.model.clone(),
             threads: place.threads,
         };
-        let Start { plan, reader, config, replica, step, notes } = Start::load(&job, place, &environment)?;
+        let Start {
+            plan,
+            reader,
+            config,
+            replica,
+            step,
+            notes,
+        } = Start::load(&job, place, &environment)?;
         if job.rank == 0 {
             notes.iter().for_each(|note| job.link.log("WARN", note));
         }
         let manifest = reader.manifest();
         let dataset = DatasetFacts {
-            hash: blake3::Hash::from_bytes(manifest.hash()).to_hex().to_string(),
+            hash: blake3::Hash::from_bytes(manifest.hash())
+                .to_hex()
+                .to_string(),
             tokenizer: manifest.tokenizer_hash().to_owned(),
         };
         job.link.formed(Formed {
@@ -165,7 +180,12 @@ impl Trainer {
 
             if self.skipped > self.job.recipe.nonfinite.max {
                 let steps = self.skipped;
-                return Err(TrainError::Diverged { steps, step, loss_sum: all.loss_sum, grad_norm });
+                return Err(TrainError::Diverged {
+                    steps,
+                    step,
+                    loss_sum: all.loss_sum,
+                    grad_norm,
+                });
             }
             let last = step == self.plan.steps;
             if all.stop || self.plan.checkpoint_due(step) {
@@ -204,7 +224,12 @@ impl Trainer {
             )
             .map_err(TrainError::Mismatch)?;
             let stop = || link.void();
-            let loss = self.model.loss_sum(self.replica.params(), &micro.input, recipe.optimizer.z_loss, &stop);
+            let loss = self.model.loss_sum(
+                self.replica.params(),
+                &micro.input,
+                recipe.optimizer.z_loss,
+                &stop,
+            );
             let loss = loss.ok_or(Voided)?;
             self.replica.accumulate(&loss.objective);
             fed.loss_sum += loss.cross_entropy.double_value(&[]);
@@ -226,7 +251,8 @@ impl Trainer {
         } else {
             self.skipped = 0;
             let clip = clip::coefficient(grad_norm, self.job.recipe.optimizer.clip);
-            self.adamw.update(&mut self.replica, learning_rate, scale * clip);
+            self.adamw
+                .update(&mut self.replica, learning_rate, scale * clip);
         }
         let samples = self.plan.step_samples(step);
         let hash_due = self.plan.replica_check_due(step);
@@ -241,7 +267,11 @@ impl Trainer {
             grad_norm,
             learning_rate,
             skipped: skip,
-            replica_hash: if hash_due { self.replica.hash().to_vec() } else { Vec::new() },
+            replica_hash: if hash_due {
+                self.replica.hash().to_vec()
+            } else {
+                Vec::new()
+            },
             ..StepReport::default()
         }
     }
@@ -276,8 +306,13 @@ impl Trainer {
             tokens: self.plan.tokens_after(self.step),
             next_sample: self.plan.step_samples(self.step).end,
             updates: self.replica.updates,
-            seeds: Seeds { init: recipe.seed, data: recipe.data.seed },
-            replica_hash: blake3::Hash::from_bytes(self.replica.hash()).to_hex().to_string(),
+            seeds: Seeds {
+                init: recipe.seed,
+                data: recipe.data.seed,
+            },
+            replica_hash: blake3::Hash::from_bytes(self.replica.hash())
+                .to_hex()
+                .to_string(),
             recipe: recipe.to_yaml(),
             dataset: self.dataset.hash.clone(),
             tokenizer: self.dataset.tokenizer.clone(),
@@ -286,7 +321,12 @@ impl Trainer {
             files: Default::default(),
         };
         let config = self.model.config();
-        let contents = Contents { replica: &self.replica, config, base: &recipe.base.path, manifest };
+        let contents = Contents {
+            replica: &self.replica,
+            config,
+            base: &recipe.base.path,
+            manifest,
+        };
         let receipt = checkpoint::write::write(&job.checkpoint_root, contents)?;
         job.link.checkpoint_written(CheckpointWritten {
             step: self.step,
@@ -304,7 +344,10 @@ impl Trainer {
         let spare = job.restore.as_ref().map(|restore| restore.path.as_path());
         if let Err(error) = store::prune(&job.checkpoint_root, keep, job.generation, spare) {
             let root = job.checkpoint_root.display();
-            job.link.log("WARN", format!("cannot remove old checkpoints in {root}: {error}"));
+            job.link.log(
+                "WARN",
+                format!("cannot remove old checkpoints in {root}: {error}"),
+            );
         }
     }
 }

@@ -21,25 +21,62 @@ fn a_checkpoint_says_what_it_is_and_is_a_model_directory() {
     let written = ranks[0].checkpoints.last().unwrap();
     assert_eq!(written.path, "step-00000004-gen-1");
     let dir = root.join(&written.path);
-    let manifest = checkpoint::read::manifest(&dir, Some(&written.manifest_hash.as_slice().try_into().unwrap())).unwrap();
-    assert_eq!((manifest.step, manifest.tokens, manifest.next_sample, manifest.updates), (4, 320, 20, 4));
-    assert_eq!((manifest.run.as_str(), manifest.generation, manifest.world), ("run-1", 1, 2));
-    assert_eq!((manifest.environment.build.as_str(), manifest.environment.threads), (BUILD, 1));
-    assert_eq!(supra_recipes::Recipe::parse(&manifest.recipe, "recipe").unwrap(), recipe);
-    let bytes: u64 = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len()).sum();
+    let manifest = checkpoint::read::manifest(
+        &dir,
+        Some(&written.manifest_hash.as_slice().try_into().unwrap()),
+    )
+    .unwrap();
+    assert_eq!(
+        (
+            manifest.step,
+            manifest.tokens,
+            manifest.next_sample,
+            manifest.updates
+        ),
+        (4, 320, 20, 4)
+    );
+    assert_eq!(
+        (manifest.run.as_str(), manifest.generation, manifest.world),
+        ("run-1", 1, 2)
+    );
+    assert_eq!(
+        (
+            manifest.environment.build.as_str(),
+            manifest.environment.threads
+        ),
+        (BUILD, 1)
+    );
+    assert_eq!(
+        supra_recipes::Recipe::parse(&manifest.recipe, "recipe").unwrap(),
+        recipe
+    );
+    let bytes: u64 = fs::read_dir(&dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().metadata().unwrap().len())
+        .sum();
     assert_eq!(bytes, written.bytes);
 
     let config = ModelConfig::load(&dir).unwrap();
     let (params, report) = model::load_params(&dir, &config, NewWeights::Refuse).unwrap();
     assert!(report.missing.is_empty());
     let layout = Layout::new(&config.params(), false);
-    let replica = checkpoint::read::replica(&dir, &manifest, layout, Kind::Float, Device::Cpu).unwrap();
+    let replica =
+        checkpoint::read::replica(&dir, &manifest, layout, Kind::Float, Device::Cpu).unwrap();
     for (name, tensor) in params.iter() {
         assert_eq!(tensor, replica.params().get(name), "{name}");
     }
-    assert_eq!(blake3::Hash::from_bytes(replica.hash()).to_hex().as_str(), manifest.replica_hash);
+    assert_eq!(
+        blake3::Hash::from_bytes(replica.hash()).to_hex().as_str(),
+        manifest.replica_hash
+    );
     assert!(dir.join("tokenizer.json").exists());
-    assert!(fs::read_dir(&root).unwrap().all(|entry| !entry.unwrap().file_name().to_string_lossy().starts_with('.')));
+    assert!(fs::read_dir(&root).unwrap().all(|entry| {
+        !entry
+            .unwrap()
+            .file_name()
+            .to_string_lossy()
+            .starts_with('.')
+    }));
 }
 
 #[test]
@@ -49,18 +86,39 @@ fn damage_is_found_before_anything_is_used() {
     let root = world.checkpoints("a");
     let ranks = Generation::new(&recipe, &root).run(1);
     let start = restore(&root, &ranks[0].checkpoints[0]);
-    let resume = || Generation::new(&recipe, &world.checkpoints("b")).from(start.clone()).run(1).remove(0);
+    let resume = || {
+        Generation::new(&recipe, &world.checkpoints("b"))
+            .from(start.clone())
+            .run(1)
+            .remove(0)
+    };
     let refused = |file: &str, damage: &dyn Fn(&Path)| {
         let path = start.path.join(file);
         let whole = fs::read(&path).unwrap();
         damage(&path);
         let rank = resume();
-        assert!(matches!(rank.outcome, Outcome::Fault { kind: FaultKind::Input, .. }));
-        assert!(fault(&rank).contains(file) && fault(&rank).contains("damaged"), "{}", fault(&rank));
+        assert!(matches!(
+            rank.outcome,
+            Outcome::Fault {
+                kind: FaultKind::Input,
+                ..
+            }
+        ));
+        assert!(
+            fault(&rank).contains(file) && fault(&rank).contains("damaged"),
+            "{}",
+            fault(&rank)
+        );
         assert!(rank.formed.is_none());
         fs::write(&path, whole).unwrap();
     };
-    for file in ["model.safetensors", "optimizer.safetensors", "config.json", "tokenizer.json", "manifest.json"] {
+    for file in [
+        "model.safetensors",
+        "optimizer.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "manifest.json",
+    ] {
         refused(file, &|path| {
             let mut bytes = fs::read(path).unwrap();
             let middle = bytes.len() / 2;
@@ -84,13 +142,21 @@ fn a_checkpoint_of_another_model_or_dataset_is_refused() {
     let ranks = Generation::new(&recipe, &root).run(1);
     let start = restore(&root, &ranks[0].checkpoints[0]);
     let other = world.recipe("attention: softmax");
-    let rank = &Generation::new(&other, &world.checkpoints("b")).from(start.clone()).run(1)[0];
-    assert!(fault(rank).contains("does not fit this run"), "{}", fault(rank));
+    let rank = &Generation::new(&other, &world.checkpoints("b"))
+        .from(start.clone())
+        .run(1)[0];
+    assert!(
+        fault(rank).contains("does not fit this run"),
+        "{}",
+        fault(rank)
+    );
 
     let mut elsewhere = world.recipe("");
     elsewhere.data.train = world.data().join("heldout.json");
     elsewhere.data.repeat = true;
-    let rank = &Generation::new(&elsewhere, &world.checkpoints("c")).from(start).run(1)[0];
+    let rank = &Generation::new(&elsewhere, &world.checkpoints("c"))
+        .from(start)
+        .run(1)[0];
     assert!(fault(rank).contains("dataset"), "{}", fault(rank));
 }
 
@@ -105,7 +171,10 @@ fn old_checkpoints_go_and_leftovers_are_replaced() {
     fs::write(leftover.join("model.safetensors"), b"half").unwrap();
     let ranks = Generation::new(&recipe, &root).run(1);
     assert_eq!(ranks[0].outcome, Outcome::Finished);
-    let left: Vec<_> = fs::read_dir(&root).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let left: Vec<_> = fs::read_dir(&root)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
     assert_eq!(left, ["step-00000004-gen-1"]);
 }
 
@@ -116,8 +185,18 @@ fn a_folder_that_cannot_be_written_is_named() {
     let file = world.dir.path().join("file");
     fs::write(&file, b"").unwrap();
     let rank = &Generation::new(&recipe, &file.join("checkpoints")).run(1)[0];
-    assert!(matches!(rank.outcome, Outcome::Fault { kind: FaultKind::Input, .. }));
-    assert!(fault(rank).contains("cannot write") && fault(rank).contains("checkpoint.to"), "{}", fault(rank));
+    assert!(matches!(
+        rank.outcome,
+        Outcome::Fault {
+            kind: FaultKind::Input,
+            ..
+        }
+    ));
+    assert!(
+        fault(rank).contains("cannot write") && fault(rank).contains("checkpoint.to"),
+        "{}",
+        fault(rank)
+    );
 }
 
 #[test]
@@ -127,8 +206,18 @@ fn a_folder_that_is_not_shared_is_found_when_the_generation_forms() {
     let roots = [world.checkpoints("here"), world.checkpoints("there")];
     let ranks = Generation::new(&recipe, &roots[0]).run_with_roots(&[&roots[0], &roots[1]]);
     for rank in &ranks {
-        assert!(matches!(rank.outcome, Outcome::Fault { kind: FaultKind::Input, .. }));
-        assert!(fault(rank).contains("not shared") && fault(rank).contains("rank 1"), "{}", fault(rank));
+        assert!(matches!(
+            rank.outcome,
+            Outcome::Fault {
+                kind: FaultKind::Input,
+                ..
+            }
+        ));
+        assert!(
+            fault(rank).contains("not shared") && fault(rank).contains("rank 1"),
+            "{}",
+            fault(rank)
+        );
     }
 }
 
@@ -136,7 +225,10 @@ fn a_folder_that_is_not_shared_is_found_when_the_generation_forms() {
 fn a_manifest_of_another_format_or_with_foreign_paths_is_refused() {
     let path = Path::new("manifest.json");
     let error = Manifest::parse(br#"{"format": 99}"#, path).unwrap_err();
-    assert!(matches!(&error, CheckpointError::Foreign { .. }) && error.to_string().contains("99"), "{error}");
+    assert!(
+        matches!(&error, CheckpointError::Foreign { .. }) && error.to_string().contains("99"),
+        "{error}"
+    );
     let error = Manifest::parse(b"{", path).unwrap_err();
     assert!(matches!(error, CheckpointError::Damaged { .. }), "{error}");
 }

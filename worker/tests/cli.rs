@@ -15,7 +15,11 @@ fn worker(arguments: &[&str]) -> (i32, String, String) {
         .output()
         .unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    (output.status.code().unwrap_or(-1), text(&output.stdout), text(&output.stderr))
+    (
+        output.status.code().unwrap_or(-1),
+        text(&output.stdout),
+        text(&output.stderr),
+    )
 }
 
 fn shown(path: &Path) -> String {
@@ -23,8 +27,16 @@ fn shown(path: &Path) -> String {
 }
 
 fn loss(model: &Path, data: &Path) -> f64 {
-    let (code, out, err) =
-        worker(&["eval", "--model", &shown(model), "--data", &shown(data), "--sequence-length", "16", "--json"]);
+    let (code, out, err) = worker(&[
+        "eval",
+        "--model",
+        &shown(model),
+        "--data",
+        &shown(data),
+        "--sequence-length",
+        "16",
+        "--json",
+    ]);
     assert_eq!(code, 0, "{err}");
     let answer: Value = serde_json::from_str(&out).unwrap();
     assert!(answer["targets"].as_u64().unwrap() > 100);
@@ -43,14 +55,32 @@ fn a_base_is_pretrained_exported_converted_uptrained_and_used() {
     let checkpoint = root.join(&ranks[0].checkpoints.last().unwrap().path);
 
     let base = world.dir.path().join("exported");
-    let (code, out, err) = worker(&["export", "--checkpoint", &shown(&checkpoint), "--out", &shown(&base)]);
+    let (code, out, err) = worker(&[
+        "export",
+        "--checkpoint",
+        &shown(&checkpoint),
+        "--out",
+        &shown(&base),
+    ]);
     assert_eq!(code, 0, "{err}");
-    assert!(out.contains("Hugging Face model of run run-1 at step"), "{out}");
+    assert!(
+        out.contains("Hugging Face model of run run-1 at step"),
+        "{out}"
+    );
     let base_loss = loss(&base, &heldout);
-    assert!((loss(&checkpoint, &heldout) - base_loss).abs() < 1e-9, "an export is the checkpoint");
+    assert!(
+        (loss(&checkpoint, &heldout) - base_loss).abs() < 1e-9,
+        "an export is the checkpoint"
+    );
 
     let converted = world.dir.path().join("converted");
-    let (code, out, err) = worker(&["convert", "--base", &shown(&base), "--out", &shown(&converted)]);
+    let (code, out, err) = worker(&[
+        "convert",
+        "--base",
+        &shown(&base),
+        "--out",
+        &shown(&converted),
+    ]);
     assert_eq!(code, 0, "{err}");
     assert!(out.contains("8 new ones"), "{out}");
     let converted_loss = loss(&converted, &heldout);
@@ -63,16 +93,35 @@ fn a_base_is_pretrained_exported_converted_uptrained_and_used() {
     let ranks = Generation::new(&recipe, &root).run(1);
     let uptrained = root.join(&ranks[0].checkpoints.last().unwrap().path);
     let uptrained_loss = loss(&uptrained, &heldout);
-    assert!(uptrained_loss < converted_loss - 0.1, "{base_loss} base, {converted_loss} converted, {uptrained_loss}");
+    assert!(
+        uptrained_loss < converted_loss - 0.1,
+        "{base_loss} base, {converted_loss} converted, {uptrained_loss}"
+    );
 
     let model = world.dir.path().join("model");
-    let (code, _, err) =
-        worker(&["export", "--checkpoint", &shown(&uptrained), "--out", &shown(&model), "--dtype", "bf16"]);
+    let (code, _, err) = worker(&[
+        "export",
+        "--checkpoint",
+        &shown(&uptrained),
+        "--out",
+        &shown(&model),
+        "--dtype",
+        "bf16",
+    ]);
     assert_eq!(code, 0, "{err}");
     assert!((loss(&model, &heldout) - uptrained_loss).abs() < 0.05);
     let text = |seed: &str| {
         let (code, out, err) = worker(&[
-            "generate", "--model", &shown(&model), "--prompt", "w5 w9", "--max-tokens", "12", "--seed", seed, "--json",
+            "generate",
+            "--model",
+            &shown(&model),
+            "--prompt",
+            "w5 w9",
+            "--max-tokens",
+            "12",
+            "--seed",
+            seed,
+            "--json",
         ]);
         assert_eq!(code, 0, "{err}");
         let answer: Value = serde_json::from_str(&out).unwrap();
@@ -82,7 +131,10 @@ fn a_base_is_pretrained_exported_converted_uptrained_and_used() {
     assert_eq!(text("1"), text("1"));
     let (code, out, err) = worker(&["generate", "--model", &shown(&model), "--prompt", "w5 w9"]);
     assert_eq!(code, 0);
-    assert!(out.starts_with("w5 w9") && err.contains("tokens/s"), "{out}{err}");
+    assert!(
+        out.starts_with("w5 w9") && err.contains("tokens/s"),
+        "{out}{err}"
+    );
 }
 
 #[test]
@@ -98,9 +150,18 @@ fn a_damaged_checkpoint_is_not_exported() {
     bytes[last] ^= 1;
     std::fs::write(&weights, bytes).unwrap();
     let out = world.dir.path().join("out");
-    let (code, _, err) = worker(&["export", "--checkpoint", &shown(&checkpoint), "--out", &shown(&out)]);
+    let (code, _, err) = worker(&[
+        "export",
+        "--checkpoint",
+        &shown(&checkpoint),
+        "--out",
+        &shown(&out),
+    ]);
     assert_eq!(code, 4);
-    assert!(err.starts_with("error: checkpoint damaged") && err.contains("model.safetensors"), "{err}");
+    assert!(
+        err.starts_with("error: checkpoint damaged") && err.contains("model.safetensors"),
+        "{err}"
+    );
     assert!(!out.exists());
 }
 
@@ -109,18 +170,43 @@ fn bad_input_is_told_in_one_paragraph() {
     let world = World::new(120);
     let (base, data) = (shown(&world.base()), shown(&world.data()));
     let cases: &[(&[&str], i32, &str)] = &[
-        (&["eval", "--model", "/nowhere", "--data", &data], 2, "/nowhere"),
-        (&["eval", "--model", &base, "--data", &data], 2, "safetensors"),
-        (&["export", "--checkpoint", &base, "--out", "/nowhere"], 4, "manifest.json"),
-        (&["eval", "--model", &base, "--data", &data, "--device", "gpu"], 2, "cuda:N"),
-        (&["generate", "--model", &base, "--prompt", "x", "--top-p", "2"], 2, "at most 1"),
+        (
+            &["eval", "--model", "/nowhere", "--data", &data],
+            2,
+            "/nowhere",
+        ),
+        (
+            &["eval", "--model", &base, "--data", &data],
+            2,
+            "safetensors",
+        ),
+        (
+            &["export", "--checkpoint", &base, "--out", "/nowhere"],
+            4,
+            "manifest.json",
+        ),
+        (
+            &["eval", "--model", &base, "--data", &data, "--device", "gpu"],
+            2,
+            "cuda:N",
+        ),
+        (
+            &[
+                "generate", "--model", &base, "--prompt", "x", "--top-p", "2",
+            ],
+            2,
+            "at most 1",
+        ),
         (&["fly"], 2, "fly"),
     ];
     for (arguments, expected, word) in cases {
         let (code, out, err) = worker(arguments);
         assert_eq!(code, *expected, "{arguments:?}: {err}");
         assert!(err.contains(word), "{arguments:?}: {err}");
-        assert!(out.is_empty() && !err.contains("panicked"), "{arguments:?}: {err}");
+        assert!(
+            out.is_empty() && !err.contains("panicked"),
+            "{arguments:?}: {err}"
+        );
     }
 }
 
@@ -131,9 +217,14 @@ fn cuda_is_refused_where_there_is_none() {
     }
     let world = World::new(60);
     let (base, data) = (shown(&world.base()), shown(&world.data()));
-    let (code, _, err) = worker(&["eval", "--model", &base, "--data", &data, "--device", "cuda:0"]);
+    let (code, _, err) = worker(&[
+        "eval", "--model", &base, "--data", &data, "--device", "cuda:0",
+    ]);
     assert_eq!(code, 1);
-    assert!(err.starts_with("error: cuda:0") && err.contains("cpu") | err.contains("nvidia-smi"), "{err}");
+    assert!(
+        err.starts_with("error: cuda:0") && err.contains("cpu") | err.contains("nvidia-smi"),
+        "{err}"
+    );
 }
 
 #[test]

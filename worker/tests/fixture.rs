@@ -20,7 +20,7 @@ use supra_agent::{
     publish,
 };
 use supra_data::{Auto3, IndexOptions};
-use supra_recipes::Recipe;
+use supra_recipes::{Recipe, schema::Attention};
 use supra_worker::{
     device::{self, DeviceName},
     trainer,
@@ -41,7 +41,9 @@ pub struct World {
 impl World {
     /// `documents` documents of 5 to 40 tokens in which each token mostly determines the next.
     pub fn new(documents: u32) -> World {
-        let world = World { dir: tempfile::tempdir().unwrap() };
+        let world = World {
+            dir: tempfile::tempdir().unwrap(),
+        };
         fs::create_dir_all(world.base()).unwrap();
         fs::create_dir_all(world.data()).unwrap();
         write_base(&world.base());
@@ -75,7 +77,7 @@ impl World {
         let text = format!(
             "name: tiny\n\
              base: {{ path: {}, weights: random }}\n\
-             model: {{ precision: fp32, chunk: 8 }}\n\
+             model: {{ precision: fp32 }}\n\
              data: {{ train: {} }}\n\
              budget: {{ tokens: 325 }}\n\
              batch: {{ tokens: 96, micro_batch: 2, sequence_length: 16 }}\n\
@@ -86,8 +88,18 @@ impl World {
             self.data().display()
         );
         let optimizer = "optimizer: { lr: 1e-2, final_lr: 1e-3, warmup: 2 steps }\n";
-        let text = if more.contains("optimizer:") { text } else { text + optimizer };
-        Recipe::parse(&text, "tiny.yaml").unwrap_or_else(|error| panic!("{error}"))
+        let text = if more.contains("optimizer:") {
+            text
+        } else {
+            text + optimizer
+        };
+        let mut recipe =
+            Recipe::parse(&text, "tiny.yaml").unwrap_or_else(|error| panic!("{error}"));
+        if recipe.attention == Attention::Supra {
+            // Two chunks per sequence.
+            recipe.model.chunk = 8;
+        }
+        recipe
     }
 }
 
@@ -115,7 +127,11 @@ fn write_base(dir: &Path) {
         "model": { "type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>" }
     });
     fs::write(dir.join("tokenizer.json"), tokenizer.to_string()).unwrap();
-    fs::write(dir.join("tokenizer_config.json"), json!({ "eos_token": "</s>", "bos_token": "<s>" }).to_string()).unwrap();
+    fs::write(
+        dir.join("tokenizer_config.json"),
+        json!({ "eos_token": "</s>", "bos_token": "<s>" }).to_string(),
+    )
+    .unwrap();
 }
 
 fn write_tokens(path: &Path, documents: u32) {
@@ -131,8 +147,10 @@ fn write_tokens(path: &Path, documents: u32) {
         }
         column.append(true);
     }
-    let batch = RecordBatch::try_from_iter([("input_ids", Arc::new(column.finish()) as ArrayRef)]).unwrap();
-    let mut writer = ArrowWriter::try_new(File::create(path).unwrap(), batch.schema(), None).unwrap();
+    let batch =
+        RecordBatch::try_from_iter([("input_ids", Arc::new(column.finish()) as ArrayRef)]).unwrap();
+    let mut writer =
+        ArrowWriter::try_new(File::create(path).unwrap(), batch.schema(), None).unwrap();
     writer.write(&batch).unwrap();
     writer.close().unwrap();
 }
@@ -155,15 +173,26 @@ pub struct Generation<'a> {
     pub stop_after: Option<u64>,
     /// The generation is voided when this step is reported.
     pub void_after: Option<u64>,
+    pub device: DeviceName,
 }
 
 impl<'a> Generation<'a> {
     pub fn new(recipe: &'a Recipe, root: &'a Path) -> Generation<'a> {
-        Generation { recipe, root, restore: None, stop_after: None, void_after: None }
+        Generation {
+            recipe,
+            root,
+            restore: None,
+            stop_after: None,
+            void_after: None,
+            device: DeviceName::Cpu,
+        }
     }
 
     pub fn from(self, restore: Restore) -> Generation<'a> {
-        Generation { restore: Some(restore), ..self }
+        Generation {
+            restore: Some(restore),
+            ..self
+        }
     }
 
     /// Runs all ranks as threads, with checkpoint roots that may differ.
@@ -175,7 +204,10 @@ impl<'a> Generation<'a> {
                 .zip(roots)
                 .map(|(collective, root)| scope.spawn(move || self.run_rank(collective, root)))
                 .collect();
-            running.into_iter().map(|rank| rank.join().unwrap()).collect()
+            running
+                .into_iter()
+                .map(|rank| rank.join().unwrap())
+                .collect()
         })
     }
 
@@ -196,12 +228,18 @@ impl<'a> Generation<'a> {
             link,
             Box::new(collective),
         );
+        let device = self.device;
         let compute = thread::spawn(move || {
-            let place = device::open(DeviceName::Cpu, 1).unwrap();
+            let place = device::open(device, 1).unwrap();
             trainer::train(job, &place, BUILD)
         });
-        let mut rank =
-            Rank { outcome: Outcome::Voided, formed: None, steps: vec![], checkpoints: vec![], logs: vec![] };
+        let mut rank = Rank {
+            outcome: Outcome::Voided,
+            formed: None,
+            steps: vec![],
+            checkpoints: vec![],
+            logs: vec![],
+        };
         while let Some(report) = reports.recv() {
             match report {
                 Report::Formed(formed) => rank.formed = Some(formed),
@@ -220,7 +258,7 @@ impl<'a> Generation<'a> {
                     control.published(written.step);
                     rank.checkpoints.push(written);
                 }
-                Report::Log { text, .. } => rank.logs.push(text),
+                Report::Log(line) => rank.logs.push(line.text),
                 Report::Phase(..) | Report::Done(_) => {}
             }
         }
@@ -241,7 +279,10 @@ pub fn restore(root: &Path, written: &CheckpointWritten) -> Restore {
 
 /// Mean losses of the steps.
 pub fn losses(steps: &[StepReport]) -> Vec<f64> {
-    steps.iter().map(|step| step.loss_sum / step.targets as f64).collect()
+    steps
+        .iter()
+        .map(|step| step.loss_sum / step.targets as f64)
+        .collect()
 }
 
 /// The message of a fault.

@@ -2,7 +2,11 @@
 
 use supra_agent::{FaultKind, Outcome};
 use supra_data::Reader;
-use supra_recipes::{Digest, Plan};
+use supra_recipes::{
+    Digest, Plan,
+    schema::{Attention, Budget, Decay, Precision, Tokens, Weights},
+};
+use supra_worker::device::DeviceName;
 
 use crate::fixture::{Generation, Rank, World, fault, losses, restore};
 
@@ -28,9 +32,16 @@ fn the_loss_does_not_depend_on_the_number_of_ranks() {
         let ranks = Generation::new(&recipe, &world.checkpoints(&size.to_string())).run(size);
         for rank in &ranks {
             assert_eq!(rank.outcome, Outcome::Finished);
-            assert_eq!(final_hash(rank), final_hash(&ranks[0]), "replicas are equal to the bit");
+            assert_eq!(
+                final_hash(rank),
+                final_hash(&ranks[0]),
+                "replicas are equal to the bit"
+            );
             for (mine, single) in losses(&rank.steps).iter().zip(losses(&alone.steps)) {
-                assert!((mine - single).abs() < 1e-5, "{mine} against {single} with {size} ranks");
+                assert!(
+                    (mine - single).abs() < 1e-5,
+                    "{mine} against {single} with {size} ranks"
+                );
             }
         }
         assert!(size == 2 || ranks[3].steps[3].fed_samples == 0);
@@ -45,7 +56,10 @@ fn what_is_reported_is_what_the_plan_says() {
     let ranks = Generation::new(&recipe, &world.checkpoints("a")).run(2);
     for step in 1..=plan.steps {
         let samples = plan.step_samples(step);
-        let reports: Vec<_> = ranks.iter().map(|rank| &rank.steps[step as usize - 1]).collect();
+        let reports: Vec<_> = ranks
+            .iter()
+            .map(|rank| &rank.steps[step as usize - 1])
+            .collect();
         let mut digest = Digest::ZERO;
         let mut targets = 0;
         for sample in samples.clone() {
@@ -53,12 +67,20 @@ fn what_is_reported_is_what_the_plan_says() {
             digest += Digest::of_sample(sample, &tokens);
             targets += 16 - starts.iter().filter(|&&start| start > 0).count() as u64;
         }
-        let fed: Digest =
-            reports.iter().map(|report| Digest::from_bytes(report.fed_digest.as_slice().try_into().unwrap())).sum();
+        let fed: Digest = reports
+            .iter()
+            .map(|report| Digest::from_bytes(report.fed_digest.as_slice().try_into().unwrap()))
+            .sum();
         assert_eq!(fed, digest);
         for report in reports {
-            assert_eq!((report.first_sample, report.samples), (samples.start, samples.end - samples.start));
-            assert_eq!(report.targets, targets, "targets that begin a document do not count");
+            assert_eq!(
+                (report.first_sample, report.samples),
+                (samples.start, samples.end - samples.start)
+            );
+            assert_eq!(
+                report.targets, targets,
+                "targets that begin a document do not count"
+            );
             assert_eq!(report.learning_rate, plan.learning_rate(step));
             assert!(!report.skipped && report.grad_norm > 0.0 && report.seconds > 0.0);
         }
@@ -66,7 +88,10 @@ fn what_is_reported_is_what_the_plan_says() {
     let formed = ranks[1].formed.as_ref().unwrap();
     assert_eq!((formed.step, formed.windows), (0, reader.windows()));
     assert_eq!(formed.manifest_hash, reader.manifest().hash());
-    assert_eq!(formed.replica_hash, ranks[0].formed.as_ref().unwrap().replica_hash);
+    assert_eq!(
+        formed.replica_hash,
+        ranks[0].formed.as_ref().unwrap().replica_hash
+    );
 }
 
 #[test]
@@ -76,18 +101,34 @@ fn an_interrupted_run_ends_with_the_same_bits() {
     let whole = Generation::new(&recipe, &world.checkpoints("whole")).run(2);
 
     let root = world.checkpoints("interrupted");
-    let first = Generation { stop_after: Some(1), ..Generation::new(&recipe, &root) }.run(2);
+    let first = Generation {
+        stop_after: Some(1),
+        ..Generation::new(&recipe, &root)
+    }
+    .run(2);
     assert_eq!(first[0].outcome, Outcome::Stopped);
     assert_eq!(first[1].outcome, Outcome::Stopped);
     let stopped = first[0].checkpoints.last().unwrap();
-    assert_eq!(stopped.step, first[1].steps.last().unwrap().step, "ranks stop after the same step");
+    assert_eq!(
+        stopped.step,
+        first[1].steps.last().unwrap().step,
+        "ranks stop after the same step"
+    );
     assert!(first[1].checkpoints.is_empty(), "rank 0 writes");
 
-    let second = Generation::new(&recipe, &root).from(restore(&root, stopped)).run(2);
+    let second = Generation::new(&recipe, &root)
+        .from(restore(&root, stopped))
+        .run(2);
     assert_eq!(second[0].outcome, Outcome::Finished);
-    assert_eq!(second[0].formed.as_ref().unwrap().replica_hash, first[0].steps.last().unwrap().replica_hash);
+    assert_eq!(
+        second[0].formed.as_ref().unwrap().replica_hash,
+        first[0].steps.last().unwrap().replica_hash
+    );
     assert_eq!(final_hash(&second[0]), final_hash(&whole[0]));
-    let interrupted: Vec<f64> = losses(&first[0].steps).into_iter().chain(losses(&second[0].steps)).collect();
+    let interrupted: Vec<f64> = losses(&first[0].steps)
+        .into_iter()
+        .chain(losses(&second[0].steps))
+        .collect();
     assert_eq!(interrupted, losses(&whole[0].steps));
     assert!(second[0].logs.is_empty(), "{:?}", second[0].logs);
 }
@@ -104,24 +145,36 @@ fn a_resume_with_fewer_ranks_goes_on_and_says_that_bits_differ() {
     let other = world.checkpoints("b");
     let resumed = Generation::new(&recipe, &other).from(early).run(1);
     assert_eq!(resumed[0].outcome, Outcome::Finished);
-    for (mine, before) in losses(&resumed[0].steps).iter().zip(&losses(&whole[0].steps)[2..]) {
+    for (mine, before) in losses(&resumed[0].steps)
+        .iter()
+        .zip(&losses(&whole[0].steps)[2..])
+    {
         assert!((mine - before).abs() < 1e-5);
     }
-    assert!(resumed[0].logs[0].contains("workers 2 -> 1"), "{:?}", resumed[0].logs);
+    assert!(
+        resumed[0].logs[0].contains("workers 2 -> 1"),
+        "{:?}",
+        resumed[0].logs
+    );
 }
 
 #[test]
 fn bf16_and_softmax_train_too() {
     let world = World::new(120);
     for more in ["attention: softmax", "seed: 3"] {
-        let mut recipe = world.recipe(&format!("{more}\noptimizer: {{ lr: 3e-2, final_lr: 3e-2, warmup: 0 steps }}"));
-        recipe.model.precision = supra_recipes::schema::Precision::Bf16;
+        let mut recipe = world.recipe(&format!(
+            "{more}\noptimizer: {{ lr: 3e-2, final_lr: 3e-2, warmup: 0 steps }}"
+        ));
+        recipe.model.precision = Precision::Bf16;
         recipe.optimizer.z_loss = 1e-4;
-        recipe.budget = supra_recipes::schema::Budget::exactly(supra_recipes::schema::Tokens(1600));
+        recipe.budget = Budget::exactly(Tokens(1600));
         let rank = &Generation::new(&recipe, &world.checkpoints(more)).run(1)[0];
         assert_eq!(rank.outcome, Outcome::Finished);
         let losses = losses(&rank.steps);
-        assert!(losses[losses.len() - 1] < losses[0] - 0.3, "{more}: {losses:?}");
+        assert!(
+            losses[losses.len() - 1] < losses[0] - 0.3,
+            "{more}: {losses:?}"
+        );
     }
 }
 
@@ -129,14 +182,32 @@ fn bf16_and_softmax_train_too() {
 fn steps_that_are_not_finite_are_skipped_and_too_many_stop_the_run() {
     let world = World::new(120);
     // The first update throws the weights out of the range of fp32.
-    let recipe = world.recipe("optimizer: { lr: 1e38, final_lr: 1e38, warmup: 0 steps }\nnonfinite: { max: 1 }");
+    let recipe = world
+        .recipe("optimizer: { lr: 1e38, final_lr: 1e38, warmup: 0 steps }\nnonfinite: { max: 1 }");
     let ranks = Generation::new(&recipe, &world.checkpoints("a")).run(2);
     for rank in &ranks {
-        assert!(matches!(rank.outcome, Outcome::Fault { kind: FaultKind::Diverged, .. }), "{:?}", rank.outcome);
-        assert!(fault(rank).contains("2 steps in a row, up to step 3"), "{}", fault(rank));
+        assert!(
+            matches!(
+                rank.outcome,
+                Outcome::Fault {
+                    kind: FaultKind::Diverged,
+                    ..
+                }
+            ),
+            "{:?}",
+            rank.outcome
+        );
+        assert!(
+            fault(rank).contains("2 steps in a row, up to step 3"),
+            "{}",
+            fault(rank)
+        );
         let skipped: Vec<bool> = rank.steps.iter().map(|step| step.skipped).collect();
         assert_eq!(skipped, [false, true, true]);
-        assert_eq!(rank.steps[1].replica_hash, rank.steps[0].replica_hash, "a skipped step changes nothing");
+        assert_eq!(
+            rank.steps[1].replica_hash, rank.steps[0].replica_hash,
+            "a skipped step changes nothing"
+        );
     }
 }
 
@@ -144,8 +215,12 @@ fn steps_that_are_not_finite_are_skipped_and_too_many_stop_the_run() {
 fn a_void_generation_ends_at_once() {
     let world = World::new(120);
     let mut recipe = world.recipe("");
-    recipe.budget = supra_recipes::schema::Budget::exactly(supra_recipes::schema::Tokens(1600));
-    let rank = &Generation { void_after: Some(1), ..Generation::new(&recipe, &world.checkpoints("a")) }.run(1)[0];
+    recipe.budget = Budget::exactly(Tokens(1600));
+    let rank = &Generation {
+        void_after: Some(1),
+        ..Generation::new(&recipe, &world.checkpoints("a"))
+    }
+    .run(1)[0];
     assert_eq!(rank.outcome, Outcome::Voided);
     assert!(rank.steps.len() < 17);
 }
@@ -158,15 +233,98 @@ fn data_of_another_tokenizer_is_refused() {
     std::fs::write(&tokenizer, text + "\n").unwrap();
     let recipe = world.recipe("");
     let rank = &Generation::new(&recipe, &world.checkpoints("a")).run(1)[0];
-    assert!(matches!(rank.outcome, Outcome::Fault { kind: FaultKind::Input, .. }));
+    assert!(matches!(
+        rank.outcome,
+        Outcome::Fault {
+            kind: FaultKind::Input,
+            ..
+        }
+    ));
     assert!(fault(rank).contains("another tokenizer"), "{}", fault(rank));
+}
+
+#[test]
+fn a_supra_base_trains_on_as_what_it_is() {
+    let world = World::new(120);
+    let mut recipe = world.recipe("");
+    let root = world.checkpoints("a");
+    let first = Generation::new(&recipe, &root).run(1);
+    recipe.base.path = root.join(&first[0].checkpoints.last().unwrap().path);
+    recipe.base.weights = Weights::Pretrained;
+    let second = Generation::new(&recipe, &world.checkpoints("b")).run(1);
+    assert_eq!(second[0].outcome, Outcome::Finished);
+    assert!(losses(&second[0].steps)[0] < losses(&first[0].steps)[0] - 0.1);
+
+    recipe.model.decay = Decay::Retnet;
+    let rank = &Generation::new(&recipe, &world.checkpoints("c")).run(1)[0];
+    assert!(
+        fault(rank).contains("is a SUPRA model with"),
+        "{}",
+        fault(rank)
+    );
+    recipe.attention = Attention::Softmax;
+    let rank = &Generation::new(&recipe, &world.checkpoints("d")).run(1)[0];
+    assert!(
+        fault(rank).contains("attention: softmax"),
+        "{}",
+        fault(rank)
+    );
 }
 
 #[test]
 fn a_dataset_smaller_than_the_budget_is_refused() {
     let world = World::new(60);
     let mut recipe = world.recipe("");
-    recipe.budget = supra_recipes::schema::Budget::exactly(supra_recipes::schema::Tokens(1 << 20));
+    recipe.budget = Budget::exactly(Tokens(1 << 20));
     let rank = &Generation::new(&recipe, &world.checkpoints("a")).run(1)[0];
     assert!(fault(rank).contains("data.repeat"), "{}", fault(rank));
+}
+
+/// Runs only where there is a GPU, and needs a process of its own: the first question about CUDA decides for all.
+#[test]
+fn a_gpu_trains_like_the_processor() {
+    if !std::path::Path::new("/dev/nvidia0").exists() {
+        return;
+    }
+    let world = World::new(120);
+    for (precision, tolerance) in [(Precision::Fp32, 1e-4), (Precision::Bf16, 3e-2)] {
+        for more in ["attention: supra", "attention: softmax"] {
+            let mut recipe = world.recipe(more);
+            recipe.model.precision = precision;
+            let name = format!("{more}-{precision:?}");
+            let (gpu_root, cpu_root) = (
+                world.checkpoints(&name),
+                world.checkpoints(&format!("{name}-cpu")),
+            );
+            let on_gpu = || Generation {
+                device: DeviceName::Cuda(0),
+                ..Generation::new(&recipe, &gpu_root)
+            };
+            // First, before anything asks about CUDA.
+            let gpu = on_gpu().run(2);
+            let cpu = Generation::new(&recipe, &cpu_root).run(1);
+            assert_eq!(gpu[1].outcome, Outcome::Finished);
+            assert_eq!(final_hash(&gpu[0]), final_hash(&gpu[1]));
+            for (mine, reference) in losses(&gpu[0].steps).iter().zip(losses(&cpu[0].steps)) {
+                assert!(
+                    (mine - reference).abs() < tolerance,
+                    "{name}: {mine} against {reference}"
+                );
+            }
+            let moved_root = world.checkpoints(&format!("{name}-moved"));
+            let moved = Generation {
+                root: &moved_root,
+                ..on_gpu()
+            };
+            let moved = moved
+                .from(restore(&cpu_root, &cpu[0].checkpoints[0]))
+                .run(1);
+            assert_eq!(moved[0].outcome, Outcome::Finished);
+            assert!(
+                moved[0].logs[0].contains("device cpu -> cuda"),
+                "{:?}",
+                moved[0].logs
+            );
+        }
+    }
 }

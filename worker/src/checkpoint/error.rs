@@ -27,7 +27,9 @@ pub enum CheckpointError {
         free: u64,
     },
     /// The storage refuses to be written.
-    #[error("cannot write {path}: {source}. checkpoint.to has to be a directory that the worker may write to")]
+    #[error(
+        "cannot write {path}: {source}. checkpoint.to has to be a directory that the worker may write to"
+    )]
     NotWritable {
         /// What could not be written.
         path: PathBuf,
@@ -45,7 +47,9 @@ pub enum CheckpointError {
         source: io::Error,
     },
     /// A file is not what was written.
-    #[error("checkpoint damaged: {path}: {problem}. Resume from an older checkpoint (`supra checkpoints` lists them)")]
+    #[error(
+        "checkpoint damaged: {path}: {problem}. Resume from an older checkpoint (`supra checkpoints` lists them)"
+    )]
     Damaged {
         /// The damaged file.
         path: PathBuf,
@@ -81,29 +85,54 @@ impl CheckpointError {
     pub(super) fn writing(path: &Path, source: io::Error) -> CheckpointError {
         let path = path.to_owned();
         match source.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                CheckpointError::Full { free: super::store::free_bytes(&path).unwrap_or(0), needed: 0, path }
-            }
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => CheckpointError::Full {
+                free: super::store::free_bytes(&path).unwrap_or(0),
+                needed: 0,
+                path,
+            },
             io::ErrorKind::ReadOnlyFilesystem
             | io::ErrorKind::PermissionDenied
             | io::ErrorKind::NotADirectory
             | io::ErrorKind::AlreadyExists => CheckpointError::NotWritable { path, source },
-            _ => CheckpointError::Io { action: "write", path, source },
+            _ => CheckpointError::Io {
+                action: "write",
+                path,
+                source,
+            },
+        }
+    }
+
+    /// The same error, with what the whole checkpoint needs if there was no room for it.
+    pub(super) fn needing(self, needed: u64) -> CheckpointError {
+        match self {
+            CheckpointError::Full { path, free, .. } => {
+                CheckpointError::Full { path, needed, free }
+            }
+            other => other,
         }
     }
 
     /// Wraps an error of reading `path`.
     pub(super) fn reading(path: &Path, source: io::Error) -> CheckpointError {
         if source.kind() == io::ErrorKind::NotFound {
-            return CheckpointError::Damaged { path: path.to_owned(), problem: "the file is missing".to_owned() };
+            return CheckpointError::Damaged {
+                path: path.to_owned(),
+                problem: "the file is missing".to_owned(),
+            };
         }
-        CheckpointError::Io { action: "read", path: path.to_owned(), source }
+        CheckpointError::Io {
+            action: "read",
+            path: path.to_owned(),
+            source,
+        }
     }
 
     /// Whether another try may succeed without anybody changing the run.
     pub fn fault_kind(&self) -> FaultKind {
         match self {
-            CheckpointError::Full { .. } | CheckpointError::Io { .. } | CheckpointError::Model(_) => FaultKind::Transient,
+            CheckpointError::Full { .. }
+            | CheckpointError::Io { .. }
+            | CheckpointError::Model(_) => FaultKind::Transient,
             _ => FaultKind::Input,
         }
     }

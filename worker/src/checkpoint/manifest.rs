@@ -108,30 +108,43 @@ pub struct StoredFile {
 impl Manifest {
     /// The bytes that are written and hashed.
     pub fn to_bytes(&self) -> Vec<u8> {
-        let mut bytes = serde_json::to_vec_pretty(self).expect("invariant: a manifest has only string keys");
+        let mut bytes =
+            serde_json::to_vec_pretty(self).expect("invariant: a manifest has only string keys");
         bytes.push(b'\n');
         bytes
     }
 
     /// Reads a manifest that `path` held.
     pub fn parse(bytes: &[u8], path: &Path) -> Result<Manifest, CheckpointError> {
-        let damaged = |problem| CheckpointError::Damaged { path: path.to_owned(), problem };
+        let damaged = |problem| CheckpointError::Damaged {
+            path: path.to_owned(),
+            problem,
+        };
         // The format first: a later one may have other fields.
         #[derive(Deserialize)]
         struct Format {
             format: u32,
         }
-        let Format { format } =
-            serde_json::from_slice(bytes).map_err(|error| damaged(format!("not a checkpoint manifest: {error}")))?;
+        let Format { format } = serde_json::from_slice(bytes)
+            .map_err(|error| damaged(format!("not a checkpoint manifest: {error}")))?;
         if format != FORMAT {
             return Err(CheckpointError::Foreign {
                 path: path.to_owned(),
-                problem: format!("it has checkpoint format {format}, this program reads format {FORMAT}"),
+                problem: format!(
+                    "it has checkpoint format {format}, this program reads format {FORMAT}"
+                ),
             });
         }
-        let manifest: Manifest = serde_json::from_slice(bytes).map_err(|error| damaged(error.to_string()))?;
-        match manifest.files.keys().find(|name| name.contains(['/', '\\']) || name.starts_with('.')) {
-            Some(name) => Err(damaged(format!("it names the file {name:?} outside the checkpoint"))),
+        let manifest: Manifest =
+            serde_json::from_slice(bytes).map_err(|error| damaged(error.to_string()))?;
+        match manifest
+            .files
+            .keys()
+            .find(|name| name.contains(['/', '\\']) || name.starts_with('.'))
+        {
+            Some(name) => Err(damaged(format!(
+                "it names the file {name:?} outside the checkpoint"
+            ))),
             None => Ok(manifest),
         }
     }

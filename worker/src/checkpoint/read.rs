@@ -22,7 +22,10 @@ pub fn manifest(dir: &Path, hash: Option<&[u8; 32]>) -> Result<Manifest, Checkpo
     let bytes = fs::read(&path).map_err(|source| CheckpointError::reading(&path, source))?;
     let found = blake3::hash(&bytes);
     if hash.is_some_and(|hash| found.as_bytes() != hash) {
-        let problem = format!("its BLAKE3 is {}, which is not the one that the coordinator has journalled", found.to_hex());
+        let problem = format!(
+            "its BLAKE3 is {}, which is not the one that the coordinator has journalled",
+            found.to_hex()
+        );
         return Err(CheckpointError::Damaged { path, problem });
     }
     Manifest::parse(&bytes, &path)
@@ -61,10 +64,15 @@ pub fn replica(
 pub fn verify_model(dir: &Path, manifest: &Manifest) -> Result<(), CheckpointError> {
     let is_moment = |key: &str| key.starts_with(EXP_AVG) || key.starts_with(EXP_AVG_SQ);
     let moments = manifest.tensors.iter().filter(|(key, _)| is_moment(key));
-    let skipped: BTreeSet<&str> =
-        moments.flat_map(|(_, tensor)| &tensor.slices).map(|slice| slice.file.as_str()).collect();
-    let files = manifest.files.iter().filter(|(name, _)| !skipped.contains(name.as_str()));
-    files.map(|(name, stored)| verify(&dir.join(name), stored)).collect()
+    let skipped: BTreeSet<&str> = moments
+        .flat_map(|(_, tensor)| &tensor.slices)
+        .map(|slice| slice.file.as_str())
+        .collect();
+    let mut files = manifest
+        .files
+        .iter()
+        .filter(|(name, _)| !skipped.contains(name.as_str()));
+    files.try_for_each(|(name, stored)| verify(&dir.join(name), stored))
 }
 
 /// Streams a file through BLAKE3 and compares.
@@ -82,15 +90,25 @@ fn check_size(path: &Path, stored: &StoredFile, bytes: u64) -> Result<(), Checkp
         return Ok(());
     }
     let problem = format!("it has {bytes} bytes, {} were written", stored.bytes);
-    Err(CheckpointError::Damaged { path: path.to_owned(), problem })
+    Err(CheckpointError::Damaged {
+        path: path.to_owned(),
+        problem,
+    })
 }
 
 fn check_hash(path: &Path, stored: &StoredFile, hash: blake3::Hash) -> Result<(), CheckpointError> {
     if hash.to_hex().as_str() == stored.blake3 {
         return Ok(());
     }
-    let problem = format!("its BLAKE3 is {}, it was written as {}", hash.to_hex(), stored.blake3);
-    Err(CheckpointError::Damaged { path: path.to_owned(), problem })
+    let problem = format!(
+        "its BLAKE3 is {}, it was written as {}",
+        hash.to_hex(),
+        stored.blake3
+    );
+    Err(CheckpointError::Damaged {
+        path: path.to_owned(),
+        problem,
+    })
 }
 
 /// A slice on its way into a flat buffer.
@@ -111,8 +129,16 @@ struct Flats<'a> {
 
 impl<'a> Flats<'a> {
     /// Plans the copies and checks that the checkpoint holds exactly the tensors of the layout.
-    fn new(dir: &Path, manifest: &'a Manifest, layout: &Layout, device: Device) -> Result<Flats<'a>, CheckpointError> {
-        let foreign = |problem| CheckpointError::Foreign { path: dir.to_owned(), problem };
+    fn new(
+        dir: &Path,
+        manifest: &'a Manifest,
+        layout: &Layout,
+        device: Device,
+    ) -> Result<Flats<'a>, CheckpointError> {
+        let foreign = |problem| CheckpointError::Foreign {
+            path: dir.to_owned(),
+            problem,
+        };
         let mut pieces: BTreeMap<&str, Vec<Piece>> = BTreeMap::new();
         for (buffer, prefix) in ["", EXP_AVG, EXP_AVG_SQ].into_iter().enumerate() {
             for slot in layout.slots() {
@@ -122,28 +148,48 @@ impl<'a> Flats<'a> {
                 };
                 if tensor.shape != slot.shape || tensor.dtype != "F32" {
                     let (dtype, shape) = (&tensor.dtype, &tensor.shape);
-                    return Err(foreign(format!("{key} is {dtype} {shape:?}, the model needs F32 {:?}", slot.shape)));
+                    return Err(foreign(format!(
+                        "{key} is {dtype} {shape:?}, the model needs F32 {:?}",
+                        slot.shape
+                    )));
                 }
                 let mut covered = 0;
                 for slice in &tensor.slices {
                     if slice.start != covered || slice.end < slice.start {
-                        return Err(foreign(format!("the slices of {key} leave a gap or overlap at {covered}")));
+                        return Err(foreign(format!(
+                            "the slices of {key} leave a gap or overlap at {covered}"
+                        )));
                     }
                     covered = slice.end;
-                    let piece = Piece { slice, buffer, offset: slot.offset + slice.start };
+                    let piece = Piece {
+                        slice,
+                        buffer,
+                        offset: slot.offset + slice.start,
+                    };
                     pieces.entry(&slice.file).or_default().push(piece);
                 }
                 if covered != slot.elements {
-                    return Err(foreign(format!("{key} has {covered} of {} elements", slot.elements)));
+                    return Err(foreign(format!(
+                        "{key} has {covered} of {} elements",
+                        slot.elements
+                    )));
                 }
             }
         }
         let wanted = 3 * layout.slots().len();
         if manifest.tensors.len() != wanted {
-            return Err(foreign(format!("it has {} tensors, the model needs {wanted}", manifest.tensors.len())));
+            return Err(foreign(format!(
+                "it has {} tensors, the model needs {wanted}",
+                manifest.tensors.len()
+            )));
         }
-        if let Some(file) = pieces.keys().find(|file| !manifest.files.contains_key(**file)) {
-            return Err(foreign(format!("it keeps tensors in {file}, of which it has no hash")));
+        if let Some(file) = pieces
+            .keys()
+            .find(|file| !manifest.files.contains_key(**file))
+        {
+            return Err(foreign(format!(
+                "it keeps tensors in {file}, of which it has no hash"
+            )));
         }
         let buffers = [(); 3].map(|()| Tensor::empty([layout.elements()], (Kind::Float, device)));
         Ok(Flats { buffers, pieces })
@@ -151,17 +197,26 @@ impl<'a> Flats<'a> {
 
     /// Copies the slices of one file whose bytes are proved.
     fn copy(&mut self, name: &str, path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
-        let damaged = |problem| CheckpointError::Damaged { path: path.to_owned(), problem };
+        let damaged = |problem| CheckpointError::Damaged {
+            path: path.to_owned(),
+            problem,
+        };
         let file = SafeTensors::deserialize(bytes).map_err(|error| damaged(error.to_string()))?;
         for piece in self.pieces.remove(name).unwrap_or_default() {
-            let Slice { key, start, end, .. } = piece.slice;
-            let view = file.tensor(key).map_err(|error| damaged(format!("{key}: {error}")))?;
+            let Slice {
+                key, start, end, ..
+            } = piece.slice;
+            let view = file
+                .tensor(key)
+                .map_err(|error| damaged(format!("{key}: {error}")))?;
             let elements = end - start;
             if view.dtype() != Dtype::F32 || view.data().len() as i64 != 4 * elements {
                 return Err(damaged(format!("{key} is not {elements} elements of F32")));
             }
             let data = Tensor::from_data_size(view.data(), &[elements], Kind::Float);
-            self.buffers[piece.buffer].narrow(0, piece.offset, elements).copy_(&data);
+            self.buffers[piece.buffer]
+                .narrow(0, piece.offset, elements)
+                .copy_(&data);
         }
         Ok(())
     }
@@ -169,7 +224,10 @@ impl<'a> Flats<'a> {
     fn finish(self, dir: &Path) -> Result<[Tensor; 3], CheckpointError> {
         match self.pieces.keys().next() {
             None => Ok(self.buffers),
-            Some(file) => Err(CheckpointError::Damaged { path: dir.join(file), problem: "it was not read".to_owned() }),
+            Some(file) => Err(CheckpointError::Damaged {
+                path: dir.join(file),
+                problem: "it was not read".to_owned(),
+            }),
         }
     }
 }

@@ -40,14 +40,24 @@ impl HashedFile {
     /// Creates the file, which must not exist.
     pub fn create(path: &Path) -> io::Result<HashedFile> {
         let file = BufWriter::with_capacity(1 << 20, File::create_new(path)?);
-        Ok(HashedFile { file, hasher: blake3::Hasher::new(), bytes: 0 })
+        Ok(HashedFile {
+            file,
+            hasher: blake3::Hasher::new(),
+            bytes: 0,
+        })
     }
 
     /// Makes the file durable and says what is in it.
     pub fn finish(self) -> io::Result<StoredFile> {
-        let file = self.file.into_inner().map_err(io::IntoInnerError::into_error)?;
+        let file = self
+            .file
+            .into_inner()
+            .map_err(io::IntoInnerError::into_error)?;
         file.sync_all()?;
-        Ok(StoredFile { bytes: self.bytes, blake3: self.hasher.finalize().to_hex().to_string() })
+        Ok(StoredFile {
+            bytes: self.bytes,
+            blake3: self.hasher.finalize().to_hex().to_string(),
+        })
     }
 }
 
@@ -74,7 +84,10 @@ pub fn write(path: &Path, entries: &[Entry]) -> io::Result<StoredFile> {
     for entry in entries {
         let elements = entry.slot.elements as usize;
         host.resize(elements, 0f32);
-        entry.flat.narrow(0, entry.slot.offset, entry.slot.elements).copy_data(&mut host, elements);
+        entry
+            .flat
+            .narrow(0, entry.slot.offset, entry.slot.elements)
+            .copy_data(&mut host, elements);
         file.write_all(bytemuck::cast_slice(&host))?;
     }
     file.finish()
@@ -86,7 +99,11 @@ fn header(entries: &[Entry]) -> io::Result<Vec<u8>> {
     let infos = entries.iter().map(|entry| {
         let end = start + entry.bytes() as usize;
         let shape = entry.slot.shape.iter().map(|&size| size as usize).collect();
-        let info = TensorInfo { dtype: Dtype::F32, shape, data_offsets: (start, end) };
+        let info = TensorInfo {
+            dtype: Dtype::F32,
+            shape,
+            data_offsets: (start, end),
+        };
         start = end;
         (entry.key.clone(), info)
     });

@@ -37,14 +37,20 @@ pub fn free_bytes(path: &Path) -> Option<u64> {
 /// Refuses to start writing what cannot fit.
 pub fn ensure_room(path: &Path, needed: u64) -> Result<(), CheckpointError> {
     match free_bytes(path) {
-        Some(free) if free < needed => Err(CheckpointError::Full { path: path.to_owned(), needed, free }),
+        Some(free) if free < needed => Err(CheckpointError::Full {
+            path: path.to_owned(),
+            needed,
+            free,
+        }),
         _ => Ok(()),
     }
 }
 
 /// Makes a directory's entries durable.
 pub fn sync_directory(path: &Path) -> Result<(), CheckpointError> {
-    File::open(path).and_then(|dir| dir.sync_all()).map_err(|source| CheckpointError::writing(path, source))
+    File::open(path)
+        .and_then(|dir| dir.sync_all())
+        .map_err(|source| CheckpointError::writing(path, source))
 }
 
 /// What the probe finds.
@@ -59,10 +65,18 @@ pub enum ProbeError {
 }
 
 /// Checks that every rank sees what rank 0 writes below `root`, which is created if need be. All ranks return alike.
-pub fn probe(root: &Path, generation: u64, collective: &mut dyn Collective) -> Result<(), ProbeError> {
+pub fn probe(
+    root: &Path,
+    generation: u64,
+    collective: &mut dyn Collective,
+) -> Result<(), ProbeError> {
     let path = root.join(format!(".probe-gen-{generation}"));
     let secret: [u8; 16] = rand::random();
-    let written = if collective.rank() == 0 { write_probe(root, &path, &secret) } else { Ok(()) };
+    let written = if collective.rank() == 0 {
+        write_probe(root, &path, &secret)
+    } else {
+        Ok(())
+    };
     let mine = match &written {
         Ok(()) => secret.to_vec(),
         Err(_) => Vec::new(),
@@ -71,7 +85,11 @@ pub fn probe(root: &Path, generation: u64, collective: &mut dyn Collective) -> R
     written?;
     if expected.is_empty() {
         let problem = "rank 0 cannot write to it".to_owned();
-        return Err(CheckpointError::NotShared { path: root.to_owned(), problem }.into());
+        return Err(CheckpointError::NotShared {
+            path: root.to_owned(),
+            problem,
+        }
+        .into());
     }
     let problems = collective.all_gather(look_for_probe(&path, &expected).as_bytes())?;
     if collective.rank() == 0 {
@@ -87,7 +105,11 @@ pub fn probe(root: &Path, generation: u64, collective: &mut dyn Collective) -> R
     if blind.is_empty() {
         return Ok(());
     }
-    Err(CheckpointError::NotShared { path: root.to_owned(), problem: blind.join("; ") }.into())
+    Err(CheckpointError::NotShared {
+        path: root.to_owned(),
+        problem: blind.join("; "),
+    }
+    .into())
 }
 
 fn write_probe(root: &Path, path: &Path, secret: &[u8]) -> Result<(), CheckpointError> {
@@ -116,13 +138,23 @@ fn look_for_probe(path: &Path, expected: &[u8]) -> String {
 ///
 /// Only rank 0 may call it. Published means that the coordinator knows it, so the newest one is always a checkpoint to
 /// resume from.
-pub fn prune(root: &Path, keep: u32, generation: u64, spare: Option<&Path>) -> io::Result<Vec<PathBuf>> {
+pub fn prune(
+    root: &Path,
+    keep: u32,
+    generation: u64,
+    spare: Option<&Path>,
+) -> io::Result<Vec<PathBuf>> {
     let mut published = Vec::new();
     let mut doomed = Vec::new();
     for entry in fs::read_dir(root)? {
         let path = entry?.path();
-        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        let Some((step, writer)) = parse_directory_name(name) else { continue };
+        let name = path
+            .file_name()
+            .and_then(|name| name.to_str())
+            .unwrap_or_default();
+        let Some((step, writer)) = parse_directory_name(name) else {
+            continue;
+        };
         if spare == Some(path.as_path()) {
             continue;
         }
@@ -176,7 +208,9 @@ mod tests {
         let mut removed = prune(root, 1, 2, Some(&spare)).unwrap();
         removed.sort();
         assert_eq!(removed, [old, crashed]);
-        assert!(spare.exists() && kept.exists() && in_flight.exists() && root.join("notes").exists());
+        assert!(
+            spare.exists() && kept.exists() && in_flight.exists() && root.join("notes").exists()
+        );
     }
 
     #[test]

@@ -51,21 +51,47 @@ pub struct Receipt {
 
 /// Writes a checkpoint below `root` up to and including `manifest.pending`.
 ///
-/// What a crashed try of the same step and generation left is replaced; a published checkpoint never is.
+/// What a crashed try of the same step and generation left is replaced; a published checkpoint never is. When writing
+/// fails, nothing stays: half a checkpoint is of no use and takes room.
 pub fn write(root: &Path, contents: Contents) -> Result<Receipt, CheckpointError> {
-    let Contents { replica, config, base, mut manifest } = contents;
+    let manifest = &contents.manifest;
     let relative = store::directory_name(manifest.step, manifest.generation);
     let dir = root.join(&relative);
-    store::ensure_room(root, 3 * 4 * replica.layout().elements() as u64 + OVERHEAD_BYTES)?;
+    let needed = 3 * 4 * contents.replica.layout().elements() as u64 + OVERHEAD_BYTES;
+    store::ensure_room(root, needed)?;
     make_directory(&dir)?;
+    match fill(&dir, contents).and_then(|filled| store::sync_directory(root).map(|()| filled)) {
+        Ok((bytes, manifest_hash)) => Ok(Receipt {
+            relative,
+            bytes,
+            manifest_hash,
+        }),
+        Err(error) => {
+            let error = error.needing(needed);
+            let _ = fs::remove_dir_all(&dir);
+            Err(error)
+        }
+    }
+}
 
-    let mut writer = Writer { dir: &dir, tensors: BTreeMap::new(), files: BTreeMap::new() };
+/// Writes and syncs all files, the manifest last. Returns their bytes and the manifest's hash.
+fn fill(dir: &Path, contents: Contents) -> Result<(u64, [u8; 32]), CheckpointError> {
+    let Contents {
+        replica,
+        config,
+        base,
+        mut manifest,
+    } = contents;
+    let mut writer = Writer {
+        dir,
+        tensors: BTreeMap::new(),
+        files: BTreeMap::new(),
+    };
     writer.model(replica)?;
     writer.optimizer(replica)?;
     writer.side_files(config, base)?;
     manifest.tensors = writer.tensors;
     manifest.files = writer.files;
-    let files_bytes: u64 = manifest.files.values().map(|file| file.bytes).sum();
 
     let bytes = manifest.to_bytes();
     let pending = dir.join(PENDING);
@@ -74,20 +100,19 @@ pub fn write(root: &Path, contents: Contents) -> Result<Receipt, CheckpointError
         file.finish()
     });
     written.map_err(|source| CheckpointError::writing(&pending, source))?;
-    store::sync_directory(&dir)?;
-    store::sync_directory(root)?;
-    Ok(Receipt {
-        relative,
-        bytes: files_bytes + bytes.len() as u64,
-        manifest_hash: *blake3::hash(&bytes).as_bytes(),
-    })
+    store::sync_directory(dir)?;
+    let files: u64 = manifest.files.values().map(|file| file.bytes).sum();
+    Ok((files + bytes.len() as u64, *blake3::hash(&bytes).as_bytes()))
 }
 
 fn make_directory(dir: &Path) -> Result<(), CheckpointError> {
     let failed = |source| CheckpointError::writing(dir, source);
     if dir.join(MANIFEST).exists() {
         let problem = "it is published already and is never overwritten".to_owned();
-        return Err(CheckpointError::Foreign { path: dir.to_owned(), problem });
+        return Err(CheckpointError::Foreign {
+            path: dir.to_owned(),
+            problem,
+        });
     }
     if dir.is_dir() {
         fs::remove_dir_all(dir).map_err(failed)?;
@@ -106,25 +131,46 @@ impl Writer<'_> {
     /// The masters, in files that any reader of model directories understands.
     fn model(&mut self, replica: &Replica) -> Result<(), CheckpointError> {
         let slots = replica.layout().slots();
-        let entries =
-            slots.iter().map(|slot| Entry { key: slot.name.clone(), slot, flat: &replica.masters }).collect();
+        let entries = slots
+            .iter()
+            .map(|slot| Entry {
+                key: slot.name.clone(),
+                slot,
+                flat: &replica.masters,
+            })
+            .collect();
         let names = self.tensors("model", entries)?;
         if names.len() > 1 {
             let total: u64 = slots.iter().map(|slot| slot.elements as u64 * 4).sum();
-            let weight_map: BTreeMap<&str, &str> =
-                slots.iter().map(|slot| (slot.name.as_str(), self.tensors[&slot.name].slices[0].file.as_str())).collect();
+            let weight_map: BTreeMap<&str, &str> = slots
+                .iter()
+                .map(|slot| {
+                    (
+                        slot.name.as_str(),
+                        self.tensors[&slot.name].slices[0].file.as_str(),
+                    )
+                })
+                .collect();
             let index = json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
             let path = self.dir.join("model.safetensors.index.json");
-            fs::write(&path, format!("{index:#}\n")).map_err(|source| CheckpointError::writing(&path, source))?;
+            fs::write(&path, format!("{index:#}\n"))
+                .map_err(|source| CheckpointError::writing(&path, source))?;
         }
         Ok(())
     }
 
     fn optimizer(&mut self, replica: &Replica) -> Result<(), CheckpointError> {
-        let moments = [(EXP_AVG, &replica.exp_avg), (EXP_AVG_SQ, &replica.exp_avg_sq)];
+        let moments = [
+            (EXP_AVG, &replica.exp_avg),
+            (EXP_AVG_SQ, &replica.exp_avg_sq),
+        ];
         let entries = moments.into_iter().flat_map(|(prefix, flat)| {
             let slots = replica.layout().slots().iter();
-            slots.map(move |slot| Entry { key: format!("{prefix}{}", slot.name), slot, flat })
+            slots.map(move |slot| Entry {
+                key: format!("{prefix}{}", slot.name),
+                slot,
+                flat,
+            })
         });
         self.tensors("optimizer", entries.collect()).map(drop)
     }
@@ -140,14 +186,21 @@ impl Writer<'_> {
                 _ => format!("{stem}-{:05}-of-{count:05}.safetensors", index + 1),
             };
             let path = self.dir.join(&name);
-            let stored =
-                safetensors::write(&path, &entries).map_err(|source| CheckpointError::writing(&path, source))?;
+            let stored = safetensors::write(&path, &entries)
+                .map_err(|source| CheckpointError::writing(&path, source))?;
             self.files.insert(name.clone(), stored);
             for entry in entries {
-                let slice =
-                    Slice { file: name.clone(), key: entry.key.clone(), start: 0, end: entry.slot.elements };
-                let tensor =
-                    StoredTensor { shape: entry.slot.shape.clone(), dtype: "F32".to_owned(), slices: vec![slice] };
+                let slice = Slice {
+                    file: name.clone(),
+                    key: entry.key.clone(),
+                    start: 0,
+                    end: entry.slot.elements,
+                };
+                let tensor = StoredTensor {
+                    shape: entry.slot.shape.clone(),
+                    dtype: "F32".to_owned(),
+                    slices: vec![slice],
+                };
                 self.tensors.insert(entry.key, tensor);
             }
             names.push(name);
@@ -159,9 +212,12 @@ impl Writer<'_> {
     fn side_files(&mut self, config: &ModelConfig, base: &Path) -> Result<(), CheckpointError> {
         config.save(self.dir)?;
         copy_companions(base, self.dir)?;
-        let entries = fs::read_dir(self.dir).map_err(|source| CheckpointError::writing(self.dir, source))?;
+        let entries =
+            fs::read_dir(self.dir).map_err(|source| CheckpointError::writing(self.dir, source))?;
         for entry in entries {
-            let path = entry.map_err(|source| CheckpointError::writing(self.dir, source))?.path();
+            let path = entry
+                .map_err(|source| CheckpointError::writing(self.dir, source))?
+                .path();
             self.adopt(&path)?;
         }
         Ok(())
@@ -169,15 +225,26 @@ impl Writer<'_> {
 
     /// Syncs and records a small file that is already written, unless it is recorded.
     fn adopt(&mut self, path: &Path) -> Result<(), CheckpointError> {
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let name = path
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default();
         if self.files.contains_key(&name) {
             return Ok(());
         }
         let failed = |source| CheckpointError::writing(path, source);
-        File::open(path).and_then(|file| file.sync_all()).map_err(failed)?;
+        File::open(path)
+            .and_then(|file| file.sync_all())
+            .map_err(failed)?;
         let bytes = fs::read(path).map_err(failed)?;
         let blake3 = blake3::hash(&bytes).to_hex().to_string();
-        self.files.insert(name, StoredFile { bytes: bytes.len() as u64, blake3 });
+        self.files.insert(
+            name,
+            StoredFile {
+                bytes: bytes.len() as u64,
+                blake3,
+            },
+        );
         Ok(())
     }
 }
@@ -212,13 +279,27 @@ mod tests {
         let sizes = [10, 20, 30, 100, 5];
         let slots: Vec<Slot> = sizes
             .iter()
-            .map(|&elements| Slot { name: String::new(), shape: vec![elements], offset: 0, elements })
+            .map(|&elements| Slot {
+                name: String::new(),
+                shape: vec![elements],
+                offset: 0,
+                elements,
+            })
             .collect();
         let flat = tch::Tensor::new();
-        let entries = slots.iter().map(|slot| Entry { key: String::new(), slot, flat: &flat }).collect();
+        let entries = slots
+            .iter()
+            .map(|slot| Entry {
+                key: String::new(),
+                slot,
+                flat: &flat,
+            })
+            .collect();
         let groups = group(entries, 4 * 50);
-        let sizes: Vec<Vec<i64>> =
-            groups.iter().map(|group| group.iter().map(|entry| entry.slot.elements).collect()).collect();
+        let sizes: Vec<Vec<i64>> = groups
+            .iter()
+            .map(|group| group.iter().map(|entry| entry.slot.elements).collect())
+            .collect();
         assert_eq!(sizes, [vec![10, 20], vec![30], vec![100], vec![5]]);
     }
 }

@@ -53,7 +53,10 @@ impl Convert {
     pub fn execute(self) -> Result<(), Failure> {
         let base = ModelConfig::load(&self.base)?;
         if base.supra().is_some() {
-            return Err(Failure::input(format!("{} is a SUPRA model already", self.base.display())));
+            return Err(Failure::input(format!(
+                "{} is a SUPRA model already",
+                self.base.display()
+            )));
         }
         let config = base.with_attention(AttentionKind::Supra(SupraConfig {
             decay: match self.decay {
@@ -68,8 +71,15 @@ impl Convert {
             },
             ..SupraConfig::default()
         }));
-        let (params, report) = model::load_params(&self.base, &config, NewWeights::Seeded(self.seed))?;
-        model::save_model(&self.out, &config, &params, Some(&self.base), SaveFormat::Native)?;
+        let (params, report) =
+            model::load_params(&self.base, &config, NewWeights::Seeded(self.seed))?;
+        model::save_model(
+            &self.out,
+            &config,
+            &params,
+            Some(&self.base),
+            SaveFormat::Native,
+        )?;
         out::line(&format!(
             "{}: {} tensors of the base kept, {} new ones drawn with seed {}",
             self.out.display(),

@@ -66,7 +66,9 @@ impl Eval {
     pub fn execute(self) -> Result<(), Failure> {
         let place = self.device.open()?;
         let model = LoadedModel::open(&self.model, place.device, self.dtype.into())?;
-        let sequence_length = self.sequence_length.unwrap_or_else(|| model.usual_sequence_length());
+        let sequence_length = self
+            .sequence_length
+            .unwrap_or_else(|| model.usual_sequence_length());
         let mut reader = Reader::open(&self.data, sequence_length)?;
         let options = EvaluateOptions {
             windows: self.windows,
@@ -76,13 +78,19 @@ impl Eval {
         let show = std::io::stderr().is_terminal() && !self.json;
         let progress = |done, of| {
             if show {
-                let _ = write!(std::io::stderr(), "\r{done} of {of} windows{}", if done == of { "\n" } else { "" });
+                let _ = write!(
+                    std::io::stderr(),
+                    "\r{done} of {of} windows{}",
+                    if done == of { "\n" } else { "" }
+                );
             }
         };
-        let evaluation =
-            evaluate(&model.transformer, &model.params, &mut reader, sequence_length, options, progress)?;
+        let evaluation = evaluate(&model, &mut reader, sequence_length, options, progress)?;
         if self.json {
-            let (name, data) = (self.model.display().to_string(), self.data.display().to_string());
+            let (name, data) = (
+                self.model.display().to_string(),
+                self.data.display().to_string(),
+            );
             return out::json(&Answer {
                 model: &name,
                 attention: model.attention(),

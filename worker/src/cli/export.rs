@@ -2,12 +2,12 @@
 
 use std::path::PathBuf;
 
+use super::{failure::Failure, options::Dtype, out};
 use clap::Args;
 use supra_worker::{
     checkpoint,
     model::{self, ModelConfig, NewWeights, SaveFormat},
 };
-use super::{failure::Failure, options::Dtype, out};
 
 /// Writes the weights of a checkpoint without optimizer state: a softmax model as a Hugging Face directory, a SUPRA
 /// model in the published layout. The checkpoint's hashes are verified first.
@@ -31,9 +31,15 @@ impl Export {
         checkpoint::read::verify_model(&self.checkpoint, &manifest)?;
         let config = ModelConfig::load(&self.checkpoint)?;
         let (params, _) = model::load_params(&self.checkpoint, &config, NewWeights::Refuse)?;
-        let format = SaveFormat::Interchange { kind: self.dtype.into() };
+        let format = SaveFormat::Interchange {
+            kind: self.dtype.into(),
+        };
         model::save_model(&self.out, &config, &params, Some(&self.checkpoint), format)?;
-        let layout = if config.supra().is_some() { "SUPRA" } else { "Hugging Face" };
+        let layout = if config.supra().is_some() {
+            "SUPRA"
+        } else {
+            "Hugging Face"
+        };
         out::line(&format!(
             "{}: {layout} model of run {} at step {}, after {} tokens",
             self.out.display(),

@@ -34,17 +34,26 @@ pub enum Failure {
 impl Failure {
     /// An error with an exit code of its own.
     pub fn with_code(code: u8, error: &dyn Error) -> Failure {
-        Failure::Told { code, message: chain(error) }
+        Failure::Told {
+            code,
+            message: chain(error),
+        }
     }
 
     /// It went wrong while running.
     pub fn failed(message: String) -> Failure {
-        Failure::Told { code: FAILED, message }
+        Failure::Told {
+            code: FAILED,
+            message,
+        }
     }
 
     /// What the user gave is wrong.
     pub fn input(message: String) -> Failure {
-        Failure::Told { code: INPUT, message }
+        Failure::Told {
+            code: INPUT,
+            message,
+        }
     }
 
     /// Prints the error and gives the exit code. A closed stdout is no error.
@@ -86,4 +95,11 @@ macro_rules! input_errors {
     };
 }
 
-input_errors!(ModelError, LoadError, EvaluateError, GenerateError, supra_data::DataError, supra_proto::TokenError);
+input_errors!(
+    ModelError,
+    LoadError,
+    EvaluateError,
+    GenerateError,
+    supra_data::DataError,
+    supra_proto::TokenError
+);

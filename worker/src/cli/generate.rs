@@ -80,13 +80,24 @@ impl Generate {
         };
         for prompt in &self.prompt {
             // A closed stdout shows at the next write; the rest of the text is then nobody's.
-            let mut written = if self.json { Ok(()) } else { out::write(prompt) };
+            let mut written = if self.json {
+                Ok(())
+            } else {
+                out::write(prompt)
+            };
             let emit = |piece: &str| {
                 if !self.json && written.is_ok() {
                     written = out::write(piece);
                 }
             };
-            let generated = generate(&model.transformer, &model.params, &tokenizer, prompt, &options, emit)?;
+            let generated = generate(
+                &model.transformer,
+                &model.params,
+                &tokenizer,
+                prompt,
+                &options,
+                emit,
+            )?;
             written?;
             self.conclude(prompt, &generated)?;
         }
@@ -94,7 +105,10 @@ impl Generate {
     }
 
     fn conclude(&self, prompt: &str, generated: &Generated) -> Result<(), Failure> {
-        let (prefill, decode) = (generated.prefill.as_secs_f64(), generated.decode.as_secs_f64());
+        let (prefill, decode) = (
+            generated.prefill.as_secs_f64(),
+            generated.decode.as_secs_f64(),
+        );
         if self.json {
             return out::json(&Answer {
                 prompt,

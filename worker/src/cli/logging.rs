@@ -16,7 +16,9 @@ pub enum LogFormat {
 /// Starts logging. `RUST_LOG` chooses what is shown; without it, what people need to know.
 pub fn start(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
     match format {
         LogFormat::Human => builder.with_target(false).compact().init(),
         LogFormat::Json => builder.json().init(),

@@ -21,7 +21,11 @@ pub struct DeviceOptions {
 impl DeviceOptions {
     /// Opens the device.
     pub fn open(&self) -> Result<Place, DeviceError> {
-        device::open(self.device, self.threads.unwrap_or_else(|| device::default_threads(self.local_workers)))
+        device::open(
+            self.device,
+            self.threads
+                .unwrap_or_else(|| device::default_threads(self.local_workers)),
+        )
     }
 }
 

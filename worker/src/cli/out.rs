@@ -14,10 +14,13 @@ pub fn line(text: &str) -> Result<(), Failure> {
 /// Writes a piece of text to stdout, at once.
 pub fn write(text: &str) -> Result<(), Failure> {
     let mut stdout = io::stdout().lock();
-    stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()).map_err(|error| match error.kind() {
-        io::ErrorKind::BrokenPipe => Failure::Closed,
-        _ => Failure::failed(format!("cannot write to standard output: {error}")),
-    })
+    stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+        .map_err(|error| match error.kind() {
+            io::ErrorKind::BrokenPipe => Failure::Closed,
+            _ => Failure::failed(format!("cannot write to standard output: {error}")),
+        })
 }
 
 /// Writes a value as JSON on one line.

@@ -27,7 +27,12 @@ const PARENT_PIPE: &str = "SUPRA_PARENT_PIPE";
 #[derive(Debug, Args)]
 pub struct Run {
     /// Address of the coordinator
-    #[arg(long, env = "SUPRA_COORDINATOR", default_value = "http://127.0.0.1:7070", value_name = "URL")]
+    #[arg(
+        long,
+        env = "SUPRA_COORDINATOR",
+        default_value = "http://127.0.0.1:7070",
+        value_name = "URL"
+    )]
     coordinator: String,
     /// Name for people [default: host name and device]
     #[arg(long)]
@@ -50,7 +55,9 @@ impl Run {
     pub fn execute(self) -> Result<ExitCode, Failure> {
         logging::start(self.log_format);
         // Before libtorch is touched: the supervisor has to stay small and must never hold a device.
-        let birth = match supervisor::role().map_err(|error| Failure::with_code(error.exit_code(), &error))? {
+        let birth = match supervisor::role()
+            .map_err(|error| Failure::with_code(error.exit_code(), &error))?
+        {
             Role::Supervisor => {
                 if std::env::var_os(PARENT_PIPE).is_some_and(|value| value == "1") {
                     end_with_parent()?;
@@ -59,7 +66,11 @@ impl Run {
             }
             Role::Child(birth) => birth,
         };
-        let token = self.token_file.as_deref().map(Token::from_file).transpose()?;
+        let token = self
+            .token_file
+            .as_deref()
+            .map(Token::from_file)
+            .transpose()?;
         let place = self.device.open()?;
         tracing::info!(device = %self.device.device, model = %place.model, threads = place.threads, "device is open");
         let options = WorkerOptions {
@@ -67,12 +78,20 @@ impl Run {
             advertise: self.advertise,
             token,
             birth,
-            ..WorkerOptions::new(self.coordinator, self.device.device.to_string(), supra_worker::BUILD)
+            ..WorkerOptions::new(
+                self.coordinator,
+                self.device.device.to_string(),
+                supra_worker::BUILD,
+            )
         };
-        let exit = run_worker(options, |job| supra_worker::trainer::train(job, &place, supra_worker::BUILD))
-            .map_err(|error| Failure::with_code(error.exit_code(), &error))?;
+        let exit = run_worker(options, |job| {
+            supra_worker::trainer::train(job, &place, supra_worker::BUILD)
+        })
+        .map_err(|error| Failure::with_code(error.exit_code(), &error))?;
         if let Exit::Refused(reason) = &exit {
-            super::out::complain(&format!("error: the coordinator refuses this worker: {reason}"));
+            super::out::complain(&format!(
+                "error: the coordinator refuses this worker: {reason}"
+            ));
         }
         Ok(ExitCode::from(exit.exit_code()))
     }
@@ -85,6 +104,10 @@ fn end_with_parent() -> Result<(), Failure> {
         let _ = io::copy(&mut io::stdin().lock(), &mut io::sink());
         let _ = signal::kill(Pid::this(), Signal::SIGTERM);
     };
-    let started = thread::Builder::new().name("parent".to_owned()).spawn(watch);
-    started.map(drop).map_err(|error| Failure::failed(format!("cannot watch the parent process: {error}")))
+    let started = thread::Builder::new()
+        .name("parent".to_owned())
+        .spawn(watch);
+    started
+        .map(drop)
+        .map_err(|error| Failure::failed(format!("cannot watch the parent process: {error}")))
 }

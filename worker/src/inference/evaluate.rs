@@ -4,12 +4,12 @@ use std::time::Instant;
 
 use serde::Serialize;
 use supra_data::{DataError, Reader, Sample};
-use tch::Device;
 use thiserror::Error;
 
+use super::load::LoadedModel;
 use crate::{
-    model::{ModelError, Params, Transformer},
-    trainer::MicroBatch,
+    model::ModelError,
+    trainer::{MicroBatch, check_data},
 };
 
 /// What is evaluated, and how.
@@ -57,8 +57,7 @@ pub enum EvaluateError {
 /// Puts the windows of a dataset through a model in their own order and averages over all targets. `progress` hears
 /// how many windows of how many are done.
 pub fn evaluate(
-    model: &Transformer,
-    params: &Params,
+    model: &LoadedModel,
     reader: &mut Reader,
     sequence_length: u64,
     options: EvaluateOptions,
@@ -73,23 +72,44 @@ pub fn evaluate(
             reader.manifest().tokens()
         )));
     }
-    model.config().check_sequence_length(sequence_length as i64)?;
-    let device: Device = params.device();
+    let LoadedModel {
+        transformer,
+        params,
+        dir,
+    } = model;
+    let config = transformer.config();
+    config.check_sequence_length(sequence_length as i64)?;
+    check_data(reader.manifest(), config, dir).map_err(EvaluateError::Mismatch)?;
     let (mut loss_sum, mut targets) = (0.0, 0);
     for first in (0..windows).step_by(options.batch.max(1)) {
         let last = windows.min(first + options.batch.max(1) as u64);
         let samples = (first..last)
-            .map(|id| reader.window(id).map(|(tokens, starts)| Sample { id, tokens, starts }))
+            .map(|id| {
+                reader
+                    .window(id)
+                    .map(|(tokens, starts)| Sample { id, tokens, starts })
+            })
             .collect::<Result<Vec<_>, _>>()?;
-        let vocabulary = model.config().vocab;
-        let micro = MicroBatch::new(&samples, vocabulary, options.reset_at_document, device)
-            .map_err(EvaluateError::Mismatch)?;
-        let loss = tch::no_grad(|| model.loss_sum(params, &micro.input, 0.0, &|| false));
+        let micro = MicroBatch::new(
+            &samples,
+            config.vocab,
+            options.reset_at_document,
+            params.device(),
+        )
+        .map_err(EvaluateError::Mismatch)?;
+        let loss = tch::no_grad(|| transformer.loss_sum(params, &micro.input, 0.0, &|| false));
         loss_sum += loss.map_or(f64::NAN, |loss| loss.cross_entropy.double_value(&[]));
         targets += micro.targets;
         progress(last, windows);
     }
     let loss = loss_sum / targets as f64;
     let seconds = clock.elapsed().as_secs_f64();
-    Ok(Evaluation { loss, perplexity: loss.exp(), targets, windows, sequence_length, seconds })
+    Ok(Evaluation {
+        loss,
+        perplexity: loss.exp(),
+        targets,
+        windows,
+        sequence_length,
+        seconds,
+    })
 }

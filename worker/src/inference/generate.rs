@@ -48,7 +48,9 @@ pub enum GenerateError {
     #[error("the prompt has no tokens, and the tokenizer adds none: write a prompt")]
     EmptyPrompt,
     /// The tokenizer belongs to another model.
-    #[error("the prompt has token {token}, but the model's vocabulary has {vocabulary} tokens: the tokenizer does not fit")]
+    #[error(
+        "the prompt has token {token}, but the model's vocabulary has {vocabulary} tokens: the tokenizer does not fit"
+    )]
     Vocabulary {
         /// The token.
         token: u32,
@@ -56,7 +58,9 @@ pub enum GenerateError {
         vocabulary: i64,
     },
     /// The weights are broken.
-    #[error("the model's logits are not numbers after {tokens} new tokens: its weights are damaged or did not converge")]
+    #[error(
+        "the model's logits are not numbers after {tokens} new tokens: its weights are damaged or did not converge"
+    )]
     NotNumbers {
         /// New tokens so far.
         tokens: usize,
@@ -85,7 +89,9 @@ fn continue_prompt(
 ) -> Result<Generated, GenerateError> {
     let ids = encode(tokenizer, prompt, model.config().vocab)?;
     let clock = Instant::now();
-    let ids_bt = Tensor::from_slice(&ids).unsqueeze(0).to_device(params.device());
+    let ids_bt = Tensor::from_slice(&ids)
+        .unsqueeze(0)
+        .to_device(params.device());
     let (logits_btv, mut state) = model.prefill(params, &ids_bt);
     let mut logits_v = to_host(&logits_btv.select(1, ids.len() as i64 - 1));
     let prefill = clock.elapsed();
@@ -93,9 +99,15 @@ fn continue_prompt(
     let clock = Instant::now();
     let mut sampler = Sampler::new(options.sampling);
     let mut stream = tokenizer.decode_stream(true);
-    let mut generated = Generated { prompt_tokens: ids.len(), prefill, ..Generated::default() };
+    let mut generated = Generated {
+        prompt_tokens: ids.len(),
+        prefill,
+        ..Generated::default()
+    };
     while generated.tokens < options.max_tokens {
-        let token = sampler.pick(&logits_v).ok_or(GenerateError::NotNumbers { tokens: generated.tokens })?;
+        let token = sampler.pick(&logits_v).ok_or(GenerateError::NotNumbers {
+            tokens: generated.tokens,
+        })?;
         if options.stop.contains(&token) {
             break;
         }
@@ -115,11 +127,21 @@ fn continue_prompt(
 }
 
 fn encode(tokenizer: &Tokenizer, prompt: &str, vocabulary: i64) -> Result<Vec<i64>, GenerateError> {
-    let encoding = tokenizer.encode(prompt, true).map_err(GenerateError::Tokenizer)?;
-    match encoding.get_ids().iter().find(|&&token| i64::from(token) >= vocabulary) {
+    let encoding = tokenizer
+        .encode(prompt, true)
+        .map_err(GenerateError::Tokenizer)?;
+    match encoding
+        .get_ids()
+        .iter()
+        .find(|&&token| i64::from(token) >= vocabulary)
+    {
         Some(&token) => Err(GenerateError::Vocabulary { token, vocabulary }),
         None if encoding.get_ids().is_empty() => Err(GenerateError::EmptyPrompt),
-        None => Ok(encoding.get_ids().iter().map(|&token| i64::from(token)).collect()),
+        None => Ok(encoding
+            .get_ids()
+            .iter()
+            .map(|&token| i64::from(token))
+            .collect()),
     }
 }
 

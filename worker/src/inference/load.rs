@@ -30,7 +30,8 @@ pub struct LoadedModel {
     pub transformer: Transformer,
     /// Its weights, on the device.
     pub params: Params,
-    dir: PathBuf,
+    /// Where it was read from.
+    pub dir: PathBuf,
 }
 
 impl LoadedModel {
@@ -39,7 +40,11 @@ impl LoadedModel {
         let config = ModelConfig::load(dir)?;
         let (params, _) = model::load_params(dir, &config, NewWeights::Refuse)?;
         let params = params.to(device, kind);
-        Ok(LoadedModel { transformer: Transformer::new(config), params, dir: dir.to_owned() })
+        Ok(LoadedModel {
+            transformer: Transformer::new(config),
+            params,
+            dir: dir.to_owned(),
+        })
     }
 
     /// Its kind of attention, as recipes call it.
@@ -63,6 +68,11 @@ impl LoadedModel {
 
     /// Tokens that end a text, as the configuration names them.
     pub fn stop_tokens(&self) -> Vec<u32> {
-        self.transformer.config().eos.iter().filter_map(|&token| token.try_into().ok()).collect()
+        self.transformer
+            .config()
+            .eos
+            .iter()
+            .filter_map(|&token| token.try_into().ok())
+            .collect()
     }
 }

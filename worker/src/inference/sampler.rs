@@ -25,7 +25,10 @@ pub struct Sampler {
 impl Sampler {
     /// A sampler at the beginning of its seed.
     pub fn new(sampling: Sampling) -> Sampler {
-        Sampler { sampling, random: ChaCha8Rng::seed_from_u64(sampling.seed) }
+        Sampler {
+            sampling,
+            random: ChaCha8Rng::seed_from_u64(sampling.seed),
+        }
     }
 
     /// The next token, as an index into `logits`. Logits that are not numbers are never chosen; none if no other
@@ -88,29 +91,75 @@ mod tests {
 
     #[test]
     fn zero_temperature_and_top_1_are_greedy() {
-        let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, seed: 1 };
+        let sampling = Sampling {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            seed: 1,
+        };
         assert_eq!(draws(sampling, 20), [1; 20]);
-        assert_eq!(draws(Sampling { temperature: 5.0, top_k: 1, ..sampling }, 20), [1; 20]);
-        assert_eq!(draws(Sampling { temperature: 5.0, top_p: 0.01, ..sampling }, 20), [1; 20]);
+        assert_eq!(
+            draws(
+                Sampling {
+                    temperature: 5.0,
+                    top_k: 1,
+                    ..sampling
+                },
+                20
+            ),
+            [1; 20]
+        );
+        assert_eq!(
+            draws(
+                Sampling {
+                    temperature: 5.0,
+                    top_p: 0.01,
+                    ..sampling
+                },
+                20
+            ),
+            [1; 20]
+        );
     }
 
     #[test]
     fn draws_follow_the_softmax_and_the_seed() {
-        let sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, seed: 7 };
+        let sampling = Sampling {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            seed: 7,
+        };
         let tokens = draws(sampling, 20_000);
         assert_eq!(tokens, draws(sampling, 20_000));
         let share = |token| tokens.iter().filter(|&&t| t == token).count() as f64 / 20_000.0;
         let total = 1f64.exp() + 2f64.exp() + 3f64.exp();
         for (token, logit) in [(0, 1.0), (1, 3.0), (2, 2.0f64)] {
-            assert!((share(token) - logit.exp() / total).abs() < 0.02, "token {token}");
+            assert!(
+                (share(token) - logit.exp() / total).abs() < 0.02,
+                "token {token}"
+            );
         }
     }
 
     #[test]
     fn top_k_cuts_the_tail_and_nothing_but_nan_is_nothing() {
-        let tokens = draws(Sampling { temperature: 9.0, top_k: 2, top_p: 1.0, seed: 3 }, 500);
+        let tokens = draws(
+            Sampling {
+                temperature: 9.0,
+                top_k: 2,
+                top_p: 1.0,
+                seed: 3,
+            },
+            500,
+        );
         assert!(tokens.iter().all(|token| [1, 2].contains(token)));
-        let mut sampler = Sampler::new(Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, seed: 3 });
+        let mut sampler = Sampler::new(Sampling {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            seed: 3,
+        });
         assert_eq!(sampler.pick(&[f32::NAN]), None);
     }
 }

@@ -24,7 +24,11 @@ struct Update {
 impl AdamW {
     /// The optimizer that a recipe asks for.
     pub fn new(optimizer: &Optimizer) -> AdamW {
-        AdamW { betas: optimizer.betas, eps: optimizer.eps, weight_decay: optimizer.weight_decay }
+        AdamW {
+            betas: optimizer.betas,
+            eps: optimizer.eps,
+            weight_decay: optimizer.weight_decay,
+        }
     }
 
     /// Applies one update to masters, moments and update counter, and refreshes the compute copy.
@@ -53,17 +57,33 @@ impl AdamW {
         replica.refresh();
     }
 
-    fn update_range(&self, replica: &Replica, start: i64, length: i64, update: &Update, decays: bool) {
+    fn update_range(
+        &self,
+        replica: &Replica,
+        start: i64,
+        length: i64,
+        update: &Update,
+        decays: bool,
+    ) {
         let range = |flat: &Tensor| flat.narrow(0, start, length);
-        let (mut master, mut average, mut square) =
-            (range(&replica.masters), range(&replica.exp_avg), range(&replica.exp_avg_sq));
+        let (mut master, mut average, mut square) = (
+            range(&replica.masters),
+            range(&replica.exp_avg),
+            range(&replica.exp_avg_sq),
+        );
         let gradient = range(&replica.gradient) * update.gradient_scale;
         let (beta1, beta2) = self.betas;
 
-        let _ = average.g_mul_scalar_(beta1).g_add_(&(&gradient * (1.0 - beta1)));
-        let _ = square.g_mul_scalar_(beta2).g_add_(&(gradient.square() * (1.0 - beta2)));
+        let _ = average
+            .g_mul_scalar_(beta1)
+            .g_add_(&(&gradient * (1.0 - beta1)));
+        let _ = square
+            .g_mul_scalar_(beta2)
+            .g_add_(&(gradient.square() * (1.0 - beta2)));
         let mut denominator = square.sqrt();
-        let _ = denominator.g_div_scalar_(update.root_correction).g_add_scalar_(self.eps);
+        let _ = denominator
+            .g_div_scalar_(update.root_correction)
+            .g_add_scalar_(self.eps);
         if decays {
             let _ = master.g_mul_scalar_(update.decay);
         }
@@ -87,7 +107,10 @@ mod tests {
             decayed,
             new: false,
         };
-        let layout = Layout::new(&[spec("norm", &[2], false), spec("w", &[2, 2], true)], false);
+        let layout = Layout::new(
+            &[spec("norm", &[2], false), spec("w", &[2, 2], true)],
+            false,
+        );
         let masters = Tensor::from_slice(&[0.5f32, -1.0, 2.0, 0.25, 1.0, 1.0]);
         Replica::new(layout, masters, precision, Device::Cpu)
     }
@@ -101,7 +124,10 @@ mod tests {
             for i in 0..6 {
                 m[i] = BETAS.0 * m[i] + (1.0 - BETAS.0) * gradient[i];
                 v[i] = BETAS.1 * v[i] + (1.0 - BETAS.1) * gradient[i] * gradient[i];
-                let (m_hat, v_hat) = (m[i] / (1.0 - BETAS.0.powi(t)), v[i] / (1.0 - BETAS.1.powi(t)));
+                let (m_hat, v_hat) = (
+                    m[i] / (1.0 - BETAS.0.powi(t)),
+                    v[i] / (1.0 - BETAS.1.powi(t)),
+                );
                 let decay: f64 = if i < 4 { weight_decay } else { 0.0 };
                 params[i] -= lr * decay * params[i] + lr * m_hat / (v_hat.sqrt() + eps);
             }
@@ -111,12 +137,22 @@ mod tests {
 
     #[test]
     fn updates_follow_the_formulas() {
-        let adamw = AdamW { betas: BETAS, eps: 1e-8, weight_decay: 0.1 };
-        let steps = [[0.1, -0.2, 0.3, 0.0, 0.5, -0.6], [0.3, 0.1, -0.1, 0.2, 0.0, 1.0], [-0.2; 6]];
+        let adamw = AdamW {
+            betas: BETAS,
+            eps: 1e-8,
+            weight_decay: 0.1,
+        };
+        let steps = [
+            [0.1, -0.2, 0.3, 0.0, 0.5, -0.6],
+            [0.3, 0.1, -0.1, 0.2, 0.0, 1.0],
+            [-0.2; 6],
+        ];
         let mut replica = replica(Kind::Float);
         for gradient in &steps {
             // Twice the gradient and half the scale: the scale is applied once.
-            replica.gradient.copy_(&(Tensor::from_slice(gradient) * 2.0));
+            replica
+                .gradient
+                .copy_(&(Tensor::from_slice(gradient) * 2.0));
             adamw.update(&mut replica, 0.01, 0.5);
         }
         let got = Vec::<f64>::try_from(replica.masters.to_kind(Kind::Double)).unwrap();
@@ -128,13 +164,20 @@ mod tests {
 
     #[test]
     fn leaves_see_the_update_in_both_precisions() {
-        let adamw = AdamW { betas: BETAS, eps: 1e-8, weight_decay: 0.0 };
+        let adamw = AdamW {
+            betas: BETAS,
+            eps: 1e-8,
+            weight_decay: 0.0,
+        };
         for precision in [Kind::Float, Kind::BFloat16] {
             let mut replica = replica(precision);
             let _ = replica.gradient.fill_(1.0);
             adamw.update(&mut replica, 0.125, 1.0);
             let leaf = replica.params().get("norm").to_kind(Kind::Double);
-            assert!((leaf.double_value(&[0]) - 0.875).abs() < 1e-6, "{precision:?}");
+            assert!(
+                (leaf.double_value(&[0]) - 0.875).abs() < 1e-6,
+                "{precision:?}"
+            );
         }
     }
 }

@@ -9,7 +9,10 @@ use super::chunks;
 /// Its last bits depend on the device and the thread count, so ranks agree on one rank's value.
 pub fn norm(gradient: &Tensor) -> f64 {
     let squares = chunks(gradient.size()[0]).map(|(start, length)| {
-        let norm = gradient.narrow(0, start, length).norm_scalaropt_dtype(2, Kind::Double).double_value(&[]);
+        let norm = gradient
+            .narrow(0, start, length)
+            .norm_scalaropt_dtype(2, Kind::Double)
+            .double_value(&[]);
         norm * norm
     });
     squares.sum::<f64>().sqrt()

@@ -20,7 +20,8 @@ pub struct Slot {
 impl Slot {
     /// The parameter's part of a flat buffer, in its own shape, sharing storage.
     pub fn view(&self, flat: &Tensor) -> Tensor {
-        flat.narrow(0, self.offset, self.elements).view(self.shape.as_slice())
+        flat.narrow(0, self.offset, self.elements)
+            .view(self.shape.as_slice())
     }
 }
 
@@ -37,16 +38,31 @@ impl Layout {
     /// Lays parameters out. With `decay_all`, norms and biases decay like matrices.
     pub fn new(params: &[ParamSpec], decay_all: bool) -> Layout {
         let decays = |spec: &&ParamSpec| decay_all || spec.decayed;
-        let mut layout = Layout { slots: Vec::with_capacity(params.len()), decayed: 0, elements: 0 };
-        params.iter().filter(decays).for_each(|spec| layout.push(spec));
+        let mut layout = Layout {
+            slots: Vec::with_capacity(params.len()),
+            decayed: 0,
+            elements: 0,
+        };
+        params
+            .iter()
+            .filter(decays)
+            .for_each(|spec| layout.push(spec));
         layout.decayed = layout.elements;
-        params.iter().filter(|spec| !decays(spec)).for_each(|spec| layout.push(spec));
+        params
+            .iter()
+            .filter(|spec| !decays(spec))
+            .for_each(|spec| layout.push(spec));
         layout
     }
 
     fn push(&mut self, spec: &ParamSpec) {
         let elements = spec.shape.iter().product();
-        let slot = Slot { name: spec.name.clone(), shape: spec.shape.clone(), offset: self.elements, elements };
+        let slot = Slot {
+            name: spec.name.clone(),
+            shape: spec.shape.clone(),
+            offset: self.elements,
+            elements,
+        };
         self.elements += elements;
         self.slots.push(slot);
     }
@@ -72,14 +88,27 @@ mod tests {
     use super::*;
 
     fn spec(name: &str, shape: &[i64], decayed: bool) -> ParamSpec {
-        ParamSpec { name: name.to_owned(), shape: shape.to_vec(), decayed, new: false }
+        ParamSpec {
+            name: name.to_owned(),
+            shape: shape.to_vec(),
+            decayed,
+            new: false,
+        }
     }
 
     #[test]
     fn decayed_parameters_come_first_and_ranges_touch() {
-        let params = [spec("norm", &[3], false), spec("w", &[2, 3], true), spec("bias", &[2], false)];
+        let params = [
+            spec("norm", &[3], false),
+            spec("w", &[2, 3], true),
+            spec("bias", &[2], false),
+        ];
         let layout = Layout::new(&params, false);
-        let places: Vec<_> = layout.slots().iter().map(|slot| (slot.name.as_str(), slot.offset)).collect();
+        let places: Vec<_> = layout
+            .slots()
+            .iter()
+            .map(|slot| (slot.name.as_str(), slot.offset))
+            .collect();
         assert_eq!(places, [("w", 0), ("norm", 6), ("bias", 9)]);
         assert_eq!((layout.decayed(), layout.elements()), (6, 11));
     }

@@ -18,5 +18,7 @@ const CHUNK: i64 = 1 << 20;
 
 /// The ranges of at most [`CHUNK`] elements that cover `0..elements`, as (start, length).
 fn chunks(elements: i64) -> impl Iterator<Item = (i64, i64)> {
-    (0..elements).step_by(CHUNK as usize).map(move |start| (start, CHUNK.min(elements - start)))
+    (0..elements)
+        .step_by(CHUNK as usize)
+        .map(move |start| (start, CHUNK.min(elements - start)))
 }

@@ -6,7 +6,7 @@
 use supra_agent::{Collective, CollectiveError};
 use tch::{Device, Kind, Tensor};
 
-use super::{Layout, clip, chunks};
+use super::{Layout, chunks, clip};
 use crate::model::Params;
 
 /// Parameters, optimizer state and gradient of one rank.
@@ -36,9 +36,16 @@ impl Replica {
         let zeros = || Tensor::zeros([layout.elements()], (Kind::Float, device));
         let compute = (precision != Kind::Float).then(|| masters.to_kind(precision));
         let flat = compute.as_ref().unwrap_or(&masters);
-        let leaves: Vec<Tensor> =
-            layout.slots().iter().map(|slot| slot.view(flat).detach().set_requires_grad(true)).collect();
-        let named = layout.slots().iter().zip(&leaves).map(|(slot, leaf)| (slot.name.clone(), leaf.shallow_clone()));
+        let leaves: Vec<Tensor> = layout
+            .slots()
+            .iter()
+            .map(|slot| slot.view(flat).detach().set_requires_grad(true))
+            .collect();
+        let named = layout
+            .slots()
+            .iter()
+            .zip(&leaves)
+            .map(|(slot, leaf)| (slot.name.clone(), leaf.shallow_clone()));
         Replica {
             params: Params::new(named.collect()),
             exp_avg: zeros(),
@@ -74,14 +81,19 @@ impl Replica {
             for (slot, gradient) in self.layout.slots().iter().zip(gradients) {
                 // A parameter that the loss does not reach has no gradient at all.
                 if gradient.defined() {
-                    let _ = slot.view(&self.gradient).g_add_(&gradient.to_kind(Kind::Float));
+                    let _ = slot
+                        .view(&self.gradient)
+                        .g_add_(&gradient.to_kind(Kind::Float));
                 }
             }
         });
     }
 
     /// Replaces the gradient by its sum over all ranks, through host memory. The result has the same bits on all.
-    pub fn reduce_gradient(&mut self, collective: &mut dyn Collective) -> Result<(), CollectiveError> {
+    pub fn reduce_gradient(
+        &mut self,
+        collective: &mut dyn Collective,
+    ) -> Result<(), CollectiveError> {
         if collective.world() == 1 {
             return Ok(());
         }
@@ -112,7 +124,8 @@ impl Replica {
         for flat in [&self.masters, &self.exp_avg, &self.exp_avg_sq] {
             for (start, length) in chunks(self.layout.elements()) {
                 host.resize(length as usize, 0f32);
-                flat.narrow(0, start, length).copy_data(&mut host, length as usize);
+                flat.narrow(0, start, length)
+                    .copy_data(&mut host, length as usize);
                 hasher.update(bytemuck::cast_slice(&host));
             }
         }
@@ -134,7 +147,12 @@ mod tests {
             new: false,
         };
         let layout = Layout::new(&[spec("a", &[2, 2]), spec("unused", &[3])], false);
-        Replica::new(layout, Tensor::arange(7, (Kind::Float, Device::Cpu)), Kind::Float, Device::Cpu)
+        Replica::new(
+            layout,
+            Tensor::arange(7, (Kind::Float, Device::Cpu)),
+            Kind::Float,
+            Device::Cpu,
+        )
     }
 
     #[test]

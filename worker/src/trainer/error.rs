@@ -61,11 +61,14 @@ impl TrainError {
     /// Who has to act.
     pub fn fault_kind(&self) -> FaultKind {
         match self {
-            TrainError::Void(_) | TrainError::Collective(_) | TrainError::NoBatch { .. } => FaultKind::Transient,
-            TrainError::Checkpoint(error) => error.fault_kind(),
-            TrainError::Data(_) | TrainError::Plan(_) | TrainError::Model(_) | TrainError::Mismatch(_) => {
-                FaultKind::Input
+            TrainError::Void(_) | TrainError::Collective(_) | TrainError::NoBatch { .. } => {
+                FaultKind::Transient
             }
+            TrainError::Checkpoint(error) => error.fault_kind(),
+            TrainError::Data(_)
+            | TrainError::Plan(_)
+            | TrainError::Model(_)
+            | TrainError::Mismatch(_) => FaultKind::Input,
             TrainError::Diverged { .. } => FaultKind::Diverged,
         }
     }

@@ -23,8 +23,15 @@ impl MicroBatch {
     /// # Errors
     ///
     /// Names the sample and position of a token that is not below `vocabulary`.
-    pub fn new(samples: &[Sample], vocabulary: i64, reset: bool, device: Device) -> Result<MicroBatch, String> {
-        let length = samples.first().map_or(0, |sample| sample.tokens.len().saturating_sub(1));
+    pub fn new(
+        samples: &[Sample],
+        vocabulary: i64,
+        reset: bool,
+        device: Device,
+    ) -> Result<MicroBatch, String> {
+        let length = samples
+            .first()
+            .map_or(0, |sample| sample.tokens.len().saturating_sub(1));
         let (mut tokens, mut mask, mut starts) = (Vec::new(), Vec::new(), Vec::new());
         for sample in samples {
             check_tokens(sample, vocabulary)?;
@@ -34,23 +41,39 @@ impl MicroBatch {
         }
         let (rows, length) = (samples.len() as i64, length as i64);
         let tokens_bt = Tensor::from_slice(&tokens).view([rows, length + 1]);
-        let part = |from: i64| tokens_bt.narrow(1, from, length).contiguous().to_device(device);
+        let part = |from: i64| {
+            tokens_bt
+                .narrow(1, from, length)
+                .contiguous()
+                .to_device(device)
+        };
         let input = LossInput {
             inputs_bt: part(0),
             targets_bt: part(1),
-            mask_bt: Tensor::from_slice(&mask).to_kind(Kind::Bool).view([rows, length]).to_device(device),
-            documents: reset.then(|| Documents::from_starts(&starts, length as usize).to_device(device)),
+            mask_bt: Tensor::from_slice(&mask)
+                .to_kind(Kind::Bool)
+                .view([rows, length])
+                .to_device(device),
+            documents: reset
+                .then(|| Documents::from_starts(&starts, length as usize).to_device(device)),
         };
         Ok(MicroBatch {
             input,
             targets: mask.iter().filter(|&&counts| counts).count() as u64,
-            digest: samples.iter().map(|sample| Digest::of_sample(sample.id, &sample.tokens)).sum(),
+            digest: samples
+                .iter()
+                .map(|sample| Digest::of_sample(sample.id, &sample.tokens))
+                .sum(),
         })
     }
 }
 
 fn check_tokens(sample: &Sample, vocabulary: i64) -> Result<(), String> {
-    match sample.tokens.iter().position(|&token| i64::from(token) >= vocabulary) {
+    match sample
+        .tokens
+        .iter()
+        .position(|&token| i64::from(token) >= vocabulary)
+    {
         None => Ok(()),
         Some(at) => Err(format!(
             "sample {} holds token {} at position {at}, but the model's vocabulary has {vocabulary} tokens. Tokenize \
@@ -64,7 +87,11 @@ fn check_tokens(sample: &Sample, vocabulary: i64) -> Result<(), String> {
 fn target_mask(starts: &[u32], length: usize, reset: bool) -> Vec<bool> {
     let mut mask = vec![true; length];
     if reset {
-        for start in starts.iter().map(|&start| start as usize).filter(|start| (1..=length).contains(start)) {
+        for start in starts
+            .iter()
+            .map(|&start| start as usize)
+            .filter(|start| (1..=length).contains(start))
+        {
             mask[start - 1] = false;
         }
     }
@@ -83,13 +110,28 @@ mod tests {
 
     #[test]
     fn inputs_and_targets_are_one_apart() {
-        let sample = Sample { id: 7, tokens: vec![1, 2, 3], starts: vec![1] };
+        let sample = Sample {
+            id: 7,
+            tokens: vec![1, 2, 3],
+            starts: vec![1],
+        };
         let micro = MicroBatch::new(std::slice::from_ref(&sample), 4, true, Device::Cpu).unwrap();
-        assert_eq!(Vec::<i64>::try_from(micro.input.inputs_bt.reshape([-1])).unwrap(), [1, 2]);
-        assert_eq!(Vec::<i64>::try_from(micro.input.targets_bt.reshape([-1])).unwrap(), [2, 3]);
+        assert_eq!(
+            Vec::<i64>::try_from(micro.input.inputs_bt.reshape([-1])).unwrap(),
+            [1, 2]
+        );
+        assert_eq!(
+            Vec::<i64>::try_from(micro.input.targets_bt.reshape([-1])).unwrap(),
+            [2, 3]
+        );
         assert_eq!(micro.targets, 1);
         assert_eq!(micro.digest, Digest::of_sample(7, &[1, 2, 3]));
-        let error = MicroBatch::new(&[sample], 3, true, Device::Cpu).err().unwrap();
-        assert!(error.contains("sample 7") && error.contains("token 3 at position 2"), "{error}");
+        let error = MicroBatch::new(&[sample], 3, true, Device::Cpu)
+            .err()
+            .unwrap();
+        assert!(
+            error.contains("sample 7") && error.contains("token 3 at position 2"),
+            "{error}"
+        );
     }
 }

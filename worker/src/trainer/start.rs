@@ -15,9 +15,7 @@ use super::TrainError;
 use crate::{
     checkpoint::{self, CheckpointError, Environment},
     device::Place,
-    model::{
-        self, AttentionKind, Decay, ModelConfig, NewWeights, Params, RopeFrequencies, SupraConfig,
-    },
+    model::{self, AttentionKind, ModelConfig, NewWeights, Params, SupraConfig},
     optim::{Layout, Replica},
 };
 
@@ -44,7 +42,7 @@ impl Start {
         let reader = Reader::open(&recipe.data.train, u64::from(recipe.batch.sequence_length))?;
         let plan = Plan::new(recipe, reader.windows(), reader.manifest().hash())?;
         let config = trained_config(recipe)?;
-        check_data(reader.manifest(), &config, &recipe.base.path)?;
+        check_data(reader.manifest(), &config, &recipe.base.path).map_err(TrainError::Mismatch)?;
         let layout = Layout::new(&config.params(), recipe.optimizer.decay_norms_and_biases);
         let precision = match recipe.model.precision {
             Precision::Bf16 => Kind::BFloat16,
@@ -58,50 +56,72 @@ impl Start {
                 (Replica::new(layout, masters, precision, place.device), 0)
             }
             Some(restore) => {
-                let manifest = checkpoint::read::manifest(&restore.path, Some(&restore.manifest_hash))?;
+                let manifest =
+                    checkpoint::read::manifest(&restore.path, Some(&restore.manifest_hash))?;
                 check_checkpoint(&manifest, &restore.path, &plan, &reader, restore.step)?;
-                let replica =
-                    checkpoint::read::replica(&restore.path, &manifest, layout, precision, place.device)?;
+                let replica = checkpoint::read::replica(
+                    &restore.path,
+                    &manifest,
+                    layout,
+                    precision,
+                    place.device,
+                )?;
                 notes.extend(differences(&manifest, environment, job.world));
                 (replica, restore.step)
             }
         };
-        Ok(Start { plan, reader, config, replica, step, notes })
+        Ok(Start {
+            plan,
+            reader,
+            config,
+            replica,
+            step,
+            notes,
+        })
     }
 }
 
 /// The configuration that a recipe trains: the base's, with the recipe's attention.
-pub fn trained_config(recipe: &Recipe) -> Result<ModelConfig, TrainError> {
+fn trained_config(recipe: &Recipe) -> Result<ModelConfig, TrainError> {
     let base = ModelConfig::load(&recipe.base.path)?;
     base.check_sequence_length(i64::from(recipe.batch.sequence_length))?;
     let attention = match recipe.attention {
         Attention::Softmax => AttentionKind::Softmax,
-        Attention::Supra => AttentionKind::Supra(supra_config(&recipe.model)),
+        Attention::Supra => {
+            let schema::Model {
+                decay,
+                qk_norm,
+                rope_frequencies,
+                chunk,
+                ..
+            } = recipe.model;
+            AttentionKind::Supra(SupraConfig {
+                decay,
+                qk_norm,
+                rope_frequencies,
+                chunk: i64::from(chunk),
+            })
+        }
     };
-    if attention == AttentionKind::Softmax && base.supra().is_some() {
-        return Err(TrainError::Mismatch(format!(
+    match (&base.attention, &attention) {
+        (AttentionKind::Supra(there), AttentionKind::Supra(asked))
+            if there
+                != &(SupraConfig {
+                    chunk: there.chunk,
+                    ..*asked
+                }) =>
+        {
+            Err(TrainError::Mismatch(format!(
+                "{} is a SUPRA model with {there:?}, but the recipe's `model` says {asked:?}. Change the recipe",
+                recipe.base.path.display()
+            )))
+        }
+        (AttentionKind::Supra(_), AttentionKind::Softmax) => Err(TrainError::Mismatch(format!(
             "{} is a SUPRA model already, but the recipe says attention: softmax. Write attention: supra, or take a \
              softmax base",
             recipe.base.path.display()
-        )));
-    }
-    Ok(base.with_attention(attention))
-}
-
-/// The recipe's words in the model's types.
-fn supra_config(model: &schema::Model) -> SupraConfig {
-    SupraConfig {
-        decay: match model.decay {
-            schema::Decay::Alibi => Decay::Alibi,
-            schema::Decay::Retnet => Decay::Retnet,
-            schema::Decay::None => Decay::None,
-        },
-        qk_norm: model.qk_norm,
-        rope_frequencies: match model.rope_frequencies {
-            schema::RopeFrequencies::Exact => RopeFrequencies::Exact,
-            schema::RopeFrequencies::Bf16 => RopeFrequencies::Bf16,
-        },
-        chunk: i64::from(model.chunk),
+        ))),
+        _ => Ok(base.with_attention(attention)),
     }
 }
 
@@ -110,42 +130,46 @@ fn base_params(recipe: &Recipe, config: &ModelConfig) -> Result<Params, TrainErr
     match recipe.base.weights {
         Weights::Random => Ok(model::init_all(config, recipe.seed)),
         Weights::Pretrained => {
-            let (params, _) = model::load_params(&recipe.base.path, config, NewWeights::Seeded(recipe.seed))?;
+            let (params, _) =
+                model::load_params(&recipe.base.path, config, NewWeights::Seeded(recipe.seed))?;
             Ok(params)
         }
     }
 }
 
 fn flatten(layout: &Layout, params: &Params) -> Tensor {
-    let parts: Vec<Tensor> =
-        layout.slots().iter().map(|slot| params.get(&slot.name).to_kind(Kind::Float).reshape([-1])).collect();
+    let parts: Vec<Tensor> = layout
+        .slots()
+        .iter()
+        .map(|slot| params.get(&slot.name).to_kind(Kind::Float).reshape([-1]))
+        .collect();
     Tensor::cat(&parts, 0)
 }
 
-/// Refuses data that another tokenizer made.
-fn check_data(manifest: &Manifest, config: &ModelConfig, base: &Path) -> Result<(), TrainError> {
+/// Refuses data that another tokenizer made than the one in `model`, the directory of the model.
+pub fn check_data(manifest: &Manifest, config: &ModelConfig, model: &Path) -> Result<(), String> {
     let data = manifest.path().display();
     if i64::from(manifest.vocabulary()) > config.vocab {
-        return Err(TrainError::Mismatch(format!(
-            "{data} was made with a vocabulary of {} tokens, the model in {} has {}. Tokenize the text with the base's \
+        return Err(format!(
+            "{data} was made with a vocabulary of {} tokens, the model in {} has {}. Tokenize the text with the model's \
              own tokenizer",
             manifest.vocabulary(),
-            base.display(),
+            model.display(),
             config.vocab
-        )));
+        ));
     }
-    let tokenizer = base.join("tokenizer.json");
+    let tokenizer = model.join("tokenizer.json");
     let Ok(bytes) = fs::read(&tokenizer) else {
-        // A base without a tokenizer can be trained; nothing can be compared.
+        // A model without a tokenizer can be trained; nothing can be compared.
         return Ok(());
     };
     let hash = blake3::hash(&bytes).to_hex();
     if hash.as_str() != manifest.tokenizer_hash() {
-        return Err(TrainError::Mismatch(format!(
+        return Err(format!(
             "{data} was made with another tokenizer than {} (BLAKE3 {} against {hash}). Tokenize the text with this one",
             tokenizer.display(),
             manifest.tokenizer_hash()
-        )));
+        ));
     }
     Ok(())
 }
@@ -158,11 +182,19 @@ fn check_checkpoint(
     reader: &Reader,
     step: u64,
 ) -> Result<(), CheckpointError> {
-    let dataset = blake3::Hash::from_bytes(reader.manifest().hash()).to_hex().to_string();
+    let dataset = blake3::Hash::from_bytes(reader.manifest().hash())
+        .to_hex()
+        .to_string();
     let problem = if manifest.plan_version != VERSION {
-        format!("its samples were ordered by plan version {}, this program has version {VERSION}", manifest.plan_version)
+        format!(
+            "its samples were ordered by plan version {}, this program has version {VERSION}",
+            manifest.plan_version
+        )
     } else if manifest.dataset != dataset {
-        format!("it was trained on the dataset with hash {}, the recipe's has {dataset}", manifest.dataset)
+        format!(
+            "it was trained on the dataset with hash {}, the recipe's has {dataset}",
+            manifest.dataset
+        )
     } else if (manifest.step, manifest.next_sample) != (step, plan.step_samples(step).end) {
         format!(
             "it is at step {} and sample {}, the plan is at step {step} and sample {}",
@@ -173,7 +205,10 @@ fn check_checkpoint(
     } else {
         return Ok(());
     };
-    Err(CheckpointError::Foreign { path: path.to_owned(), problem })
+    Err(CheckpointError::Foreign {
+        path: path.to_owned(),
+        problem,
+    })
 }
 
 /// What keeps the resumed run from being equal to the bit.

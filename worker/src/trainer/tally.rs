@@ -52,7 +52,11 @@ impl Tally {
 
     fn from_bytes(bytes: &[u8]) -> Option<Tally> {
         let bytes: &[u8; BYTES] = bytes.try_into().ok()?;
-        let word = |at: usize| bytes[at..at + 8].try_into().expect("invariant: eight bytes");
+        let word = |at: usize| {
+            bytes[at..at + 8]
+                .try_into()
+                .expect("invariant: eight bytes")
+        };
         Some(Tally {
             loss_sum: f64::from_le_bytes(word(0)),
             targets: u64::from_le_bytes(word(8)),
@@ -68,7 +72,12 @@ mod tests {
 
     #[test]
     fn a_tally_survives_the_wire() {
-        let tally = Tally { loss_sum: -1.5e300, targets: u64::MAX, grad_norm: f64::INFINITY, stop: true };
+        let tally = Tally {
+            loss_sum: -1.5e300,
+            targets: u64::MAX,
+            grad_norm: f64::INFINITY,
+            stop: true,
+        };
         assert_eq!(Tally::from_bytes(&tally.to_bytes()), Some(tally));
         assert_eq!(Tally::from_bytes(&[0; 3]), None);
     }
