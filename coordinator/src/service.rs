@@ -21,14 +21,16 @@ use crate::address;
 use crate::journal::{JournalError, StateLock};
 use crate::machine::{Identity, Limits};
 
+mod handle;
 mod owner;
 mod runs;
 mod speed;
 mod streams;
 mod workers;
 
+use handle::Handle;
+use owner::Owner;
 pub use owner::{Ending, OwnerError};
-use owner::{Handle, Owner};
 
 /// How long streams get to carry their last messages.
 const LAST_WORDS: Duration = Duration::from_secs(2);

@@ -12,7 +12,8 @@ use supra_proto::v1::{
 use supra_recipes::schema::Recipe;
 use tonic::{Request, Response, Status};
 
-use super::owner::{Handle, Owner};
+use super::handle::Handle;
+use super::owner::Owner;
 use super::streams::{self, Stream};
 use crate::journal::Reader;
 use crate::machine::{Event, FindError, Refused, RunNumber, Submission, Workers};

@@ -9,7 +9,7 @@ use tokio::time::{sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
-use super::owner::{Ended, Handle};
+use super::handle::{Ended, Handle};
 use crate::journal::Reader;
 use crate::machine::RunNumber;
 

@@ -8,7 +8,8 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::owner::{Downstream, Handle};
+use super::handle::Handle;
+use super::owner::Downstream;
 use crate::machine::Event;
 
 /// Messages that may wait to be sent to a worker.
