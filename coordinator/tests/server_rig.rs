@@ -225,20 +225,48 @@ impl Session {
         }
     }
 
+    /// Says that it holds the state of step 0.
+    pub async fn form(&mut self) -> Result<(), String> {
+        self.formed(0).await
+    }
+
+    async fn formed(&mut self, step: u64) -> Result<(), String> {
+        self.say(Up::Formed(v1::Formed {
+            step,
+            replica_hash: vec![step as u8; 32],
+            windows: WINDOWS,
+            manifest_hash: MANIFEST.into(),
+        }))
+        .await
+    }
+
+    /// As the only rank: trains step 1 and writes a checkpoint of it.
+    pub async fn step_with_checkpoint(&mut self) -> Result<v1::CheckpointWritten, String> {
+        let recipe = Recipe::parse(&recipe(1, 1), "recipe").map_err(|error| error.to_string())?;
+        let plan = Plan::new(&recipe, WINDOWS, MANIFEST).map_err(|error| error.to_string())?;
+        self.say(Up::Step(report(&plan, 1, 0, 1))).await?;
+        let written = self.written(1);
+        self.say(Up::CheckpointWritten(written.clone())).await?;
+        Ok(written)
+    }
+
+    fn written(&self, step: u64) -> v1::CheckpointWritten {
+        v1::CheckpointWritten {
+            step,
+            path: format!("step-{step:08}-gen-{}", self.generation),
+            bytes: 7,
+            manifest_hash: vec![step as u8; 32],
+            seconds: 0.0,
+        }
+    }
+
     /// Trains honestly; only the model is missing.
     async fn train(&mut self, place: v1::Assignment) -> Result<Turn, String> {
         let recipe =
             Recipe::parse(&place.recipe, "assignment").map_err(|error| error.to_string())?;
         let plan = Plan::new(&recipe, WINDOWS, MANIFEST).map_err(|error| error.to_string())?;
         let mut step = place.restore.map_or(0, |restore| restore.step);
-        let replica_hash = vec![step as u8; 32];
-        self.say(Up::Formed(v1::Formed {
-            step,
-            replica_hash,
-            windows: WINDOWS,
-            manifest_hash: MANIFEST.into(),
-        }))
-        .await?;
+        self.formed(step).await?;
         let mut stop = false;
         loop {
             if step == plan.steps {
@@ -267,15 +295,8 @@ impl Session {
 
     /// Writes a checkpoint that is only a name; false when the generation is void before it is published.
     async fn checkpoint(&mut self, step: u64) -> Result<bool, String> {
-        let manifest_hash = vec![step as u8; 32];
-        let path = format!("step-{step:08}-gen-{}", self.generation);
-        let written = v1::CheckpointWritten {
-            step,
-            path,
-            bytes: 7,
-            manifest_hash: manifest_hash.clone(),
-            seconds: 0.0,
-        };
+        let written = self.written(step);
+        let manifest_hash = written.manifest_hash.clone();
         self.say(Up::CheckpointWritten(written)).await?;
         loop {
             match self.hear().await? {

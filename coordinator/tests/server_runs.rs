@@ -2,6 +2,8 @@
 
 use supra_coordinator::audit::{Options as AuditOptions, Verdict, audit};
 use supra_coordinator::ledger::Record;
+use supra_proto::v1::coordinator_message::Body as Down;
+use supra_proto::v1::worker_message::Body as Up;
 use supra_proto::v1::{self, RunState};
 use supra_proto::{Client, ClientError};
 
@@ -184,6 +186,54 @@ async fn a_second_worker_of_the_same_name_is_refused() {
 }
 
 #[tokio::test]
+async fn a_worker_that_does_not_read_is_lost_and_holds_up_nobody() {
+    let state = tempfile::tempdir().unwrap();
+    let (_service, url, mut client) = coordinator(state.path()).await;
+    submit(&mut client, recipe(1, 1)).await;
+    let mut deaf = Session::open(&url, hello("a")).await.unwrap();
+    while !matches!(deaf.hear().await.unwrap(), Down::Assignment(_)) {}
+    deaf.form().await.unwrap();
+    let written = deaf.step_with_checkpoint().await.unwrap();
+    // Each repeat is answered, until nobody takes the answers.
+    for _ in 0..200_000 {
+        if deaf
+            .say(Up::CheckpointWritten(written.clone()))
+            .await
+            .is_err()
+        {
+            break;
+        }
+    }
+    let status = wait_for(&mut client, "the loss", |status| {
+        status.reason.contains("rank 0 (a) was lost")
+    })
+    .await;
+    assert!(status.reason.contains("does not read"), "{}", status.reason);
+    let _worker = Worker::start(&url, "b");
+    wait_for_state(&mut client, RunState::Finished).await;
+}
+
+#[tokio::test]
+async fn health_is_served() {
+    let state = tempfile::tempdir().unwrap();
+    let (_service, url, _client) = coordinator(state.path()).await;
+    let channel = tonic::transport::Endpoint::from_shared(url)
+        .unwrap()
+        .connect()
+        .await
+        .unwrap();
+    let mut health = tonic_health::pb::health_client::HealthClient::new(channel);
+    let request = tonic_health::pb::HealthCheckRequest {
+        service: "supra.v1.Workers".into(),
+    };
+    let status = health.check(request).await.unwrap().into_inner().status();
+    assert_eq!(
+        status,
+        tonic_health::pb::health_check_response::ServingStatus::Serving
+    );
+}
+
+#[tokio::test]
 async fn bad_requests_say_what_is_wrong() {
     let state = tempfile::tempdir().unwrap();
     let (_service, _url, mut client) = coordinator(state.path()).await;
@@ -244,14 +294,11 @@ async fn followed_logs_and_statuses_end_with_the_coordinator() {
         text: "loading".into(),
     };
     loop {
-        if let Ok(v1::coordinator_message::Body::Assignment(_)) = session.hear().await {
+        if let Ok(Down::Assignment(_)) = session.hear().await {
             break;
         }
     }
-    session
-        .say(v1::worker_message::Body::Log(line))
-        .await
-        .unwrap();
+    session.say(Up::Log(line)).await.unwrap();
     while lines.next().await.unwrap().expect("a line").text != "loading" {}
     drop(session);
     service.stopper().shut_down("a test").await;

@@ -8,10 +8,10 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use supra_coordinator::machine::Limits;
-use supra_coordinator::service::{Options, Service, ServiceError};
+use supra_coordinator::service::{Options, Service, ServiceError, Stopper};
 use supra_coordinator::{BUILD, address};
 use supra_proto::Token;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 /// Exit codes, as of every program here.
@@ -114,6 +114,10 @@ async fn serve(run: Run) -> ExitCode {
         Ok(token) => token,
         Err(error) => return fail(BAD_INPUT, &error.to_string()),
     };
+    let signals = match Signals::catch() {
+        Ok(signals) => signals,
+        Err(error) => return fail(FAILED, &format!("cannot catch signals: {error}")),
+    };
     let options = Options {
         listen: run.listen,
         state: run.state,
@@ -139,31 +143,38 @@ async fn serve(run: Run) -> ExitCode {
             Ok(_) => ExitCode::SUCCESS,
             Err(error) => failed(&error),
         },
-        code = signals(stop) => code,
+        code = signals.obey(stop) => code,
     }
 }
 
-/// Asks for the end at the first signal; returns at the second.
-async fn signals(stop: supra_coordinator::service::Stopper) -> ExitCode {
-    let (Ok(mut terminate), Ok(mut interrupt)) = (
-        signal(SignalKind::terminate()),
-        signal(SignalKind::interrupt()),
-    ) else {
-        tracing::warn!("signals cannot be caught: they end the coordinator at once");
-        return std::future::pending().await;
-    };
-    let mut asked = false;
-    loop {
-        let name = tokio::select! {
-            _ = terminate.recv() => "SIGTERM",
-            _ = interrupt.recv() => "SIGINT",
-        };
-        if asked {
-            tracing::warn!("{name} again: ending at once");
-            return ExitCode::from(INTERRUPTED);
+/// The signals that end the coordinator. Caught from here on, so that none is lost between start and end.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn catch() -> std::io::Result<Signals> {
+        Ok(Signals {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    /// Asks for the end at the first signal; returns at the second.
+    async fn obey(mut self, stop: Stopper) -> ExitCode {
+        let first = self.next().await;
+        stop.shut_down(first).await;
+        let second = self.next().await;
+        tracing::warn!("{second} after {first}: ending at once");
+        ExitCode::from(INTERRUPTED)
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
         }
-        asked = true;
-        stop.shut_down(name).await;
     }
 }
 
