@@ -132,7 +132,7 @@ fn a_base_is_pretrained_exported_converted_uptrained_and_used() {
     let (code, out, err) = worker(&["generate", "--model", &shown(&model), "--prompt", "w5 w9"]);
     assert_eq!(code, 0);
     assert!(
-        out.starts_with("w5 w9") && err.contains("tokens/s"),
+        out.starts_with("w5 w9 w") && err.contains("tokens/s"),
         "{out}{err}"
     );
 }

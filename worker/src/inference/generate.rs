@@ -89,7 +89,8 @@ fn continue_prompt(
 ) -> Result<Generated, GenerateError> {
     let ids = encode(tokenizer, prompt, model.config().vocab)?;
     let clock = Instant::now();
-    let ids_bt = Tensor::from_slice(&ids)
+    let wide: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
+    let ids_bt = Tensor::from_slice(&wide)
         .unsqueeze(0)
         .to_device(params.device());
     let (logits_btv, mut state) = model.prefill(params, &ids_bt);
@@ -99,6 +100,10 @@ fn continue_prompt(
     let clock = Instant::now();
     let mut sampler = Sampler::new(options.sampling);
     let mut stream = tokenizer.decode_stream(true);
+    // The first new token may begin with a space only if something stands before it.
+    for &id in &ids {
+        stream.step(id).map_err(GenerateError::Tokenizer)?;
+    }
     let mut generated = Generated {
         prompt_tokens: ids.len(),
         prefill,
@@ -126,22 +131,15 @@ fn continue_prompt(
     Ok(generated)
 }
 
-fn encode(tokenizer: &Tokenizer, prompt: &str, vocabulary: i64) -> Result<Vec<i64>, GenerateError> {
+fn encode(tokenizer: &Tokenizer, prompt: &str, vocabulary: i64) -> Result<Vec<u32>, GenerateError> {
     let encoding = tokenizer
         .encode(prompt, true)
         .map_err(GenerateError::Tokenizer)?;
-    match encoding
-        .get_ids()
-        .iter()
-        .find(|&&token| i64::from(token) >= vocabulary)
-    {
+    let ids = encoding.get_ids();
+    match ids.iter().find(|&&token| i64::from(token) >= vocabulary) {
         Some(&token) => Err(GenerateError::Vocabulary { token, vocabulary }),
-        None if encoding.get_ids().is_empty() => Err(GenerateError::EmptyPrompt),
-        None => Ok(encoding
-            .get_ids()
-            .iter()
-            .map(|&token| i64::from(token))
-            .collect()),
+        None if ids.is_empty() => Err(GenerateError::EmptyPrompt),
+        None => Ok(ids.to_vec()),
     }
 }
 
