@@ -43,6 +43,8 @@ pub(crate) struct Controller {
     pauses: Pauses,
     /// When the search for a coordinator that was never reached began; none once it was reached.
     unseen_since: Option<Instant>,
+    /// What was said about the last failed attempt: a repeat is not worth a warning.
+    complaint: String,
     /// Error that ends the worker as soon as the training loop is back.
     fatal: Option<ClientError>,
 }
@@ -88,6 +90,7 @@ impl Controller {
             stream: Stream::Over,
             pauses: Pauses::new(),
             unseen_since: Some(now),
+            complaint: String::new(),
             fatal: None,
         }
     }
@@ -99,8 +102,6 @@ impl Controller {
         self.stream = self.opening(Duration::ZERO);
         loop {
             let event = tokio::select! {
-                // Reports first: a training loop never waits for what comes after it.
-                biased;
                 Some(tagged) = self.reports.recv() => Event::Input(Input::Report(tagged)),
                 event = self.stream.event() => event,
                 Some(input) = self.published.recv() => Event::Input(input),
@@ -239,6 +240,7 @@ impl Controller {
                 self.stream = Stream::Up(line);
                 self.unseen_since = None;
                 self.pauses = Pauses::new();
+                self.complaint.clear();
                 return vec![Input::Message(answer)];
             }
             Err(error) => error,
@@ -254,8 +256,12 @@ impl Controller {
             self.fatal = Some(error);
             return vec![Input::Interrupted(why)];
         }
+        let complaint = error.to_string();
+        if complaint != self.complaint {
+            tracing::warn!("{complaint}; trying again until it answers");
+            self.complaint = complaint;
+        }
         let pause = self.pauses.next();
-        tracing::warn!("{error}; trying again in {:.1} s", pause.as_secs_f64());
         self.stream = self.opening(pause);
         Vec::new()
     }

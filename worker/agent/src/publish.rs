@@ -19,7 +19,6 @@ pub enum PublishError {
         /// The file.
         path: PathBuf,
         /// What the system said.
-        #[source]
         cause: io::Error,
     },
 

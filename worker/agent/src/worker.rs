@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::mpsc::Receiver;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use supra_proto::Token;
 use supra_proto::v1::FaultKind;
@@ -13,6 +13,7 @@ use crate::control::{self, Controller};
 use crate::error::AgentError;
 use crate::job::{Job, Outcome};
 use crate::limits;
+use crate::line::Pauses;
 use crate::link::{QUEUE, Report, Tagged};
 use crate::panic;
 use crate::supervisor::Birth;
@@ -120,7 +121,7 @@ pub fn run_worker(
     train: impl FnMut(Job) -> Outcome,
 ) -> Result<Exit, AgentError> {
     limits::raise_open_files();
-    let data = DataAddress::bind(&options.coordinator, options.advertise)?;
+    let data = bind(&options)?;
     tracing::info!(address = %data.advertised(), "peers reach this worker here");
 
     let (jobs_in, jobs) = std::sync::mpsc::sync_channel(1);
@@ -141,6 +142,23 @@ pub fn run_worker(
             what: "panicked",
             cause: panic::text(&*payload),
         }),
+    }
+}
+
+/// Sets up the data plane. The coordinator's name may take as long to appear as the coordinator.
+fn bind(options: &WorkerOptions) -> Result<DataAddress, AgentError> {
+    let start = Instant::now();
+    let mut pauses = Pauses::new();
+    loop {
+        let error = match DataAddress::bind(&options.coordinator, options.advertise) {
+            Err(AgentError::Client(error)) if error.is_transient() => error,
+            result => return result,
+        };
+        if start.elapsed() >= options.timing.first_contact {
+            return Err(error.into());
+        }
+        tracing::warn!("{error}; trying again");
+        std::thread::sleep(pauses.next());
     }
 }
 

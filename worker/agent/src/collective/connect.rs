@@ -83,10 +83,12 @@ pub(super) fn neighbours(
         let answering = scope.spawn(|| search.answer_previous(listener));
         (search.call_next(), answering.join())
     });
-    let (previous, address) =
-        previous.unwrap_or_else(|payload| std::panic::resume_unwind(payload))?;
+    let previous = previous.unwrap_or_else(|payload| std::panic::resume_unwind(payload));
+    // When both are missing, the one with an address says more.
+    let next = next?;
+    let (previous, address) = previous?;
     Ok(Neighbours {
-        next: next?,
+        next,
         previous,
         previous_address: address.to_string(),
     })

@@ -152,8 +152,13 @@ impl TcpRing {
         if mine == theirs {
             return Ok(());
         }
-        let cause = format!("it is at {theirs:?} while this rank is at {mine:?}");
-        Err(self.lost(self.incoming.peer.clone(), cause))
+        // The connection is sound: the next rank still gets to read what this one is about to do.
+        let Peer { rank, address } = self.incoming.peer.clone();
+        Err(CollectiveError::Peer {
+            rank,
+            address,
+            cause: format!("it is at {theirs:?} while this rank is at {mine:?}"),
+        })
     }
 
     /// The rank `steps` before this one.

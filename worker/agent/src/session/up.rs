@@ -1,0 +1,106 @@
+//! What the training loop and the publications say.
+
+use std::time::Instant;
+
+use supra_proto::v1::worker_message::Body as Up;
+use supra_proto::v1::{CheckpointPublished, FaultKind, LeftReason, Phase};
+
+use super::{Action, Actions, Session, Stage};
+use crate::job::Outcome;
+use crate::link::{Report, Tagged};
+
+impl Session {
+    pub(super) fn on_report(&mut self, tagged: Tagged, now: Instant, actions: &mut Actions) {
+        let Some(current) = self
+            .current
+            .as_mut()
+            .filter(|current| current.job == tagged.job)
+        else {
+            return;
+        };
+        let working = matches!(current.stage, Stage::Working);
+        match tagged.report {
+            Report::Done(outcome) => self.on_done(outcome, now, actions),
+            Report::Log(line) => self.send_for_current(Up::Log(line), actions),
+            // The coordinator has no use for the rest of a void generation.
+            _ if !working => {}
+            Report::Phase(phase, step) => self.set_phase(phase, step, now),
+            Report::Formed(formed) => self.send_for_current(Up::Formed(formed), actions),
+            Report::Step(step) => self.send_for_current(Up::Step(step), actions),
+            Report::CheckpointWritten(written) => {
+                current.written = Some(written.clone());
+                self.send_for_current(Up::CheckpointWritten(written), actions);
+            }
+        }
+    }
+
+    pub(super) fn on_published(
+        &mut self,
+        job: u64,
+        step: u64,
+        hash: [u8; 32],
+        result: Result<(), String>,
+        now: Instant,
+        actions: &mut Actions,
+    ) {
+        let Some(current) = self.current.as_mut().filter(|current| current.job == job) else {
+            return;
+        };
+        if matches!(current.stage, Stage::Leaving { .. }) {
+            return;
+        }
+        if let Err(message) = result {
+            let kind = match current.stage {
+                // Nothing can start from a checkpoint that is not there.
+                Stage::Preparing(_) => FaultKind::Input,
+                _ => FaultKind::Transient,
+            };
+            return self.fail(kind, message, now, actions);
+        }
+        match std::mem::replace(&mut current.stage, Stage::Working) {
+            Stage::Preparing(place) => self.start(place, actions),
+            _ => {
+                current.written = None;
+                current.published = Some((step, hash));
+                actions.push(Action::TellPublished(step));
+                self.tell_published(step, hash, actions);
+            }
+        }
+    }
+
+    pub(super) fn tell_published(&self, step: u64, hash: [u8; 32], actions: &mut Actions) {
+        let body = Up::CheckpointPublished(CheckpointPublished {
+            step,
+            manifest_hash: hash.to_vec(),
+        });
+        self.send_for_current(body, actions);
+    }
+
+    /// The training loop is back.
+    fn on_done(&mut self, outcome: Outcome, now: Instant, actions: &mut Actions) {
+        let Some(current) = self.current.take() else {
+            return;
+        };
+        let (run, generation) = (current.run, current.generation);
+        let reason = match (current.stage, outcome) {
+            // What it says of a void generation is an echo of the abort.
+            (Stage::Leaving { reason, .. }, _) => reason,
+            (_, Outcome::Finished) => Some(LeftReason::Finished),
+            (_, Outcome::Stopped) => Some(LeftReason::Stopped),
+            (_, Outcome::Voided) => Some(LeftReason::Void),
+            (_, Outcome::Fault { kind, message }) => {
+                self.fault(&run, generation, kind, message, actions);
+                Some(LeftReason::Fault)
+            }
+        };
+        if let Some(reason) = reason {
+            self.left(&run, generation, reason, actions);
+        }
+        self.set_phase(Phase::Idle, 0, now);
+        if let Some(exit) = self.ending.clone() {
+            actions.push(Action::End(exit));
+        } else if let Some(next) = self.next.take() {
+            self.begin(next, now, actions);
+        }
+    }
+}

@@ -1,0 +1,514 @@
+//! The session: what it does with every message, without any I/O.
+
+use std::time::{Duration, Instant};
+
+use supra_agent::link::{Report, Tagged};
+use supra_agent::session::{Action, Input, Session};
+use supra_agent::{FaultKind, Formed, Outcome, Phase};
+use supra_proto::v1::coordinator_message::Body as Down;
+use supra_proto::v1::worker_message::Body as Up;
+use supra_proto::v1::{
+    Assignment, CheckpointWritten, CoordinatorMessage, Goodbye, PublishCheckpoint, Refusal,
+    RestoreFrom, StepReport, StopAfterStep, Void, Welcome,
+};
+
+use crate::coordinator::RECIPE;
+
+const HASH: [u8; 32] = [3; 32];
+
+/// A session and a clock.
+struct Bench {
+    session: Session,
+    now: Instant,
+}
+
+impl Bench {
+    /// Attached, and the first heartbeat is sent.
+    fn attached() -> Bench {
+        let now = Instant::now();
+        let mut bench = Bench {
+            session: Session::new(Duration::from_secs(5), now),
+            now,
+        };
+        bench.attach();
+        bench
+    }
+
+    /// Attached and working on run/1 as rank 0 of 2.
+    fn working() -> Bench {
+        let mut bench = Bench::attached();
+        assert_eq!(bench.says(1, assignment()), ["start job 1"]);
+        bench
+    }
+
+    fn attach(&mut self) {
+        assert_eq!(
+            self.says(
+                0,
+                Down::Welcome(Welcome {
+                    heartbeat_seconds: 1.0
+                })
+            ),
+            [""; 0]
+        );
+        assert_eq!(self.feed(Input::Tick).len(), 1);
+    }
+
+    fn feed(&mut self, input: Input) -> Vec<String> {
+        self.session
+            .handle(input, self.now)
+            .iter()
+            .map(show)
+            .collect()
+    }
+
+    /// The coordinator says something of run "run".
+    fn says(&mut self, generation: u64, body: Down) -> Vec<String> {
+        self.says_of("run", generation, body)
+    }
+
+    fn says_of(&mut self, run: &str, generation: u64, body: Down) -> Vec<String> {
+        let run = run.to_owned();
+        self.feed(Input::Message(CoordinatorMessage {
+            run,
+            generation,
+            sequence: 0,
+            body: Some(body),
+        }))
+    }
+
+    /// The training loop of a job says something.
+    fn hears(&mut self, job: u64, report: Report) -> Vec<String> {
+        self.feed(Input::Report(Tagged { job, report }))
+    }
+
+    fn done(&mut self, job: u64, outcome: Outcome) -> Vec<String> {
+        self.hears(job, Report::Done(outcome))
+    }
+
+    fn published(&mut self, job: u64, step: u64, result: Result<(), String>) -> Vec<String> {
+        self.feed(Input::Published {
+            job,
+            step,
+            manifest_hash: HASH,
+            result,
+        })
+    }
+
+    fn after(&mut self, seconds: f64) -> Vec<String> {
+        self.now += Duration::from_secs_f64(seconds);
+        self.feed(Input::Tick)
+    }
+}
+
+fn show(action: &Action) -> String {
+    match action {
+        Action::Send {
+            run,
+            generation,
+            body,
+        } => format!("{} of {run}/{generation}", show_body(body)),
+        Action::Start { job, .. } => format!("start job {job}"),
+        Action::Void => "void".to_owned(),
+        Action::RequestStop => "request stop".to_owned(),
+        Action::Publish {
+            job, step, path, ..
+        } => format!("publish {path} step {step} for job {job}"),
+        Action::TellPublished(step) => format!("tell published {step}"),
+        Action::End(exit) => format!("end {exit:?}"),
+        Action::Die(exit) => format!("die {exit:?}"),
+    }
+}
+
+fn show_body(body: &Up) -> String {
+    match body {
+        Up::Heartbeat(beat) => format!(
+            "{:?} step {} for {} ms",
+            beat.phase(),
+            beat.step,
+            beat.in_phase_ms
+        ),
+        Up::Formed(_) => "formed".to_owned(),
+        Up::Step(step) => format!("step {}", step.step),
+        Up::CheckpointWritten(written) => format!("written {}", written.path),
+        Up::CheckpointPublished(published) => format!("published {}", published.step),
+        Up::Fault(fault) => format!("{:?} fault {:?}", fault.kind(), fault.message),
+        Up::Left(left) => format!("left {:?}", left.reason()),
+        Up::Log(line) => format!("log {}", line.text),
+        Up::Hello(_) => "hello".to_owned(),
+    }
+}
+
+fn place() -> Assignment {
+    Assignment {
+        recipe: RECIPE.to_owned(),
+        rank: 0,
+        world: 2,
+        next_address: "127.0.0.1:1".to_owned(),
+        data_key: vec![1; 32],
+        restore: None,
+        checkpoint_root: "/checkpoints".to_owned(),
+    }
+}
+
+fn assignment() -> Down {
+    Down::Assignment(place())
+}
+
+fn restoring(rank: u32) -> Down {
+    let restore = RestoreFrom {
+        step: 8,
+        path: "step-8".to_owned(),
+        manifest_hash: HASH.to_vec(),
+    };
+    Down::Assignment(Assignment {
+        rank,
+        restore: Some(restore),
+        ..place()
+    })
+}
+
+fn void() -> Down {
+    Down::Void(Void {
+        reason: "rank 1 died".to_owned(),
+    })
+}
+
+fn stop() -> Down {
+    Down::Stop(StopAfterStep {
+        reason: "cancelled".to_owned(),
+    })
+}
+
+fn publish(step: u64) -> Down {
+    Down::Publish(PublishCheckpoint {
+        step,
+        manifest_hash: HASH.to_vec(),
+    })
+}
+
+fn written(step: u64) -> Report {
+    let path = format!("step-{step}");
+    Report::CheckpointWritten(CheckpointWritten {
+        step,
+        path,
+        manifest_hash: HASH.to_vec(),
+        ..Default::default()
+    })
+}
+
+fn step(step: u64) -> Report {
+    Report::Step(StepReport {
+        step,
+        ..Default::default()
+    })
+}
+
+fn fault(message: &str) -> Outcome {
+    Outcome::Fault {
+        kind: FaultKind::Transient,
+        message: message.to_owned(),
+    }
+}
+
+#[test]
+fn a_generation_from_assignment_to_end() {
+    let mut bench = Bench::working();
+    assert_eq!(
+        bench.hears(1, Report::Formed(Formed::default())),
+        ["formed of run/1"]
+    );
+    assert_eq!(bench.hears(1, step(1)), ["step 1 of run/1"]);
+    assert_eq!(bench.done(1, Outcome::Finished), ["left Finished of run/1"]);
+    assert_eq!(bench.says(2, assignment()), ["start job 2"]);
+}
+
+#[test]
+fn a_void_generation_is_left_when_the_loop_is_back() {
+    let mut bench = Bench::working();
+    assert_eq!(bench.says(1, void()), ["void"]);
+    assert_eq!(
+        bench.hears(1, step(3)),
+        [""; 0],
+        "void work is not reported"
+    );
+    assert_eq!(
+        bench.done(1, fault("lost rank 1")),
+        ["left Void of run/1"],
+        "an echo of the abort is no fault"
+    );
+}
+
+#[test]
+fn repeats_change_nothing() {
+    let mut bench = Bench::working();
+    assert_eq!(bench.says(1, assignment()), [""; 0]);
+    assert_eq!(bench.says(1, stop()), ["request stop"]);
+    assert_eq!(bench.says(1, stop()), [""; 0]);
+    assert_eq!(bench.says(1, void()), ["void"]);
+    assert_eq!(bench.says(1, void()), [""; 0]);
+    assert_eq!(bench.done(1, Outcome::Voided), ["left Void of run/1"]);
+    assert_eq!(bench.done(1, Outcome::Voided), [""; 0]);
+    assert_eq!(bench.says(1, void()), [""; 0]);
+    assert_eq!(bench.says(1, assignment()), [""; 0]);
+}
+
+#[test]
+fn messages_of_older_generations_are_ignored() {
+    let mut bench = Bench::working();
+    bench.done(1, Outcome::Voided);
+    assert_eq!(bench.says(3, assignment()), ["start job 2"]);
+    for old in [assignment(), void(), stop(), publish(1)] {
+        assert_eq!(bench.says(2, old), [""; 0]);
+    }
+    assert_eq!(bench.hears(1, step(9)), [""; 0]);
+    assert_eq!(bench.says_of("other", 1, void()), [""; 0]);
+}
+
+#[test]
+fn generations_of_another_run_count_from_one_again() {
+    let mut bench = Bench::working();
+    bench.done(1, Outcome::Finished);
+    assert_eq!(bench.says_of("other", 1, assignment()), ["start job 2"]);
+    assert_eq!(
+        bench.done(2, Outcome::Finished),
+        ["left Finished of other/1"]
+    );
+}
+
+#[test]
+fn an_assignment_waits_for_the_loop_to_leave() {
+    let mut bench = Bench::working();
+    bench.says(1, void());
+    assert_eq!(bench.says(2, assignment()), [""; 0]);
+    assert_eq!(bench.says(2, stop()), [""; 0]);
+    assert_eq!(
+        bench.done(1, Outcome::Voided),
+        ["left Void of run/1", "start job 2", "request stop"]
+    );
+}
+
+#[test]
+fn an_assignment_that_waits_can_become_void() {
+    let mut bench = Bench::working();
+    bench.says(1, void());
+    bench.says(2, assignment());
+    assert_eq!(bench.says(2, void()), ["left Void of run/2"]);
+    assert_eq!(bench.done(1, Outcome::Voided), ["left Void of run/1"]);
+}
+
+#[test]
+fn an_assignment_without_void_before_it_voids() {
+    let mut bench = Bench::working();
+    assert_eq!(bench.says(2, assignment()), ["void"]);
+    assert_eq!(
+        bench.done(1, Outcome::Voided),
+        ["left Void of run/1", "start job 2"]
+    );
+}
+
+#[test]
+fn an_assignment_that_cannot_be_read_is_an_input_fault() {
+    let mut bench = Bench::attached();
+    let bad = [
+        Assignment {
+            data_key: vec![1; 31],
+            ..place()
+        },
+        Assignment { rank: 2, ..place() },
+        Assignment {
+            checkpoint_root: "relative".to_owned(),
+            ..place()
+        },
+        Assignment {
+            recipe: "name: [".to_owned(),
+            ..place()
+        },
+    ];
+    for (generation, bad) in (1..).zip(bad) {
+        let actions = bench.says(generation, Down::Assignment(bad));
+        assert_eq!(actions.len(), 2, "{actions:?}");
+        assert!(actions[0].starts_with("Input fault"), "{actions:?}");
+        assert_eq!(actions[1], format!("left Fault of run/{generation}"));
+    }
+}
+
+#[test]
+fn a_fault_is_told_before_leaving() {
+    let mut bench = Bench::working();
+    let actions = bench.done(1, fault("disk full"));
+    assert_eq!(
+        actions,
+        [
+            "Transient fault \"disk full\" of run/1",
+            "left Fault of run/1"
+        ]
+    );
+}
+
+#[test]
+fn a_checkpoint_is_published_when_it_is_journalled() {
+    let mut bench = Bench::working();
+    assert_eq!(bench.hears(1, written(8)), ["written step-8 of run/1"]);
+    assert_eq!(
+        bench.says(1, publish(8)),
+        ["publish step-8 step 8 for job 1"]
+    );
+    assert_eq!(
+        bench.published(1, 8, Ok(())),
+        ["tell published 8", "published 8 of run/1"]
+    );
+    assert_eq!(
+        bench.says(1, publish(8)),
+        ["published 8 of run/1"],
+        "a repeat is told again"
+    );
+}
+
+#[test]
+fn a_failed_publication_ends_the_generation() {
+    let mut bench = Bench::working();
+    bench.hears(1, written(8));
+    bench.says(1, publish(8));
+    let actions = bench.published(1, 8, Err("disk full".to_owned()));
+    assert_eq!(actions, ["Transient fault \"disk full\" of run/1", "void"]);
+    assert_eq!(bench.done(1, Outcome::Voided), ["left Fault of run/1"]);
+}
+
+#[test]
+fn an_unknown_checkpoint_is_not_published() {
+    let mut bench = Bench::working();
+    bench.hears(1, written(8));
+    let actions = bench.says(1, publish(9));
+    assert!(
+        actions[0].contains("did not write") && actions[1] == "void",
+        "{actions:?}"
+    );
+}
+
+#[test]
+fn rank_0_publishes_the_checkpoint_to_start_from() {
+    let mut bench = Bench::attached();
+    assert_eq!(
+        bench.says(1, restoring(0)),
+        ["publish step-8 step 8 for job 1"]
+    );
+    assert_eq!(bench.published(1, 8, Ok(())), ["start job 1"]);
+    let mut bench = Bench::attached();
+    assert_eq!(bench.says(1, restoring(1)), ["start job 1"]);
+}
+
+#[test]
+fn a_missing_checkpoint_to_start_from_is_an_input_fault() {
+    let mut bench = Bench::attached();
+    bench.says(1, restoring(0));
+    let actions = bench.published(1, 8, Err("no manifest".to_owned()));
+    assert_eq!(
+        actions,
+        [
+            "Input fault \"no manifest\" of run/1",
+            "left Fault of run/1"
+        ]
+    );
+}
+
+#[test]
+fn a_void_while_preparing_is_left_at_once() {
+    let mut bench = Bench::attached();
+    bench.says(1, restoring(0));
+    assert_eq!(bench.says(1, void()), ["left Void of run/1"]);
+    assert_eq!(bench.published(1, 8, Ok(())), [""; 0]);
+    assert_eq!(bench.says(2, assignment()), ["start job 2"]);
+}
+
+#[test]
+fn a_broken_stream_voids_and_the_next_begins_afresh() {
+    let mut bench = Bench::working();
+    assert_eq!(bench.feed(Input::Detached), ["void"]);
+    assert_eq!(bench.after(1.0), [""; 0], "nobody to send a heartbeat to");
+    bench.attach();
+    assert_eq!(bench.says(2, assignment()), [""; 0]);
+    assert_eq!(
+        bench.done(1, Outcome::Voided),
+        ["start job 2"],
+        "the new stream knows of nothing to leave"
+    );
+}
+
+#[test]
+fn a_break_after_a_void_does_not_leave_on_the_next_stream() {
+    let mut bench = Bench::working();
+    bench.says(1, void());
+    assert_eq!(bench.feed(Input::Detached), [""; 0]);
+    bench.attach();
+    assert_eq!(bench.done(1, Outcome::Voided), [""; 0]);
+}
+
+#[test]
+fn heartbeats_tell_phase_step_and_time() {
+    let mut bench = Bench::attached();
+    assert_eq!(bench.after(0.5), [""; 0]);
+    assert_eq!(bench.after(0.5), ["Idle step 0 for 1000 ms of /0"]);
+    bench.says(1, assignment());
+    bench.hears(1, Report::Phase(Phase::Training, 7));
+    assert_eq!(bench.after(1.0), ["Training step 7 for 1000 ms of run/1"]);
+    bench.says(1, void());
+    assert_eq!(bench.after(1.0), ["Leaving step 0 for 1000 ms of run/1"]);
+}
+
+#[test]
+fn a_loop_that_does_not_come_back_ends_the_process() {
+    let mut bench = Bench::working();
+    bench.says(1, void());
+    assert!(!bench.after(4.9).contains(&"die None".to_owned()));
+    assert!(bench.after(0.2).contains(&"die None".to_owned()));
+}
+
+#[test]
+fn goodbye_ends_an_idle_worker_at_once_and_a_busy_one_when_it_has_left() {
+    let goodbye = || {
+        Down::Goodbye(Goodbye {
+            reason: "done".to_owned(),
+        })
+    };
+    assert_eq!(Bench::attached().says(0, goodbye()), ["end Goodbye"]);
+    let mut bench = Bench::working();
+    assert_eq!(bench.says(0, goodbye()), ["void"]);
+    assert_eq!(bench.says(2, assignment()), [""; 0]);
+    assert_eq!(
+        bench.done(1, Outcome::Voided),
+        ["left Void of run/1", "end Goodbye"]
+    );
+    let mut bench = Bench::working();
+    bench.says(0, goodbye());
+    assert!(bench.after(5.0).contains(&"die Some(Goodbye)".to_owned()));
+}
+
+#[test]
+fn a_refusal_ends_the_worker_with_its_reason() {
+    let refusal = Down::Refusal(Refusal {
+        message: "another build".to_owned(),
+    });
+    assert_eq!(
+        Bench::attached().says(0, refusal),
+        ["end Refused(\"another build\")"]
+    );
+}
+
+#[test]
+fn an_interrupted_worker_leaves_its_generation_first() {
+    let mut bench = Bench::working();
+    let actions = bench.feed(Input::Interrupted("stopped by SIGTERM".to_owned()));
+    assert_eq!(
+        actions,
+        ["Transient fault \"stopped by SIGTERM\" of run/1", "void"]
+    );
+    assert_eq!(
+        bench.done(1, Outcome::Voided),
+        ["left Fault of run/1", "end Interrupted"]
+    );
+    assert_eq!(
+        Bench::attached().feed(Input::Interrupted("SIGINT".to_owned())),
+        ["end Interrupted"]
+    );
+}
