@@ -211,12 +211,12 @@ fn configurations_survive_a_round_trip() {
         supra(Decay::None, RopeFrequencies::Exact, true),
     ] {
         for (sliding_window, eos) in [(None, vec![]), (Some(4096), vec![2, 7])] {
-            let config = ModelConfig {
-                attention,
+            let base = ModelConfig {
                 sliding_window,
                 eos,
                 ..base.clone()
             };
+            let config = base.with_attention(attention);
             config.save(dir.path()).unwrap();
             assert_eq!(ModelConfig::load(dir.path()).unwrap(), config);
         }
@@ -289,6 +289,11 @@ fn a_sliding_window_bounds_the_sequence() {
         complaint.contains("64") && complaint.contains("sliding_window"),
         "{complaint}"
     );
+    let supra = AttentionKind::Supra(SupraConfig::default());
+    config
+        .with_attention(supra)
+        .check_sequence_length(65)
+        .unwrap();
     ModelConfig::load(&fixture("hf-mistral-gqa"))
         .unwrap()
         .check_sequence_length(1 << 20)

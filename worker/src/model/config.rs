@@ -101,9 +101,17 @@ impl ModelConfig {
         config_json::write(dir, &published::render(self))
     }
 
-    /// The same model with another attention.
+    /// The same model with another attention. Linear attention has no window.
     pub fn with_attention(self, attention: AttentionKind) -> ModelConfig {
-        ModelConfig { attention, ..self }
+        let sliding_window = match attention {
+            AttentionKind::Softmax => self.sliding_window,
+            AttentionKind::Supra(_) => None,
+        };
+        ModelConfig {
+            attention,
+            sliding_window,
+            ..self
+        }
     }
 
     /// The choices of a SUPRA model; none for a softmax model.

@@ -18,6 +18,7 @@ fn base_of(fixture: &Fixture, expected: &Params) -> Fixture {
     };
     Fixture::all()
         .into_iter()
+        .chain(Fixture::copies())
         .find(is_base)
         .unwrap_or_else(|| panic!("no base of {} among the fixtures", fixture.name()))
 }

@@ -26,18 +26,26 @@ pub struct Fixture {
     golden: TensorFiles,
 }
 
-pub fn root() -> PathBuf {
-    let copies = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden");
-    env::var_os("SUPRA_GOLDEN").map_or_else(copies, PathBuf::from)
+/// The folder that `$SUPRA_GOLDEN` names.
+pub fn named_root() -> Option<PathBuf> {
+    env::var_os("SUPRA_GOLDEN").map(PathBuf::from)
 }
 
 impl Fixture {
-    /// Every fixture folder below the root, at any depth, sorted.
+    /// Every fixture folder below the root, sorted. There is one at least.
     pub fn all() -> Vec<Fixture> {
-        let root = root();
+        named_root().map_or_else(Fixture::copies, |root| Fixture::below(&root))
+    }
+
+    /// The repository's own.
+    pub fn copies() -> Vec<Fixture> {
+        Fixture::below(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden"))
+    }
+
+    fn below(root: &Path) -> Vec<Fixture> {
         assert!(root.is_dir(), "no folder {}", root.display());
         let mut found = Vec::new();
-        collect(&root, &mut found);
+        collect(root, &mut found);
         assert!(!found.is_empty(), "no fixture below {}", root.display());
         found.sort_by(|a, b| a.dir.cmp(&b.dir));
         found
