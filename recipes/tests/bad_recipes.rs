@@ -433,10 +433,10 @@ fn anchors_that_explode_cost_nothing() {
 #[test]
 fn nesting_and_size_cannot_hang_the_parser() {
     for unit in ["[", "{a: ", "- ", "? ", "a: [", "'", "\"\\", "- - ? "] {
-        assert_quick(&unit.repeat(900_000 / unit.len()), "");
+        assert_quick(&unit.repeat(60_000 / unit.len()), "");
     }
-    assert_quick(&"a: b\n".repeat(300_000), "larger than");
-    let keys: String = (0..60_000).map(|key| format!("k{key}: 1\n")).collect();
+    assert_quick(&"a: b\n".repeat(20_000), "larger than");
+    let keys: String = (0..5_000).map(|key| format!("k{key}: 1\n")).collect();
     assert_quick(&keys, "");
 }
 
@@ -475,7 +475,7 @@ fn files_that_are_no_recipes_are_named() {
         "{folder}"
     );
     assert!(Recipe::load(Path::new("")).is_err());
-    assert!(load(&vec![b'a'; 2 << 20]).message().contains("larger than"));
+    assert!(load(&vec![b'a'; 70_000]).message().contains("larger than"));
     assert!(load(b"").message().contains("empty"));
 }
 

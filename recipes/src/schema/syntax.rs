@@ -5,7 +5,7 @@ use super::position::Span;
 use super::report::Finding;
 
 /// No recipe is near this size; the bound keeps a wrong file from being parsed for minutes.
-pub(super) const MAX_BYTES: usize = 1 << 20;
+pub(super) const MAX_BYTES: usize = 64 << 10;
 /// Recipes nest two deep.
 const MAX_FLOW_DEPTH: usize = 16;
 
