@@ -1,5 +1,8 @@
 //! Behaviour of the recipe crate as its users see it.
-#![allow(clippy::unwrap_used, reason = "a panic is how a test's helper fails, too")]
+#![allow(
+    clippy::unwrap_used,
+    reason = "a panic is how a test's helper fails, too"
+)]
 
 mod bad_recipes;
 mod committed;
