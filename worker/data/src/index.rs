@@ -239,22 +239,22 @@ impl Indexer<'_> {
             .findings
             .iter()
             .for_each(|finding| self.progress.note(finding));
+        let eligible = pass.smallest.eligible();
+        if self.heldout > 0 && eligible <= self.heldout {
+            return Err(DataError::content(
+                self.directory,
+                format!(
+                    "holds {eligible} documents with text, of which {} were to be held out",
+                    self.heldout
+                ),
+                "hold out fewer, so that at least one is left",
+            ));
+        }
         // An old manifest beside a new one of the other kind could train on what is held out.
         for stale in [&dataset, &heldout] {
             remove(stale)?;
         }
         if self.heldout > 0 {
-            let eligible = pass.smallest.eligible();
-            if eligible <= self.heldout {
-                return Err(DataError::content(
-                    self.directory,
-                    format!(
-                        "holds {eligible} documents with text, of which {} were to be held out",
-                        self.heldout
-                    ),
-                    "hold out fewer, so that at least one is left",
-                ));
-            }
             let held = self.split(layout, &mut pass.files, pass.smallest.into_places())?;
             Manifest::write(self.content(layout, held), heldout)?;
         }
@@ -359,6 +359,7 @@ fn row_group(
     RowGroup {
         number: number as u32,
         rows,
+        first_token: 0,
         tokens: checksum.tokens(),
         documents: checksum.documents(),
         continues,

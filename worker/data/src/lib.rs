@@ -15,8 +15,10 @@ compile_error!(
     "token files and checksums are little-endian, and are read and taken as they lie in memory"
 );
 
+mod directories;
 mod error;
 mod files;
+mod groups;
 mod index;
 mod inspect;
 mod loader;

@@ -69,6 +69,8 @@ pub(crate) struct RowGroup {
     pub number: u32,
     /// Rows in the file, selected or not.
     pub rows: u64,
+    /// Position in the stream of its first token: the sum of all tokens before. Filled in by [`Manifest::write`].
+    pub first_token: u64,
     /// Tokens that it adds to the stream: after selection, with the BOS and EOT that are added.
     pub tokens: u64,
     /// Documents of the stream that begin in it.
@@ -141,9 +143,9 @@ impl Totals {
     pub(crate) fn of(files: &[DataFile]) -> Totals {
         let mut totals = Totals::default();
         for group in files.iter().flat_map(|file| &file.row_groups) {
-            totals.rows += group.rows;
-            totals.documents += group.documents;
-            totals.tokens += group.tokens;
+            totals.rows = totals.rows.saturating_add(group.rows);
+            totals.documents = totals.documents.saturating_add(group.documents);
+            totals.tokens = totals.tokens.saturating_add(group.tokens);
         }
         totals
     }
@@ -191,6 +193,15 @@ impl Manifest {
 
     /// Writes `content` to `path`, completely or not at all.
     pub(crate) fn write(mut content: Content, path: PathBuf) -> Result<Manifest, DataError> {
+        let mut tokens = 0;
+        for group in content
+            .files
+            .iter_mut()
+            .flat_map(|file| &mut file.row_groups)
+        {
+            group.first_token = tokens;
+            tokens += group.tokens;
+        }
         content.totals = Totals::of(&content.files);
         content.check(&path)?;
         let mut bytes = serde_json::to_vec_pretty(&content)
@@ -313,12 +324,17 @@ impl Content {
                 return Err(DataError::content(path, cause, remedy));
             }
         }
+        let mut tokens = 0;
+        for group in self.files.iter().flat_map(|file| &file.row_groups) {
+            if group.first_token != tokens {
+                let cause = "its row groups do not follow one another without gaps";
+                return Err(DataError::content(path, cause, remedy));
+            }
+            tokens = group.first_token.saturating_add(group.tokens);
+        }
         if self.totals != Totals::of(&self.files) {
-            return Err(DataError::content(
-                path,
-                "its totals are not the sums of its row groups",
-                remedy,
-            ));
+            let cause = "its totals are not the sums of its row groups";
+            return Err(DataError::content(path, cause, remedy));
         }
         if self.totals.tokens == 0 {
             return Err(DataError::content(

@@ -4,9 +4,9 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use crate::groups::stream_all;
 use crate::manifest::{Content, DATASET, DataFile, RowGroup, Selection, Store, Totals};
 use crate::packed::{CHUNK, STARTS, TOKENS};
-use crate::reader::stream_all;
 use crate::stream::{Checksum, Chunk};
 use crate::{DataError, Manifest, Progress, files};
 
@@ -187,6 +187,7 @@ impl Packer {
         self.chunks.push(RowGroup {
             number: self.chunks.len() as u32,
             rows: checksum.documents(),
+            first_token: 0,
             tokens: checksum.tokens(),
             documents: checksum.documents(),
             continues: false,

@@ -10,7 +10,7 @@ use crate::support::{Place, assert_error, documents};
 pub fn recipe(length: u64, samples: u64, batch: u64) -> Recipe {
     let text = format!(
         "name: test\nbase: {{ path: base }}\ndata: {{ train: data, seed: 3 }}\nbudget: {{ tokens: {} }}\n\
-         batch: {{ tokens: {}, micro_batch: 1, sequence_length: {length} }}\n",
+         batch: {{ tokens: {}, micro_batch: 1, sequence_length: {length} }}\noptimizer: {{ warmup: 1 steps }}\n",
         length * samples,
         length * batch
     );

@@ -1,4 +1,5 @@
 //! What the data crate promises, shown on parquet written here.
+#![allow(clippy::unwrap_used)]
 
 mod index;
 mod inspect;
