@@ -2,7 +2,7 @@
 //! when they end, and that nothing outlives it.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::JoinHandle;
@@ -26,17 +26,18 @@ impl Stage {
         let stage = Stage {
             directory: tempfile::tempdir().unwrap(),
         };
-        place(env!("CARGO_BIN_EXE_supra"), &stage.path("supra"));
+        // Not a symbolic link: it looks for the others where it really is.
+        let supra = env!("CARGO_BIN_EXE_supra");
+        if fs::hard_link(supra, stage.path("supra")).is_err() {
+            fs::copy(supra, stage.path("supra")).unwrap();
+        }
         stage
     }
 
     /// With the real coordinator, and a shell script as worker: `--version` succeeds, `run` does `work`.
     fn with_worker(work: &str) -> Stage {
         let stage = Stage::bare();
-        place(
-            env!("CARGO_BIN_EXE_supra-coordinator"),
-            &stage.path("supra-coordinator"),
-        );
+        link(&stage.path("supra-coordinator"));
         stage.script(
             "supra-worker",
             &format!("[ \"$1\" = --version ] && exit 0\n{work}"),
@@ -50,6 +51,8 @@ impl Stage {
 
     fn script(&self, name: &str, text: &str) {
         let path = self.path(name);
+        // What is there may be a link to a real program.
+        let _ = fs::remove_file(&path);
         fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
     }
@@ -126,17 +129,18 @@ impl Drop for Running {
     fn drop(&mut self) {
         // Only where a test has failed.
         if matches!(self.child.try_wait(), Ok(None)) {
+            for child in children(self.pid()) {
+                let _ = kill(Pid::from_raw(child), Signal::SIGKILL);
+            }
             let _ = self.child.kill();
             let _ = self.child.wait();
         }
     }
 }
 
-/// Hard link where possible: a debug build is large.
-fn place(program: &str, at: &Path) {
-    if fs::hard_link(program, at).is_err() {
-        fs::copy(program, at).unwrap();
-    }
+/// A link to the real coordinator.
+fn link(at: &Path) {
+    symlink(env!("CARGO_BIN_EXE_supra-coordinator"), at).unwrap();
 }
 
 fn children(pid: i32) -> Vec<i32> {
@@ -177,10 +181,7 @@ fn a_missing_program_is_named_with_the_remedy() {
         "{}",
         answer.stderr
     );
-    place(
-        env!("CARGO_BIN_EXE_supra-coordinator"),
-        &stage.path("supra-coordinator"),
-    );
+    link(&stage.path("supra-coordinator"));
     let answer = finish(&mut stage.up(&[])).expect_code(1);
     assert!(
         answer.stderr.contains("supra-worker is missing"),
@@ -283,7 +284,7 @@ fn the_first_signal_stops_the_run_and_says_how_to_go_on() {
             answer.stdout
         );
         assert!(
-            answer.stdout.contains("--workers 2 --state"),
+            answer.stdout.contains("--workers 2 --device cpu --state"),
             "{}",
             answer.stdout
         );

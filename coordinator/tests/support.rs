@@ -26,11 +26,6 @@ impl Output {
         );
         self
     }
-
-    /// Both streams, for what may stand in either.
-    pub fn all(&self) -> String {
-        format!("{}\n{}", self.stdout, self.stderr)
-    }
 }
 
 /// `supra` in an environment that does not lead it anywhere.
@@ -73,6 +68,7 @@ pub fn recipe(directory: &Path) -> PathBuf {
                 data: { train: data }\n\
                 budget: { tokens: 10000 }\n\
                 batch: { tokens: 4096, micro_batch: 2, sequence_length: 512 }\n\
+                optimizer: { warmup: 1 steps }\n\
                 checkpoint: { every_tokens: 8192 }\n\
                 workers: { min: 1, max: 2 }\n";
     std::fs::write(&path, text).expect("a recipe");

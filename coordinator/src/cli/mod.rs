@@ -4,19 +4,16 @@
 //! resumable, 130 interrupted.
 
 mod audit;
-mod begin;
 mod connect;
 mod data;
+mod describe;
 mod failure;
 mod format;
 mod json;
-mod launch;
 mod out;
 mod plan;
 mod progress;
 mod runs;
-mod signals;
-mod start;
 mod up;
 mod validate;
 
@@ -31,7 +28,7 @@ use failure::{Exit, Failure};
 #[derive(Parser, Debug)]
 #[command(
     name = "supra",
-    version,
+    version = crate::BUILD,
     max_term_width = 100,
     after_help = "Exit codes: 0 done, 1 failed, 2 bad input, 3 coordinator unreachable, 4 audit broken,\n\
                   75 stopped and resumable, 130 interrupted."

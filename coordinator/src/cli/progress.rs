@@ -196,7 +196,7 @@ pub fn ending(status: &RunStatus) -> String {
             format::metric(status.loss)
         ),
         RunState::Cancelled => format!(
-            "Run {name} stopped{spent} after step {} with {} of its {} done.\n",
+            "Run {name} stopped at step {} with {} of {} trained.\n",
             format::grouped(status.step),
             format::short(status.tokens as f64),
             format::tokens(status.budget_tokens)

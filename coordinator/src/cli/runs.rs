@@ -1,19 +1,17 @@
 //! Commands that ask a coordinator about runs: submit, runs, status, watch, logs, cancel, resume,
 //! checkpoints, workers.
 
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 use supra_proto::Client;
-use supra_proto::v1::{LogEntry, RunStatus, SubmitRequest};
+use supra_proto::v1::{RunStatus, SubmitRequest};
 use supra_recipes::Recipe;
 
 use super::connect::Connect;
 use super::failure::{Exit, Failure};
-use super::format::{self, Table};
 use super::progress::{self, Progress};
-use super::{json, out};
+use super::{describe, format, json, out};
 
 /// Machine-readable output.
 #[derive(Args, Clone, Copy, Debug, Default)]
@@ -163,7 +161,7 @@ pub async fn runs(command: Runs) -> Result<Exit, Failure> {
     } else if runs.is_empty() {
         out::line("No runs yet. `supra submit RECIPE` queues one.")?;
     } else {
-        out::text(&runs_table(&runs))?;
+        out::text(&describe::runs(&runs))?;
     }
     Ok(Exit::Done)
 }
@@ -203,7 +201,7 @@ pub async fn logs(command: Logs) -> Result<Exit, Failure> {
         if command.json.json {
             out::json_line(&json::LogEntry::from(&entry))?;
         } else {
-            out::line(&log_line(&entry))?;
+            out::line(&describe::log_line(&entry))?;
         }
     }
     Ok(Exit::Done)
@@ -285,22 +283,7 @@ pub async fn checkpoints(command: OfRun) -> Result<Exit, Failure> {
         out::line("No checkpoints yet.")?;
         return Ok(Exit::Done);
     }
-    let mut table = Table::new(&[">STEP", ">TOKENS", ">SIZE", "STATE", "PATH"]);
-    for checkpoint in checkpoints {
-        table.row([
-            format::grouped(checkpoint.step),
-            format::short(checkpoint.tokens as f64),
-            format::bytes(checkpoint.bytes),
-            if checkpoint.published {
-                "published"
-            } else {
-                "pending"
-            }
-            .to_owned(),
-            checkpoint.path,
-        ]);
-    }
-    out::text(&table.render())?;
+    out::text(&describe::checkpoints(&checkpoints))?;
     Ok(Exit::Done)
 }
 
@@ -318,40 +301,7 @@ pub async fn workers(command: Runs) -> Result<Exit, Failure> {
         out::line("No workers yet. `supra-worker run --coordinator URL` attaches one.")?;
         return Ok(Exit::Done);
     }
-    let mut table = Table::new(&[
-        "NAME",
-        "DEVICE",
-        "PHASE",
-        "RUN",
-        ">RANK",
-        ">STEP",
-        ">SILENT",
-        "DATA ADDRESS",
-        ">PID",
-    ]);
-    for worker in workers {
-        let placed = !worker.run.is_empty();
-        table.row([
-            worker.name,
-            worker.device,
-            worker.phase,
-            if placed { worker.run } else { "-".to_owned() },
-            if placed {
-                worker.rank.to_string()
-            } else {
-                "-".to_owned()
-            },
-            if placed {
-                format::grouped(worker.step)
-            } else {
-                "-".to_owned()
-            },
-            format::duration(worker.silent_ms as f64 / 1000.0),
-            worker.data_address,
-            worker.pid.to_string(),
-        ]);
-    }
-    out::text(&table.render())?;
+    out::text(&describe::workers(&workers))?;
     Ok(Exit::Done)
 }
 
@@ -406,181 +356,6 @@ fn show(status: &RunStatus, json: Json) -> Result<(), Failure> {
     if json.json {
         out::json(&json::Run::from(status))
     } else {
-        out::text(&facts(status))
-    }
-}
-
-/// Everything about a run, a fact a line.
-fn facts(status: &RunStatus) -> String {
-    let mut table = Table::new(&["", ""]);
-    let mut fact = |name: &str, value: String| table.row([name.to_owned(), value]);
-    fact("run", format!("{} ({})", status.run, status.name));
-    let state = json::state_name(status.state());
-    fact(
-        "state",
-        if status.reason.is_empty() {
-            state.to_owned()
-        } else {
-            format!("{state}: {}", status.reason)
-        },
-    );
-    fact("submitted", format::moment(status.submitted_unix_ms));
-    if status.ended_unix_ms > 0 {
-        fact("ended", format::moment(status.ended_unix_ms));
-    }
-    let share = 100.0 * status.tokens as f64 / status.budget_tokens.max(1) as f64;
-    let (tokens, budget) = (
-        format::grouped(status.tokens),
-        format::grouped(status.budget_tokens),
-    );
-    fact("tokens", format!("{tokens} of {budget} ({share:.1} %)"));
-    let of = if status.steps > 0 {
-        format!(" of {}", format::grouped(status.steps))
-    } else {
-        String::new()
-    };
-    let skipped = match status.skipped_steps {
-        0 => String::new(),
-        skipped => format!(", {} skipped", format::grouped(skipped)),
-    };
-    fact(
-        "step",
-        format!("{}{of}{skipped}", format::grouped(status.step)),
-    );
-    if status.step > 0 {
-        fact("loss", format::metric(status.loss));
-        fact("gradient norm", format::metric(status.grad_norm));
-        fact("learning rate", format::learning_rate(status.learning_rate));
-    }
-    if !progress::ended(status) {
-        fact("speed", format::rate(status.tokens_per_second));
-        fact("time left", format::duration(status.eta_seconds));
-        fact(
-            "workers",
-            format!("{} in generation {}", status.world, status.generation),
-        );
-    }
-    if let Some(checkpoint) = &status.checkpoint {
-        let (step, size) = (
-            format::grouped(checkpoint.step),
-            format::bytes(checkpoint.bytes),
-        );
-        fact(
-            "checkpoint",
-            format!("step {step}, {size}, {}", checkpoint.path),
-        );
-    }
-    if status.ledger_head.iter().any(|&byte| byte != 0) {
-        fact("ledger head", format::hex(&status.ledger_head));
-    }
-    table.render()
-}
-
-fn runs_table(runs: &[RunStatus]) -> String {
-    let mut table = Table::new(&[
-        "RUN",
-        "NAME",
-        "STATE",
-        ">STEP",
-        ">TOKENS",
-        ">DONE",
-        ">LOSS",
-        "SUBMITTED",
-        "REASON",
-    ]);
-    for run in runs {
-        let share = 100.0 * run.tokens as f64 / run.budget_tokens.max(1) as f64;
-        table.row([
-            run.run.clone(),
-            run.name.clone(),
-            json::state_name(run.state()).to_owned(),
-            format::grouped(run.step),
-            format::short(run.tokens as f64),
-            format!("{share:.1} %"),
-            if run.step > 0 {
-                format::metric(run.loss)
-            } else {
-                "-".to_owned()
-            },
-            format::moment(run.submitted_unix_ms),
-            run.reason.clone(),
-        ]);
-    }
-    table.render()
-}
-
-/// `2026-11-23 20:02:59  WARN  worker-0: text`; warnings in colour on a terminal.
-fn log_line(entry: &LogEntry) -> String {
-    let plain = format!(
-        "{}  {:5} {}: {}",
-        format::moment(entry.unix_ms),
-        entry.level,
-        entry.source,
-        entry.text
-    );
-    let colour = match entry.level.as_str() {
-        "ERROR" => "\x1b[31m",
-        "WARN" => "\x1b[33m",
-        _ => return plain,
-    };
-    if std::io::stdout().is_terminal()
-        && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
-    {
-        format!("{colour}{plain}\x1b[0m")
-    } else {
-        plain
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use supra_proto::v1::RunState;
-
-    #[test]
-    fn the_facts_of_a_training_run_read_well() {
-        let status = RunStatus {
-            run: "r1".to_owned(),
-            name: "quickstart".to_owned(),
-            state: RunState::Training as i32,
-            step: 1200,
-            steps: 4000,
-            tokens: 1_228_800,
-            budget_tokens: 4_096_000,
-            loss: 3.25,
-            grad_norm: 0.5,
-            learning_rate: 2.5e-5,
-            tokens_per_second: 2500.0,
-            eta_seconds: 1147.0,
-            world: 2,
-            generation: 3,
-            skipped_steps: 1,
-            ..RunStatus::default()
-        };
-        assert_eq!(
-            facts(&status),
-            "run            r1 (quickstart)\n\
-             state          training\n\
-             submitted      -\n\
-             tokens         1,228,800 of 4,096,000 (30.0 %)\n\
-             step           1,200 of 4,000, 1 skipped\n\
-             loss           3.2500\n\
-             gradient norm  0.5000\n\
-             learning rate  2.5e-5\n\
-             speed          2.5 k tok/s\n\
-             time left      19 min 7 s\n\
-             workers        2 in generation 3\n"
-        );
-    }
-
-    #[test]
-    fn log_lines_align_their_levels() {
-        let entry = LogEntry {
-            level: "INFO".to_owned(),
-            source: "worker-0".to_owned(),
-            text: "hello".to_owned(),
-            ..LogEntry::default()
-        };
-        assert_eq!(log_line(&entry), "-  INFO  worker-0: hello");
+        out::text(&describe::facts(status))
     }
 }

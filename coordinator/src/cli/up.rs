@@ -1,68 +1,38 @@
 //! `supra up`: a coordinator and workers on this machine, from start to end of a run, and never an
 //! orphan.
 
-use std::net::SocketAddr;
-use std::num::NonZero;
-use std::path::PathBuf;
+mod begin;
+mod launch;
+mod options;
+mod signals;
+mod start;
+
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
 use supra_proto::Client;
 use supra_proto::v1::SubmitRequest;
 use supra_recipes::Recipe;
 use tokio::time::timeout;
 
-use super::begin::begin;
 use super::failure::{Exit, Failure};
-use super::launch::{End, Family, Programs};
 use super::out;
 use super::progress::{self, Progress};
-use super::runs::{Json, submission};
-use super::signals::Signals;
-use super::start::{Announcement, answering};
+use super::runs::submission;
+use begin::begin;
+use launch::{End, Family, Programs};
+use options::{check, check_workers};
+use signals::Signals;
+use start::{Announcement, answering};
+
+pub use options::Up;
 
 /// Names of the children; workers have a number behind theirs.
 const COORDINATOR: &str = "coordinator";
 const WORKER: &str = "worker-";
-/// How long children may take to end once the coordinator was told that all is done.
+/// How long the coordinator may take to end once it was told that all is done.
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(20);
-
-/// Arguments of `supra up`.
-#[derive(Args, Debug)]
-pub struct Up {
-    /// Recipe to train (YAML). When the newest run of the state directory has the same recipe, it
-    /// goes on, and is left alone if it is finished; otherwise a new run begins. Without a recipe,
-    /// coordinator and workers serve until Ctrl-C
-    #[arg(value_name = "RECIPE")]
-    recipe: Option<PathBuf>,
-    /// Worker processes to start
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
-    workers: u32,
-    /// Where workers compute; with cuda, worker i takes GPU i
-    #[arg(long, value_enum, default_value_t = Device::Cpu)]
-    device: Device,
-    /// State directory: journal, checkpoints, logs; made when absent
-    #[arg(long, value_name = "DIR", default_value = "supra-state")]
-    state: PathBuf,
-    /// Loopback address and port to listen on; port 0 takes a free one, and DIR/address names it
-    #[arg(long, value_name = "HOST:PORT", default_value = "127.0.0.1:0")]
-    listen: SocketAddr,
-    /// Threads that each worker computes with [default: cores / workers, at least 1]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    threads: Option<u32>,
-    /// Begin a new run even if the newest one could go on
-    #[arg(long, requires = "recipe")]
-    new: bool,
-    #[command(flatten)]
-    json: Json,
-}
-
-/// Where workers compute.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Device {
-    Cpu,
-    Cuda,
-}
+/// How long workers may take to follow it.
+const FAREWELL_PATIENCE: Duration = Duration::from_secs(3);
 
 /// What has been started, and what shows it.
 struct Session<'a> {
@@ -130,107 +100,6 @@ pub async fn run(command: Up) -> Result<Exit, Failure> {
     }
 }
 
-/// What clap cannot check.
-fn check(command: &Up) -> Result<(), Failure> {
-    if command.listen.ip().is_loopback() {
-        return Ok(());
-    }
-    Err(Failure::input(format!(
-        "`supra up` serves this machine only and listens on a loopback address, not on {}. To let workers of other \
-         machines in, start `supra-coordinator run` and `supra-worker run` by themselves.",
-        command.listen
-    )))
-}
-
-fn check_workers(command: &Up, recipe: &Recipe) -> Result<(), Failure> {
-    let needed = recipe.workers.min;
-    if command.workers >= needed {
-        return Ok(());
-    }
-    Err(Failure::input(format!(
-        "the recipe needs at least {needed} workers (workers.min) and --workers is {}: it would wait for ever. Give \
-         --workers {needed}, or lower workers.min.",
-        command.workers
-    )))
-}
-
-impl Up {
-    /// The command that goes on with this run.
-    fn again(&self) -> String {
-        let mut words = vec!["supra up".to_owned()];
-        words.extend(
-            self.recipe
-                .as_ref()
-                .map(|recipe| quoted(&recipe.display().to_string())),
-        );
-        words.push(format!("--workers {}", self.workers));
-        if self.device == Device::Cuda {
-            words.push("--device cuda".to_owned());
-        }
-        words.push(format!(
-            "--state {}",
-            quoted(&self.state.display().to_string())
-        ));
-        words.join(" ")
-    }
-
-    /// Arguments of `supra-coordinator`.
-    fn coordinator_arguments(&self) -> Vec<String> {
-        let state = self.state.display().to_string();
-        [
-            "run",
-            "--listen",
-            &self.listen.to_string(),
-            "--state",
-            &state,
-        ]
-        .map(str::to_owned)
-        .into()
-    }
-
-    /// Arguments of the worker of this number.
-    fn worker_arguments(&self, number: u32, url: &str) -> Vec<String> {
-        let device = match self.device {
-            Device::Cpu => "cpu".to_owned(),
-            Device::Cuda => format!("cuda:{number}"),
-        };
-        let (name, threads) = (format!("worker-{number}"), self.threads_each().to_string());
-        [
-            "run",
-            "--coordinator",
-            url,
-            "--name",
-            &name,
-            "--device",
-            &device,
-            "--threads",
-            &threads,
-        ]
-        .map(str::to_owned)
-        .into()
-    }
-
-    fn threads_each(&self) -> u32 {
-        self.threads.unwrap_or_else(|| {
-            let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
-            u32::try_from(cores)
-                .unwrap_or(u32::MAX)
-                .div_euclid(self.workers)
-                .max(1)
-        })
-    }
-}
-
-/// `text` as one word of a shell command.
-fn quoted(text: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+:,@%".contains(c);
-    if !text.is_empty() && text.chars().all(plain) {
-        text.to_owned()
-    } else {
-        format!("'{}'", text.replace('\'', "'\\''"))
-    }
-}
-
 impl Session<'_> {
     /// Everything between the first child and the last.
     async fn live(
@@ -277,15 +146,9 @@ impl Session<'_> {
             self.family
                 .spawn(&format!("{WORKER}{number}"), &programs.worker, &arguments)?;
         }
-        let device = if command.device == Device::Cuda {
-            "cuda"
-        } else {
-            "cpu"
-        };
         self.display.say(&format!(
-            "Coordinator at {url}, {} on {device} with {} each; logs in {}",
-            count(command.workers, "worker"),
-            count(command.threads_each(), "thread"),
+            "Coordinator at {url}, {}; logs in {}",
+            command.what_starts(),
             command.state.join("logs").display()
         ))
     }
@@ -393,9 +256,14 @@ impl Session<'_> {
             tokio::select! {
                 () = self.signals.next() => break,
                 end = self.family.next_end() => {
-                    // `Shutdown`, asked for by somebody else.
-                    if end.name == COORDINATOR && end.success {
-                        return Ok((Exit::Done, Leave::AtOnce));
+                    // Somebody else asked for its end.
+                    let exit = match end.code {
+                        Some(0) => Exit::Done,
+                        Some(75) => Exit::Stopped,
+                        _ => Exit::Failed,
+                    };
+                    if end.name == COORDINATOR && exit != Exit::Failed {
+                        return Ok((exit, Leave::AtOnce));
                     }
                     self.child_ended(&end, 1)?;
                 }
@@ -453,57 +321,7 @@ async fn farewell(family: &mut Family, client: Option<&mut Client>, how: Leave) 
             SHUTDOWN_PATIENCE
         };
         let _ = timeout(patience, coordinator).await;
-        let _ = timeout(SHUTDOWN_PATIENCE, family.ended("")).await;
+        let _ = timeout(FAREWELL_PATIENCE, family.ended("")).await;
     }
     family.terminate().await;
-}
-
-/// `1 worker`, `2 workers`.
-fn count(number: u32, what: &str) -> String {
-    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use clap::Parser;
-
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        up: Up,
-    }
-
-    fn parse(words: &[&str]) -> Up {
-        Line::parse_from([&["up"], words].concat()).up
-    }
-
-    #[test]
-    fn the_command_to_go_on_is_a_shell_command() {
-        let up = parse(&["my recipe.yaml", "--workers", "2", "--state", "/s", "--new"]);
-        assert_eq!(
-            up.again(),
-            "supra up 'my recipe.yaml' --workers 2 --state /s"
-        );
-        assert_eq!(quoted("it's"), "'it'\\''s'");
-    }
-
-    #[test]
-    fn each_worker_has_its_gpu_and_its_name() {
-        let up = parse(&["--workers", "2", "--device", "cuda", "--threads", "3"]);
-        let arguments = up.worker_arguments(1, "http://127.0.0.1:1").join(" ");
-        assert_eq!(
-            arguments,
-            "run --coordinator http://127.0.0.1:1 --name worker-1 --device cuda:1 --threads 3"
-        );
-    }
-
-    #[test]
-    fn other_machines_are_not_served() {
-        let error = check(&parse(&["--listen", "0.0.0.0:7070"]))
-            .unwrap_err()
-            .to_string();
-        assert!(error.contains("supra-coordinator run"), "{error}");
-        assert!(check(&parse(&["--listen", "[::1]:0"])).is_ok());
-    }
 }

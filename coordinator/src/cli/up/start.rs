@@ -8,8 +8,8 @@ use std::time::Duration;
 use supra_proto::Client;
 use tokio::time::{sleep, timeout};
 
-use super::failure::Failure;
 use crate::address;
+use crate::cli::failure::Failure;
 
 /// How long the coordinator may take to listen: it may have a long journal to read.
 const LIMIT: Duration = Duration::from_secs(60);

@@ -7,8 +7,8 @@ use supra_proto::v1::ledger_record::Body;
 use supra_proto::v1::{RunState, RunStatus, SubmitRequest};
 use supra_recipes::Recipe;
 
-use super::failure::Failure;
-use super::{format, progress};
+use crate::cli::failure::Failure;
+use crate::cli::{format, progress};
 
 /// The run to follow.
 #[derive(Debug)]

@@ -2,7 +2,7 @@
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::failure::Failure;
+use crate::cli::failure::Failure;
 
 /// SIGINT (Ctrl-C), SIGTERM and SIGHUP (the terminal went away), caught from now on.
 pub struct Signals {

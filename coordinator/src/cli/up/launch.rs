@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 use tokio::process::{ChildStdin, Command};
 use tokio::time::timeout;
 
-use super::failure::Failure;
+use crate::cli::failure::Failure;
 
 /// How long `supra-worker --version` may take: it loads libtorch, from a cold disk at worst.
 const PROBE_LIMIT: Duration = Duration::from_secs(60);
@@ -129,8 +129,8 @@ pub struct End {
     pub name: String,
     /// What happened, with the tail of its log.
     pub report: String,
-    /// Whether it ended with exit code 0.
-    pub success: bool,
+    /// Its exit code; none when a signal ended it.
+    pub code: Option<i32>,
 }
 
 /// All children. Dropping it kills what still lives.
@@ -181,6 +181,7 @@ impl Family {
         let started = Command::new(program)
             .args(arguments)
             .env("SUPRA_PARENT_PIPE", "1")
+            .env("NO_COLOR", "1")
             // Loopback asks for no token, whatever other coordinator the user's environment is for.
             .env_remove("SUPRA_TOKEN_FILE")
             .stdin(Stdio::piped())
@@ -240,12 +241,12 @@ impl Family {
         }
         let ((child, status), _, _) = select_all(waits).await;
         child.ended = true;
-        let success = status.as_ref().is_ok_and(ExitStatus::success);
+        let code = status.as_ref().ok().and_then(ExitStatus::code);
         let how = status.map_or_else(|error| format!("cannot be waited for: {error}"), describe);
         End {
             name: child.name.clone(),
             report: child.report(&how),
-            success,
+            code,
         }
     }
 
