@@ -45,27 +45,27 @@ impl Process {
         let mut child = command(state, &["--listen", "127.0.0.1:0"])
             .stderr(Stdio::null())
             .spawn()
-            .unwrap();
+            .expect("starts");
         let mut line = String::new();
-        BufReader::new(child.stdout.as_mut().unwrap())
+        BufReader::new(child.stdout.as_mut().expect("is piped"))
             .read_line(&mut line)
-            .unwrap();
+            .expect("is readable");
         assert!(
             line.starts_with("listening on http://127.0.0.1:"),
             "{line:?}"
         );
-        let url = address::read(state).unwrap();
+        let url = address::read(state).expect("is announced");
         assert!(line.contains(&url), "{line:?} {url:?}");
         Process { child, url }
     }
 
     fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
+        kill(Pid::from_raw(self.child.id() as i32), signal).expect("is alive");
     }
 
     async fn code(mut self) -> Option<i32> {
         for _ in 0..1000 {
-            if let Some(status) = self.child.try_wait().unwrap() {
+            if let Some(status) = self.child.try_wait().expect("is a child") {
                 return status.code();
             }
             tokio::time::sleep(Duration::from_millis(10)).await;
@@ -76,10 +76,10 @@ impl Process {
 
 /// Starts one that cannot start; its exit code and what it says.
 fn refused(state: &Path, arguments: &[&str]) -> (Option<i32>, String) {
-    let output = command(state, arguments).output().unwrap();
+    let output = command(state, arguments).output().expect("starts");
     (
         output.status.code(),
-        String::from_utf8(output.stderr).unwrap(),
+        String::from_utf8(output.stderr).expect("UTF-8"),
     )
 }
 

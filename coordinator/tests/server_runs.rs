@@ -12,11 +12,17 @@ use crate::server_rig::{
 };
 
 async fn verdict(client: &mut Client) -> Verdict {
-    let head = client.status("").await.unwrap().ledger_head;
-    let records = client.ledger("").await.unwrap().all().await.unwrap();
+    let head = client.status("").await.expect("is served").ledger_head;
+    let records = client
+        .ledger("")
+        .await
+        .expect("is served")
+        .all()
+        .await
+        .expect("is served");
     let records = records
         .into_iter()
-        .map(|record| Record::try_from(record).unwrap());
+        .map(|record| Record::try_from(record).expect("is served"));
     audit(
         records,
         AuditOptions {
