@@ -51,7 +51,7 @@ pub(crate) struct Controller {
 
 /// The stream, or the attempt to get one.
 enum Stream {
-    Up(Line),
+    Up(Box<Line>),
     Opening(Pin<Box<dyn Future<Output = Opened> + Send>>),
     /// There will not be another one.
     Over,
@@ -237,7 +237,7 @@ impl Controller {
         let error = match opened {
             Ok((line, answer)) => {
                 tracing::info!("attached to {}", self.options.coordinator);
-                self.stream = Stream::Up(line);
+                self.stream = Stream::Up(Box::new(line));
                 self.unseen_since = None;
                 self.pauses = Pauses::new();
                 self.complaint.clear();
