@@ -83,6 +83,8 @@ pub struct TinyRecipe {
     pub budget: u64,
     /// Tokens of a step.
     pub batch: u64,
+    /// Highest learning rate.
+    pub lr: &'static str,
     /// Inputs of a sample.
     pub sequence_length: u64,
     /// Samples of a micro-batch.
@@ -105,6 +107,7 @@ impl Default for TinyRecipe {
             name: "tiny".to_owned(),
             budget: 20_010,
             batch: 512,
+            lr: "3e-3",
             sequence_length: 32,
             micro_batch: 4,
             checkpoint_every: 4_096,
@@ -143,7 +146,7 @@ impl TinyRecipe {
              data: {{ train: {data}, repeat: {repeat} }}\n\
              budget: {{ tokens: {budget} }}\n\
              batch: {{ tokens: {batch}, micro_batch: {micro}, sequence_length: {length} }}\n\
-             optimizer: {{ lr: 3e-3, final_lr: 1e-3, warmup: 5 steps }}\n\
+             optimizer: {{ lr: {lr}, final_lr: 1e-4, warmup: 5 steps }}\n\
              checkpoint: {checkpoint}\n\
              workers: {{ min: {min}, max: {max} }}\n\
              replica_check: {{ every_steps: 5 }}\n\
@@ -153,6 +156,7 @@ impl TinyRecipe {
             data = fixture.data.display(),
             budget = self.budget,
             batch = self.batch,
+            lr = self.lr,
             micro = self.micro_batch,
             length = self.sequence_length,
             checkpoint = self.checkpoint.as_ref().unwrap_or(&checkpoint),

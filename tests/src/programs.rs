@@ -53,9 +53,15 @@ impl Programs {
     fn command(&self, name: &str) -> Command {
         let mut command = Command::new(self.directory.join(name));
         // What the user's shell says must not reach the tests.
-        command
-            .env_remove("SUPRA_COORDINATOR")
-            .env_remove("SUPRA_TOKEN_FILE");
+        for name in [
+            "COORDINATOR",
+            "LISTEN",
+            "LOCAL_WORKERS",
+            "STATE",
+            "TOKEN_FILE",
+        ] {
+            command.env_remove(format!("SUPRA_{name}"));
+        }
         command
     }
 }

@@ -12,15 +12,35 @@ use serde_json::{Value, json};
 use crate::failure::{Failure, Result};
 use crate::programs::repository;
 
-/// One line of a report's table: an object of numbers and short texts. All rows have the same keys.
-pub type Row = serde_json::Map<String, Value>;
+/// One line of a report's table: columns in order, with numbers or short texts. All rows of a report
+/// have the same columns.
+#[derive(Clone, Debug, Default)]
+pub struct Row(Vec<(&'static str, Value)>);
 
-/// Makes a [`Row`] from a `json!({…})` object.
-pub fn row(value: Value) -> Row {
-    match value {
-        Value::Object(row) => row,
-        other => Row::from_iter([("value".to_owned(), other)]),
+impl Row {
+    /// A row without columns.
+    pub fn new() -> Self {
+        Self::default()
     }
+
+    /// The row with one more column.
+    pub fn with(mut self, column: &'static str, value: impl Into<Value>) -> Self {
+        self.0.push((column, value.into()));
+        self
+    }
+
+    fn to_json(&self) -> Value {
+        self.0
+            .iter()
+            .map(|(column, value)| ((*column).to_owned(), value.clone()))
+            .collect()
+    }
+}
+
+/// A number with so many digits behind the point as a reader needs.
+pub fn rounded(value: f64, digits: i32) -> f64 {
+    let scale = 10_f64.powi(digits);
+    (value * scale).round() / scale
 }
 
 /// A campaign under way.
@@ -51,8 +71,8 @@ impl Report {
             "command": self.command,
             "machine": machine(),
             "started": self.started.to_string(),
-            "seconds": (self.clock.elapsed().as_secs_f64() * 10.0).round() / 10.0,
-            "rows": rows,
+            "seconds": rounded(self.clock.elapsed().as_secs_f64(), 1),
+            "rows": rows.iter().map(Row::to_json).collect::<Vec<_>>(),
         }))
     }
 
@@ -104,10 +124,16 @@ pub fn table(rows: &[Row]) -> String {
         return String::new();
     };
     let line = |cells: Vec<String>| format!("| {} |\n", cells.join(" | "));
-    let mut table = line(first.keys().cloned().collect());
-    table.push_str(&line(first.keys().map(|_| "---".to_owned()).collect()));
+    let mut table = line(
+        first
+            .0
+            .iter()
+            .map(|(column, _)| (*column).to_owned())
+            .collect(),
+    );
+    table.push_str(&line(first.0.iter().map(|_| "---".to_owned()).collect()));
     for row in rows {
-        table.push_str(&line(row.values().map(cell).collect()));
+        table.push_str(&line(row.0.iter().map(|(_, value)| cell(value)).collect()));
     }
     table
 }
@@ -158,12 +184,12 @@ mod tests {
     #[test]
     fn a_table_has_a_line_per_row() {
         let rows = [
-            row(json!({"a": 1, "b": "x"})),
-            row(json!({"a": 2.5, "b": "y"})),
+            Row::new().with("b", 1).with("a", "x"),
+            Row::new().with("b", 2.5).with("a", "y"),
         ];
         assert_eq!(
             table(&rows),
-            "| a | b |\n| --- | --- |\n| 1 | x |\n| 2.5 | y |\n"
+            "| b | a |\n| --- | --- |\n| 1 | x |\n| 2.5 | y |\n"
         );
         assert_eq!(table(&[]), "");
     }

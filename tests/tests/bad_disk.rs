@@ -84,7 +84,7 @@ fn a_full_disk_is_told_and_costs_nothing_that_was_saved() -> Result<()> {
     };
     cluster.adopt_worker("w0", worker)?;
     let run = stage.submit(&cluster, &checkpoints_to(&to, 1))?;
-    wait_told(&cluster, &run, &["no space left", &to.to_string_lossy()])?;
+    wait_told(&cluster, &run, &["no room", &to.to_string_lossy()])?;
     // A worker with room finishes the run.
     cluster.remove_worker("w0")?;
     cluster.start_worker("w1")?;

@@ -82,7 +82,8 @@ fn data_smaller_than_the_budget_is_refused_unless_repeated() -> Result<()> {
         budget: 1_000_000,
         ..TinyRecipe::default()
     };
-    rejection(&stage, &stage.fixture, &recipe)?.expect_words(&["repeat", "1,000,000"])?;
+    rejection(&stage, &stage.fixture, &recipe)?
+        .expect_words(&["31250 samples", "data.repeat: true"])?;
     Ok(())
 }
 

@@ -48,7 +48,8 @@ fn a_port_in_use_is_named() -> Result<()> {
         .args(["--listen", &address]);
     let output = run(coordinator, LIMIT)?;
     assert_ne!(output.code, 0, "{output}");
-    output.expect_words(&[&address, "in use"])?;
+    let port = taken.local_addr()?.port().to_string();
+    output.expect_words(&[&port, "in use", "--listen"])?;
     Ok(())
 }
 
@@ -178,7 +179,7 @@ fn too_few_open_files_are_told_before_anything_breaks() -> Result<()> {
         .arg(worker.get_program())
         .args(worker.get_args());
     cluster.adopt_worker("w0", limited)?;
-    wait_says(&mut cluster, "w0", &["open files"])
+    wait_says(&mut cluster, "w0", &["files may be open", "ulimit"])
 }
 
 #[test]

@@ -31,7 +31,7 @@ fn uptraining_beats_random_weights() -> Result<()> {
     let scratch = tempfile::tempdir()?;
     let plot = scratch.path().join("curves.svg");
     let curves = Curves {
-        fraction_of_budget: 0.02,
+        shorter: 20,
         plot: plot.clone(),
     };
     curves.run(&Programs::find()?, scratch.path())?;

@@ -74,7 +74,7 @@ fn prove(arguments: &Arguments) -> Result<()> {
         }
         Campaign::Curves => {
             let curves = Curves {
-                fraction_of_budget: if arguments.quick { 0.02 } else { 1.0 },
+                shorter: if arguments.quick { 20 } else { 1 },
                 plot,
             };
             (curves::ABOUT, curves.run(&programs, scratch.path())?)

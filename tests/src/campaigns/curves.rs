@@ -4,15 +4,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use serde_json::json;
-use supra_recipes::schema::{Budget, Recipe, Tokens, Weights};
+use supra_recipes::schema::{Budget, Recipe, Tokens, Warmup, Weights};
 
 use crate::campaigns::plot::{self, Curve};
 use crate::cluster::Cluster;
 use crate::failure::{Failure, Result, While};
 use crate::process;
 use crate::programs::{Programs, repository};
-use crate::report::{Row, row};
+use crate::report::{Row, rounded};
 
 /// What the report says above its table.
 pub const ABOUT: &str = "The quickstart's recipe, once from the pretrained softmax base and once from random weights of the \
@@ -22,8 +21,8 @@ pub const ABOUT: &str = "The quickstart's recipe, once from the pretrained softm
 /// The campaign.
 #[derive(Clone, Debug)]
 pub struct Curves {
-    /// Share of the quickstart's budget that is trained.
-    pub fraction_of_budget: f64,
+    /// The quickstart's budget is divided by this.
+    pub shorter: u64,
     /// Where the plot goes.
     pub plot: PathBuf,
 }
@@ -32,6 +31,8 @@ pub struct Curves {
 const CHECKPOINTS: u64 = 8;
 /// Points of a line of training losses.
 const POINTS: usize = 50;
+/// Documents that are held out, as scripts/quickstart does.
+const HELDOUT: &str = "60";
 const WORKERS: u32 = 2;
 const RUN_LIMIT: Duration = Duration::from_secs(3600);
 const EVALUATION_LIMIT: Duration = Duration::from_secs(600);
@@ -42,7 +43,7 @@ impl Curves {
     /// # Errors
     /// When a run or an evaluation fails, or random weights end no worse than the base's.
     pub fn run(&self, programs: &Programs, directory: &Path) -> Result<Vec<Row>> {
-        let recipe = prepare(self.fraction_of_budget)?;
+        let recipe = prepare(programs, directory, self.shorter)?;
         let converted = directory.join("converted");
         let mut convert = programs.worker();
         convert
@@ -104,9 +105,11 @@ impl Curves {
             )));
         }
         let line = |model: &str, tokens: u64, loss: f64| {
-            row(
-                json!({"model": model, "tokens": tokens, "heldout_loss": loss, "perplexity": loss.exp()}),
-            )
+            Row::new()
+                .with("model", model)
+                .with("tokens", tokens)
+                .with("heldout_loss", rounded(loss, 4))
+                .with("perplexity", rounded(loss.exp(), 2))
         };
         Ok(vec![
             line("softmax base", 0, base),
@@ -136,12 +139,32 @@ impl Trained {
     }
 }
 
-/// The quickstart's recipe with a share of its budget, and with checkpoints to evaluate.
-fn prepare(fraction: f64) -> Result<Recipe> {
+/// The quickstart's recipe over its text, shorter if wanted, and with checkpoints to evaluate.
+fn prepare(programs: &Programs, directory: &Path, shorter: u64) -> Result<Recipe> {
     let source = repository().join("recipes/quickstart.yaml");
     let mut recipe = Recipe::load(&source).map_err(|error| Failure::new(error.to_string()))?;
-    let budget = (recipe.budget.tokens() as f64 * fraction) as u64;
+    let tokens = directory.join("tokens");
+    let mut tokenize = programs.supra();
+    tokenize
+        .args(["data", "tokenize"])
+        .arg(repository().join("recipes/quickstart/text"));
+    tokenize
+        .arg("--output")
+        .arg(&tokens)
+        .arg("--tokenizer")
+        .arg(&recipe.base.path);
+    tokenize.args(["--heldout", HELDOUT]);
+    process::run(tokenize, EVALUATION_LIMIT)?.expect_code(0)?;
+    recipe.data.train = tokens.join("dataset.json");
+    recipe.data.heldout = Some(tokens.join("heldout.json"));
+    let budget = recipe.budget.tokens() / shorter;
     recipe.budget = Budget::exactly(Tokens(budget));
+    if shorter > 1 {
+        // As many steps as fit, after a short warm-up.
+        let sample = u64::from(recipe.batch.sequence_length);
+        recipe.batch.tokens = Tokens((recipe.batch.samples() / shorter).max(8) * sample);
+        recipe.optimizer.warmup = Warmup::Steps(4);
+    }
     recipe.checkpoint.every_tokens = Tokens((budget / CHECKPOINTS).max(1));
     recipe.checkpoint.keep = CHECKPOINTS as u32 + 1;
     Ok(recipe)

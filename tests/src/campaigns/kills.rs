@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use serde_json::json;
 use supra_proto::v1::RunState;
 
 use crate::cluster::Cluster;
@@ -17,7 +16,7 @@ use crate::failure::{Failure, Result, While};
 use crate::fixture::{Fixture, TinyRecipe};
 use crate::ledger;
 use crate::programs::Programs;
-use crate::report::{Row, row};
+use crate::report::{Row, rounded};
 use crate::weights;
 
 /// What the report says above its table.
@@ -97,16 +96,17 @@ impl Kills {
             let end = end.while_doing(format_args!("after kills of {killed:?}"))?;
             check(&cluster, &run, &recipe)?;
             weights::expect_same(&expected, &cluster.last_checkpoint(&run)?)?;
-            rows.push(row(json!({
-                "run": run,
-                "killed": killed.len(),
-                "victims": killed.join(", "),
-                "generations": end.generation,
-                "steps": end.step,
-                "voided_steps": voided(&cluster, &run)?,
-                "tokens": end.tokens,
-                "seconds": (clock.elapsed().as_secs_f64() * 10.0).round() / 10.0,
-            })));
+            rows.push(
+                Row::new()
+                    .with("run", rows.len() + 1)
+                    .with("kills", killed.len())
+                    .with("generations", end.generation)
+                    .with("steps", end.step)
+                    .with("voided_steps", voided(&cluster, &run)?)
+                    .with("tokens", end.tokens)
+                    .with("seconds", rounded(clock.elapsed().as_secs_f64(), 1))
+                    .with("victims", killed.join(", ")),
+            );
         }
         Ok(rows)
     }
@@ -197,14 +197,9 @@ fn check(cluster: &Cluster, run: &str, recipe: &TinyRecipe) -> Result<()> {
     ledger::expect_exactly_once(&cluster.ledger(run)?, recipe.samples())
 }
 
-/// Steps that stand in the ledger and were voided.
+/// Steps that were applied and taken back.
 fn voided(cluster: &Cluster, run: &str) -> Result<u64> {
-    let records = cluster.ledger(run)?;
-    let steps = records.iter().filter(|record| {
-        matches!(
-            record.body,
-            Some(supra_proto::v1::ledger_record::Body::Step(_))
-        )
-    });
-    Ok((steps.count() as u64).saturating_sub(cluster.status(run)?.step))
+    let verdict = cluster.audit(run)?;
+    let voided = verdict["voided_steps"].as_u64();
+    voided.ok_or_else(|| Failure::new(format!("audit --json has no `voided_steps`: {verdict}")))
 }
