@@ -24,12 +24,12 @@ impl Stage {
     /// `supra` alone.
     fn bare() -> Stage {
         let stage = Stage {
-            directory: tempfile::tempdir().unwrap(),
+            directory: tempfile::tempdir().expect("a directory"),
         };
         // Not a symbolic link: it looks for the others where it really is.
         let supra = env!("CARGO_BIN_EXE_supra");
         if fs::hard_link(supra, stage.path("supra")).is_err() {
-            fs::copy(supra, stage.path("supra")).unwrap();
+            fs::copy(supra, stage.path("supra")).expect("a copy");
         }
         stage
     }
@@ -53,8 +53,8 @@ impl Stage {
         let path = self.path(name);
         // What is there may be a link to a real program.
         let _ = fs::remove_file(&path);
-        fs::write(&path, format!("#!/bin/sh\n{text}\n")).unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        fs::write(&path, format!("#!/bin/sh\n{text}\n")).expect("a script");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("permissions");
     }
 
     fn up(&self, arguments: &[&str]) -> Command {
@@ -73,8 +73,11 @@ impl Stage {
     }
 
     fn start(&self, arguments: &[&str]) -> Running {
-        let mut child = self.up(arguments).spawn().unwrap();
-        let (stdout, stderr) = (child.stdout.take().unwrap(), child.stderr.take().unwrap());
+        let mut child = self.up(arguments).spawn().expect("starts");
+        let (stdout, stderr) = (
+            child.stdout.take().expect("piped"),
+            child.stderr.take().expect("piped"),
+        );
         Running {
             stdout: Some(collect(stdout)),
             stderr: Some(collect(stderr)),
@@ -96,7 +99,7 @@ impl Running {
     }
 
     fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(self.pid()), signal).unwrap();
+        kill(Pid::from_raw(self.pid()), signal).expect("a live process");
     }
 
     /// Waits until it has started so many programs; gives their process ids.
@@ -112,11 +115,11 @@ impl Running {
     fn finish(mut self) -> Output {
         let mut code = None;
         wait_until("the end of supra up", || {
-            let status = self.child.try_wait().unwrap();
+            let status = self.child.try_wait().expect("a child");
             code = status.and_then(|status| status.code());
             status.is_some()
         });
-        let text = |reader: Option<JoinHandle<String>>| reader.unwrap().join().unwrap();
+        let text = |reader: Option<JoinHandle<String>>| reader.expect("once").join().expect("read");
         Output {
             code,
             stdout: text(self.stdout.take()),
@@ -140,7 +143,7 @@ impl Drop for Running {
 
 /// A link to the real coordinator.
 fn link(at: &Path) {
-    symlink(env!("CARGO_BIN_EXE_supra-coordinator"), at).unwrap();
+    symlink(env!("CARGO_BIN_EXE_supra-coordinator"), at).expect("a link");
 }
 
 fn children(pid: i32) -> Vec<i32> {
@@ -153,7 +156,7 @@ fn children(pid: i32) -> Vec<i32> {
     lists
         .flat_map(|list| {
             list.split_whitespace()
-                .map(|pid| pid.parse().unwrap())
+                .map(|pid| pid.parse().expect("a process id"))
                 .collect::<Vec<i32>>()
         })
         .collect()
@@ -348,5 +351,5 @@ fn a_closed_stdout_ends_everything_quietly() {
 /// `supra runs` of the stage's coordinator; empty as long as none answers.
 fn runs_of(stage: &Stage) -> String {
     let state = stage.path("state");
-    finish(crate::support::supra().args(["runs", "--state", state.to_str().unwrap()])).stdout
+    finish(crate::support::supra().args(["runs", "--state", state.to_str().expect("UTF-8")])).stdout
 }

@@ -283,13 +283,14 @@ fn render(verdict: &Verdict) -> String {
         format!("up to step {}", format::grouped(verdict.durable_step)),
     );
     fact("generations", format::grouped(verdict.generations));
-    fact(
-        "trained again",
-        format!(
-            "{} steps that a lost generation had applied",
-            format::grouped(verdict.voided_steps)
+    let again = match verdict.voided_steps {
+        0 => "none".to_owned(),
+        steps => format!(
+            "{}, after a generation was lost",
+            format::counted(steps, "step")
         ),
-    );
+    };
+    fact("trained again", again);
     fact("skipped", skipped(&verdict.skipped));
     fact("records", format::grouped(verdict.records));
     fact("head", verdict.head.clone());

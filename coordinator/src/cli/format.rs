@@ -85,6 +85,15 @@ pub fn grouped(count: u64) -> String {
     text
 }
 
+/// An exact count with its noun: `1 worker`, `2 workers`.
+pub fn counted(count: u64, noun: &str) -> String {
+    format!(
+        "{} {noun}{}",
+        grouped(count),
+        if count == 1 { "" } else { "s" }
+    )
+}
+
 /// A duration in its two largest units: `42 s`, `3 min 5 s`, `2 h 10 min`, `12 d 3 h`. A dash when
 /// unknown (negative or not a number).
 pub fn duration(seconds: f64) -> String {
@@ -269,6 +278,12 @@ mod tests {
         ] {
             assert_eq!(grouped(count), text);
         }
+    }
+
+    #[test]
+    fn one_is_singular() {
+        assert_eq!(counted(1, "file"), "1 file");
+        assert_eq!(counted(1200, "file"), "1,200 files");
     }
 
     #[test]

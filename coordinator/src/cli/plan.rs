@@ -203,14 +203,13 @@ impl Preview {
             "steps",
             format!("{} of {batch} tokens{last}", format::grouped(self.steps)),
         );
+        let samples = format::counted(self.samples_per_worker, "sample");
+        let workers = format::counted(u64::from(self.workers), "worker");
         fact(
             "per worker",
             format!(
-                "{} samples a step in micro-batches of {}, with {} worker{}",
-                format::grouped(self.samples_per_worker),
-                self.micro_batch,
-                self.workers,
-                if self.workers == 1 { "" } else { "s" }
+                "{samples} a step in micro-batches of {}, with {workers}",
+                self.micro_batch
             ),
         );
         let first = format::grouped(self.first_checkpoint_step);
@@ -244,16 +243,11 @@ impl Data {
         let mut fact = |name: &str, value: String| table.row([format!("  {name}"), value]);
         fact("manifest", self.manifest.display().to_string());
         fact("hash", self.hash.clone());
-        let (documents, files) = (
-            format::grouped(self.documents),
-            format::grouped(self.files as u64),
-        );
+        let documents = format::counted(self.documents, "document");
+        let files = format::counted(self.files as u64, "file");
         fact(
             "tokens",
-            format!(
-                "{} in {documents} documents, {files} files",
-                format::grouped(self.tokens)
-            ),
+            format!("{} in {documents}, {files}", format::grouped(self.tokens)),
         );
         fact("windows", format::grouped(self.windows));
         fact("the budget is", format!("{:.3} passes", self.passes));

@@ -158,11 +158,7 @@ pub fn summary(status: &RunStatus) -> String {
         parts.push(format!("ETA {}", format::duration(status.eta_seconds)));
     }
     if status.world > 0 && !ended(status) {
-        parts.push(format!(
-            "{} worker{}",
-            status.world,
-            if status.world == 1 { "" } else { "s" }
-        ));
+        parts.push(format::counted(u64::from(status.world), "worker"));
     }
     if status.skipped_steps > 0 {
         parts.push(format!("{} skipped", format::grouped(status.skipped_steps)));
@@ -184,7 +180,10 @@ pub fn ending(status: &RunStatus) -> String {
     let name = format!("{} ({})", status.run, status.name);
     let spent = match status.ended_unix_ms.checked_sub(status.submitted_unix_ms) {
         Some(ms) if status.ended_unix_ms > 0 => {
-            format!(" after {}", format::duration(ms as f64 / 1000.0))
+            format!(
+                " {} after it was submitted",
+                format::duration(ms as f64 / 1000.0)
+            )
         }
         _ => String::new(),
     };
@@ -279,7 +278,7 @@ mod tests {
         };
         assert_eq!(
             ending(&status),
-            "Run r7 (quickstart) finished after 1 min 5 s: 120 steps, 1,500,000 tokens, last loss 2.3457.\n\
+            "Run r7 (quickstart) finished 1 min 5 s after it was submitted: 120 steps, 1,500,000 tokens, last loss 2.3457.\n\
              Checkpoint of step 477 (1.5 KiB): /c/step\n"
         );
         assert_eq!(exit(&status), Exit::Done);

@@ -118,7 +118,6 @@ impl Session<'_> {
             .await?;
         if let Some(status) = &begun.finished {
             self.display.say(&begun.said)?;
-            self.display.show(status)?;
             self.display.end(status)?;
             return Ok((Exit::Done, Leave::Done));
         }

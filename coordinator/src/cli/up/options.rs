@@ -8,6 +8,7 @@ use clap::{Args, ValueEnum};
 use supra_recipes::Recipe;
 
 use crate::cli::failure::Failure;
+use crate::cli::format;
 use crate::cli::runs::Json;
 
 /// Arguments of `supra up`.
@@ -115,8 +116,8 @@ impl Up {
 
     /// `2 workers on cpu with 1 thread each`.
     pub(super) fn what_starts(&self) -> String {
-        let workers = count(self.workers, "worker");
-        let threads = count(self.threads_each(), "thread");
+        let workers = format::counted(u64::from(self.workers), "worker");
+        let threads = format::counted(u64::from(self.threads_each()), "thread");
         format!("{workers} on {} with {threads} each", self.device.name())
     }
 
@@ -165,11 +166,6 @@ impl Up {
                 .max(1)
         })
     }
-}
-
-/// `1 worker`, `2 workers`.
-fn count(number: u32, what: &str) -> String {
-    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
 }
 
 /// `text` as one word of a shell command.
