@@ -1,5 +1,8 @@
 //! Integration tests of the worker, in one executable.
 
+// Clippy allows this in test functions, but not in their helpers.
+#![allow(clippy::unwrap_used)]
+
 mod checkpoint;
 mod cli;
 mod fixture;

@@ -56,7 +56,7 @@ impl Verdict {
     pub fn bound(&mut self, what: &str, error: f64, bound: f64) {
         let line = format!("{}: {what}: {error:.1e} of {bound:.0e}", self.title);
         println!("{line}");
-        if !(error <= bound) {
+        if error.is_nan() || error > bound {
             self.failures.push(line);
         }
     }
