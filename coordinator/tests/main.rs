@@ -1,5 +1,6 @@
 //! The coordinator's package as processes: one executable for all tests.
 
+mod cli_audit;
 mod cli_connect;
 mod cli_help;
 mod cli_recipes;

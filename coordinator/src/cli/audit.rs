@@ -125,13 +125,17 @@ fn offline<'a>(
     run: &str,
     recompute: Option<&'a mut Recompute<'a>>,
 ) -> Result<Verdict, Failure> {
-    if !state.is_dir() {
-        return Err(Failure::input(format!(
-            "there is no state directory {}.",
-            state.display()
-        )));
-    }
-    let journal = Journal::open(state).map_err(unreadable)?;
+    let journal = Journal::open(state).map_err(|error| match &error {
+        JournalError::Sqlite { cause, .. }
+            if cause.sqlite_error_code() == Some(ErrorCode::CannotOpen) =>
+        {
+            let state = state.display();
+            Failure::input(format!(
+                "there is no journal in {state}: give the state directory of a coordinator."
+            ))
+        }
+        _ => unreadable(error),
+    })?;
     let known = journal.state().map_err(unreadable)?;
     let run = find(known.runs(), run)?;
     let head = Some(run.ledger.head).filter(|head| *head != Hash::default());
@@ -198,7 +202,6 @@ fn unreadable(error: JournalError) -> Failure {
         JournalError::Damaged { .. } => Exit::Broken,
         JournalError::Sqlite { cause, .. } => match cause.sqlite_error_code() {
             Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => Exit::Broken,
-            Some(ErrorCode::CannotOpen) => Exit::Input,
             _ => Exit::Failed,
         },
         _ => Exit::Failed,

@@ -1,0 +1,130 @@
+//! `supra audit --state`: a proof without a coordinator.
+
+use std::fs;
+use std::path::Path;
+
+use supra_coordinator::journal::Journal;
+use supra_coordinator::ledger::{Body, Open, Step, Tail};
+use supra_coordinator::machine::{Fact, Workers};
+
+use crate::support::{Output, run};
+
+/// The recipe of the run, as the journal keeps it.
+const RECIPE: &str = "name: small\n";
+
+/// A journal of a run with two of its three steps.
+fn journal(state: &Path) {
+    let submitted = Fact::Submitted {
+        run: 1,
+        id: "small-1".to_owned(),
+        name: "small".to_owned(),
+        recipe: RECIPE.to_owned(),
+        checkpoint_root: state.join("checkpoints"),
+        keep: 3,
+        budget_tokens: 80,
+        workers: Workers { min: 1, max: 1 },
+        at: 1,
+    };
+    let open = Body::Open(Open {
+        run: "small-1".to_owned(),
+        recipe_hash: *blake3::hash(RECIPE.as_bytes()).as_bytes(),
+        manifest_hash: [2; 32],
+        windows: 100,
+        sequence_length: 8,
+        batch_samples: 4,
+        samples: 10,
+        steps: 3,
+    });
+    let step = |step: u64| {
+        let first_sample = 4 * (step - 1);
+        let digest = [7; 32];
+        Body::Step(Step {
+            generation: 1,
+            step,
+            first_sample,
+            samples: 4,
+            digest,
+            skipped: false,
+        })
+    };
+    let mut tail = Tail::default();
+    let records = [open, step(1), step(2)].map(|body| {
+        let record = tail.next(body);
+        tail.advance(&record);
+        Fact::Recorded { run: 1, record }
+    });
+    let (journal, _) = Journal::open(state).expect("a journal");
+    journal
+        .append([vec![submitted], records.to_vec()].concat())
+        .expect("appended");
+}
+
+fn audit(state: &Path, more: &[&str]) -> Output {
+    let state = state.to_str().expect("UTF-8");
+    run(&[&["audit", "--state", state], more].concat())
+}
+
+#[test]
+fn a_sound_ledger_is_proved() {
+    let state = tempfile::tempdir().unwrap();
+    journal(state.path());
+    for run in ["", "small-1", "sma"] {
+        let answer = audit(state.path(), &[run]).expect_code(0);
+        let verdict = "OK: run small-1 trained 64 of 80 tokens so far, every sample exactly once.";
+        assert!(answer.stdout.starts_with(verdict), "{}", answer.stdout);
+    }
+    let json = audit(state.path(), &["--json"]).expect_code(0).stdout;
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(
+        (&json["verdict"], &json["steps"], &json["finished"]),
+        (&"ok".into(), &2.into(), &false.into())
+    );
+}
+
+#[test]
+fn a_changed_ledger_ends_with_four() {
+    for change in [
+        "UPDATE ledger SET hash = zeroblob(32) WHERE idx = 1",
+        "UPDATE ledger SET body = (SELECT body FROM ledger WHERE idx = 1) WHERE idx = 2",
+        "DELETE FROM ledger WHERE idx = 1",
+    ] {
+        let state = tempfile::tempdir().unwrap();
+        journal(state.path());
+        let database = rusqlite::Connection::open(state.path().join("journal.db")).unwrap();
+        assert_eq!(database.execute(change, []).unwrap(), 1);
+        drop(database);
+        let answer = audit(state.path(), &[]).expect_code(4);
+        assert_ne!(
+            format!("{}{}", answer.stdout, answer.stderr),
+            "",
+            "{change}"
+        );
+    }
+}
+
+#[test]
+fn a_journal_that_is_none_ends_with_four() {
+    let state = tempfile::tempdir().unwrap();
+    fs::write(
+        state.path().join("journal.db"),
+        "not a database, but long enough to look like one".repeat(100),
+    )
+    .unwrap();
+    let answer = audit(state.path(), &[]).expect_code(4);
+    assert!(answer.stderr.contains("journal.db"), "{}", answer.stderr);
+}
+
+#[test]
+fn a_directory_or_run_that_is_not_there_is_bad_input() {
+    let state = tempfile::tempdir().unwrap();
+    let answer = audit(state.path(), &[]).expect_code(2);
+    assert!(
+        answer.stderr.contains("there is no journal"),
+        "{}",
+        answer.stderr
+    );
+    audit(&state.path().join("nowhere"), &[]).expect_code(2);
+    journal(state.path());
+    let answer = audit(state.path(), &["other"]).expect_code(2);
+    assert!(answer.stderr.contains("no run other"), "{}", answer.stderr);
+}
