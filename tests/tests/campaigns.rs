@@ -31,7 +31,9 @@ fn uptraining_beats_random_weights() -> Result<()> {
     let scratch = tempfile::tempdir()?;
     let plot = scratch.path().join("curves.svg");
     let curves = Curves {
-        shorter: 20,
+        shorter: 40,
+        checkpoints: 2,
+        windows: Some(32),
         plot: plot.clone(),
     };
     curves.run(&Programs::find()?, scratch.path())?;

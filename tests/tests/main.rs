@@ -16,7 +16,7 @@ use supra_tests::{Cluster, Fixture, Programs, Result, TinyRecipe};
 use tempfile::TempDir;
 
 /// For anything that takes seconds.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(90);
 
 /// Programs, a small world and a directory that goes away.
 struct Stage {

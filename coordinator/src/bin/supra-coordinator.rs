@@ -12,6 +12,7 @@ use supra_coordinator::service::{Options, Service, ServiceError, Stopper};
 use supra_coordinator::{BUILD, address};
 use supra_proto::Token;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
 use tracing_subscriber::EnvFilter;
 
 /// Exit codes, as of every program here.
@@ -19,6 +20,8 @@ const FAILED: u8 = 1;
 const BAD_INPUT: u8 = 2;
 const RESUMABLE: u8 = 75;
 const INTERRUPTED: u8 = 130;
+/// Set to 1 by a program that holds a pipe to our standard input and wants the coordinator to end when it does.
+const PARENT_PIPE: &str = "SUPRA_PARENT_PIPE";
 
 /// The head node: decides who trains what and keeps the account of it.
 #[derive(Parser)]
@@ -147,17 +150,34 @@ async fn serve(run: Run) -> ExitCode {
     }
 }
 
-/// The signals that end the coordinator. Caught from here on, so that none is lost between start and end.
+/// What asks the coordinator to end. Caught from here on, so that nothing is lost between start and end.
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    /// Speaks when the program that started us is gone; never, if nobody holds our standard input.
+    parent: mpsc::Receiver<()>,
+    /// Keeps `parent` open where no thread watches standard input.
+    _open: mpsc::Sender<()>,
 }
 
 impl Signals {
     fn catch() -> std::io::Result<Signals> {
+        let (sender, parent) = mpsc::channel(1);
+        if std::env::var_os(PARENT_PIPE).is_some_and(|value| value == "1") {
+            let gone = sender.clone();
+            std::thread::Builder::new()
+                .name("parent".into())
+                .spawn(move || {
+                    // Whatever comes, only the end of it matters.
+                    let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+                    let _ = gone.blocking_send(());
+                })?;
+        }
         Ok(Signals {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
+            parent,
+            _open: sender,
         })
     }
 
@@ -174,6 +194,7 @@ impl Signals {
         tokio::select! {
             _ = self.terminate.recv() => "SIGTERM",
             _ = self.interrupt.recv() => "SIGINT",
+            Some(()) = self.parent.recv() => "the end of the program that started it",
         }
     }
 }

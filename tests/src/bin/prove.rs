@@ -66,16 +66,27 @@ fn prove(arguments: &Arguments) -> Result<()> {
             kills(arguments.quick).run(&programs, scratch.path())?,
         ),
         Campaign::Worlds => {
-            let steps = if arguments.quick { 20 } else { 200 };
+            let steps = if arguments.quick { 20 } else { 60 };
             (
                 worlds::ABOUT,
                 worlds::run(&programs, scratch.path(), steps)?,
             )
         }
         Campaign::Curves => {
-            let curves = Curves {
-                shorter: if arguments.quick { 20 } else { 1 },
-                plot,
+            let curves = if arguments.quick {
+                Curves {
+                    shorter: 40,
+                    checkpoints: 2,
+                    windows: Some(32),
+                    plot,
+                }
+            } else {
+                Curves {
+                    shorter: 1,
+                    checkpoints: 8,
+                    windows: None,
+                    plot,
+                }
             };
             (curves::ABOUT, curves.run(&programs, scratch.path())?)
         }

@@ -23,12 +23,14 @@ pub const ABOUT: &str = "The quickstart's recipe, once from the pretrained softm
 pub struct Curves {
     /// The quickstart's budget is divided by this.
     pub shorter: u64,
+    /// Checkpoints of a run, each evaluated.
+    pub checkpoints: u64,
+    /// Windows of held-out text that an evaluation takes; all, if none.
+    pub windows: Option<u64>,
     /// Where the plot goes.
     pub plot: PathBuf,
 }
 
-/// Checkpoints of a run, each evaluated.
-const CHECKPOINTS: u64 = 8;
 /// Points of a line of training losses.
 const POINTS: usize = 50;
 /// Documents that are held out, as scripts/quickstart does.
@@ -43,85 +45,89 @@ impl Curves {
     /// # Errors
     /// When a run or an evaluation fails, or random weights end no worse than the base's.
     pub fn run(&self, programs: &Programs, directory: &Path) -> Result<Vec<Row>> {
-        let recipe = prepare(programs, directory, self.shorter)?;
-        let converted = directory.join("converted");
-        let mut convert = programs.worker();
-        convert
-            .arg("convert")
-            .arg("--base")
-            .arg(&recipe.base.path)
-            .arg("--out")
-            .arg(&converted);
-        process::run(convert, EVALUATION_LIMIT)?.expect_code(0)?;
-        let base = evaluate(programs, &recipe, &recipe.base.path)?;
-        let untrained = evaluate(programs, &recipe, &converted)?;
+        let recipe = self.recipe(programs, directory)?;
+        let study = Study {
+            programs,
+            directory,
+            recipe: &recipe,
+            windows: self.windows,
+        };
+        let base = study.evaluate(&recipe.base.path)?;
+        let untrained = study.evaluate(&study.convert()?)?;
 
         let cluster = Cluster::with_workers(programs, &directory.join("cluster"), WORKERS)?;
-        let uptrained = train(programs, &cluster, directory, &recipe, "uptrained")?;
-        let mut random = recipe.clone();
-        random.base.weights = Weights::Random;
-        let random = train(programs, &cluster, directory, &random, "random")?;
+        let mut uptrained = study.train(&cluster, "uptrained", Weights::Pretrained)?;
+        uptrained.heldout.insert(0, (0.0, untrained));
+        let random = study.train(&cluster, "random", Weights::Random)?;
 
-        let tokens = recipe.budget.tokens() as f64;
-        let flat = |label: &str, loss: f64, dots| Curve {
-            label: label.to_owned(),
-            points: vec![(0.0, loss), (tokens, loss)],
-            dots,
-        };
-        let mut evaluated = uptrained.heldout.clone();
-        evaluated.insert(0, (0.0, untrained));
+        let tokens = recipe.budget.tokens();
         let curves = [
-            Curve {
-                label: "uptrained from the base, training".to_owned(),
-                points: uptrained.training.clone(),
-                dots: false,
-            },
-            Curve {
-                label: "from random weights, training".to_owned(),
-                points: random.training.clone(),
-                dots: false,
-            },
-            flat("softmax base, held out", base, false),
-            Curve {
-                label: "uptrained, held out".to_owned(),
-                points: evaluated,
-                dots: true,
-            },
-            Curve {
-                label: "from random weights, held out".to_owned(),
-                points: random.heldout.clone(),
-                dots: true,
-            },
+            Curve::line(0, "uptrained: training", &uptrained.training),
+            Curve::dots(0, "uptrained: held out", &uptrained.heldout),
+            Curve::line(1, "random weights: training", &random.training),
+            Curve::dots(1, "random weights: held out", &random.heldout),
+            Curve::line(
+                2,
+                "softmax base: held out",
+                &[(0.0, base), (tokens as f64, base)],
+            ),
         ];
         plot::write(
             &self.plot,
-            "SUPRA uptraining of the quickstart base",
+            "SUPRA uptraining of the quickstart's base",
             &curves,
         )?;
+
         let (up, scratch) = (uptrained.last()?, random.last()?);
         if scratch.is_nan() || scratch <= up {
-            return Err(Failure::new(format!(
-                "random weights end at {scratch}, uptrained ones at {up}"
-            )));
+            let text = format!("random weights end at {scratch}, uptrained ones at {up}");
+            return Err(Failure::new(text));
         }
-        let line = |model: &str, tokens: u64, loss: f64| {
-            Row::new()
-                .with("model", model)
-                .with("tokens", tokens)
-                .with("heldout_loss", rounded(loss, 4))
-                .with("perplexity", rounded(loss.exp(), 2))
-        };
         Ok(vec![
             line("softmax base", 0, base),
             line("converted, before uptraining", 0, untrained),
-            line("uptrained", recipe.budget.tokens(), up),
-            line(
-                "same shape from random weights",
-                recipe.budget.tokens(),
-                scratch,
-            ),
+            line("uptrained", tokens, up),
+            line("same shape from random weights", tokens, scratch),
         ])
     }
+
+    /// The quickstart's recipe over its text, shorter if wanted, and with checkpoints to evaluate.
+    fn recipe(&self, programs: &Programs, directory: &Path) -> Result<Recipe> {
+        let source = repository().join("recipes/quickstart.yaml");
+        let mut recipe = Recipe::load(&source).map_err(|error| Failure::new(error.to_string()))?;
+        let tokens = directory.join("tokens");
+        let mut tokenize = programs.supra();
+        tokenize.args(["data", "tokenize", "--heldout", HELDOUT]);
+        tokenize
+            .arg("--tokenizer")
+            .arg(&recipe.base.path)
+            .arg("--output")
+            .arg(&tokens);
+        tokenize.arg(repository().join("recipes/quickstart/text"));
+        process::run(tokenize, EVALUATION_LIMIT)?.expect_code(0)?;
+        recipe.data.train = tokens.join("dataset.json");
+        recipe.data.heldout = Some(tokens.join("heldout.json"));
+
+        let budget = recipe.budget.tokens() / self.shorter;
+        recipe.budget = Budget::exactly(Tokens(budget));
+        if self.shorter > 1 {
+            // As many steps as fit, after a short warm-up.
+            let sample = u64::from(recipe.batch.sequence_length);
+            recipe.batch.tokens = Tokens((recipe.batch.samples() / self.shorter).max(8) * sample);
+            recipe.optimizer.warmup = Warmup::Steps(4);
+        }
+        recipe.checkpoint.every_tokens = Tokens((budget / self.checkpoints).max(1));
+        recipe.checkpoint.keep = u32::MAX;
+        Ok(recipe)
+    }
+}
+
+/// What all trainings and evaluations share.
+struct Study<'a> {
+    programs: &'a Programs,
+    directory: &'a Path,
+    recipe: &'a Recipe,
+    windows: Option<u64>,
 }
 
 /// Losses of one run over its tokens.
@@ -132,88 +138,77 @@ struct Trained {
 
 impl Trained {
     fn last(&self) -> Result<f64> {
-        self.heldout
-            .last()
-            .map(|point| point.1)
-            .ok_or_else(|| Failure::new("no checkpoint was evaluated"))
+        let last = self.heldout.last().map(|point| point.1);
+        last.ok_or_else(|| Failure::new("no checkpoint was evaluated"))
     }
 }
 
-/// The quickstart's recipe over its text, shorter if wanted, and with checkpoints to evaluate.
-fn prepare(programs: &Programs, directory: &Path, shorter: u64) -> Result<Recipe> {
-    let source = repository().join("recipes/quickstart.yaml");
-    let mut recipe = Recipe::load(&source).map_err(|error| Failure::new(error.to_string()))?;
-    let tokens = directory.join("tokens");
-    let mut tokenize = programs.supra();
-    tokenize
-        .args(["data", "tokenize"])
-        .arg(repository().join("recipes/quickstart/text"));
-    tokenize
-        .arg("--output")
-        .arg(&tokens)
-        .arg("--tokenizer")
-        .arg(&recipe.base.path);
-    tokenize.args(["--heldout", HELDOUT]);
-    process::run(tokenize, EVALUATION_LIMIT)?.expect_code(0)?;
-    recipe.data.train = tokens.join("dataset.json");
-    recipe.data.heldout = Some(tokens.join("heldout.json"));
-    let budget = recipe.budget.tokens() / shorter;
-    recipe.budget = Budget::exactly(Tokens(budget));
-    if shorter > 1 {
-        // As many steps as fit, after a short warm-up.
-        let sample = u64::from(recipe.batch.sequence_length);
-        recipe.batch.tokens = Tokens((recipe.batch.samples() / shorter).max(8) * sample);
-        recipe.optimizer.warmup = Warmup::Steps(4);
+impl Study<'_> {
+    /// Directory of the base, converted and not trained.
+    fn convert(&self) -> Result<PathBuf> {
+        let converted = self.directory.join("converted");
+        let mut convert = self.programs.worker();
+        convert
+            .arg("convert")
+            .arg("--base")
+            .arg(&self.recipe.base.path);
+        convert.arg("--out").arg(&converted);
+        process::run(convert, EVALUATION_LIMIT)?.expect_code(0)?;
+        Ok(converted)
     }
-    recipe.checkpoint.every_tokens = Tokens((budget / CHECKPOINTS).max(1));
-    recipe.checkpoint.keep = CHECKPOINTS as u32 + 1;
-    Ok(recipe)
+
+    fn train(&self, cluster: &Cluster, name: &str, weights: Weights) -> Result<Trained> {
+        let mut recipe = self.recipe.clone();
+        recipe.base.weights = weights;
+        let path = self.directory.join(format!("{name}.yaml"));
+        fs::write(&path, recipe.to_yaml())?;
+        let run = cluster.submit(&path)?;
+        cluster.wait_finished(&run, RUN_LIMIT).while_doing(name)?;
+        let steps = cluster.metrics(&run)?;
+        let chunks = steps.chunks(steps.len().div_ceil(POINTS).max(1));
+        let training = chunks.map(|chunk| {
+            let mean = chunk.iter().map(|step| step.loss).sum::<f64>() / chunk.len() as f64;
+            (chunk.last().map_or(0.0, |step| step.tokens as f64), mean)
+        });
+        let mut heldout = Vec::new();
+        for checkpoint in cluster.checkpoints(&run)? {
+            let loss = self.evaluate(Path::new(&checkpoint.path))?;
+            heldout.push((checkpoint.tokens as f64, loss));
+        }
+        Ok(Trained {
+            training: training.collect(),
+            heldout,
+        })
+    }
+
+    /// Mean loss per token of a model on the recipe's held-out text.
+    fn evaluate(&self, model: &Path) -> Result<f64> {
+        let heldout = self.recipe.data.heldout.as_ref();
+        let heldout = heldout.ok_or_else(|| Failure::new("the recipe has no held-out data"))?;
+        let length = self.recipe.batch.sequence_length.to_string();
+        let mut command = self.programs.worker();
+        command
+            .arg("eval")
+            .arg("--model")
+            .arg(model)
+            .arg("--data")
+            .arg(heldout);
+        command.args(["--sequence-length", &length, "--json"]);
+        if let Some(windows) = self.windows {
+            command.args(["--windows", &windows.to_string()]);
+        }
+        let output = process::run(command, EVALUATION_LIMIT)?.expect_code(0)?;
+        let answer: serde_json::Value = serde_json::from_str(&output.stdout)?;
+        let loss = answer["loss"].as_f64();
+        loss.ok_or_else(|| Failure::new(format!("eval --json has no `loss`: {answer}")))
+    }
 }
 
-fn train(
-    programs: &Programs,
-    cluster: &Cluster,
-    directory: &Path,
-    recipe: &Recipe,
-    name: &str,
-) -> Result<Trained> {
-    let path = directory.join(format!("{name}.yaml"));
-    fs::write(&path, recipe.to_yaml())?;
-    let run = cluster.submit(&path)?;
-    cluster.wait_finished(&run, RUN_LIMIT).while_doing(name)?;
-    let steps = cluster.metrics(&run)?;
-    let chunks = steps.chunks(steps.len().div_ceil(POINTS).max(1));
-    let training = chunks.map(|chunk| {
-        let mean = chunk.iter().map(|step| step.loss).sum::<f64>() / chunk.len() as f64;
-        (chunk.last().map_or(0.0, |step| step.tokens as f64), mean)
-    });
-    let mut heldout = Vec::new();
-    for checkpoint in cluster.checkpoints(&run)? {
-        let loss = evaluate(programs, recipe, Path::new(&checkpoint.path))?;
-        heldout.push((checkpoint.tokens as f64, loss));
-    }
-    Ok(Trained {
-        training: training.collect(),
-        heldout,
-    })
-}
-
-/// Mean loss per token of a model on the recipe's held-out text.
-fn evaluate(programs: &Programs, recipe: &Recipe, model: &Path) -> Result<f64> {
-    let heldout = recipe.data.heldout.as_ref();
-    let heldout =
-        heldout.ok_or_else(|| Failure::new("the quickstart's recipe has no held-out data"))?;
-    let length = recipe.batch.sequence_length.to_string();
-    let mut command = programs.worker();
-    command
-        .arg("eval")
-        .arg("--model")
-        .arg(model)
-        .arg("--data")
-        .arg(heldout);
-    command.args(["--sequence-length", &length, "--json"]);
-    let output = process::run(command, EVALUATION_LIMIT)?.expect_code(0)?;
-    let answer: serde_json::Value = serde_json::from_str(&output.stdout)?;
-    let loss = answer["loss"].as_f64();
-    loss.ok_or_else(|| Failure::new(format!("eval --json has no `loss`: {answer}")))
+/// A row of the report.
+fn line(model: &str, tokens: u64, loss: f64) -> Row {
+    Row::new()
+        .with("model", model)
+        .with("tokens", tokens)
+        .with("heldout_loss", rounded(loss, 4))
+        .with("perplexity", rounded(loss.exp(), 2))
 }

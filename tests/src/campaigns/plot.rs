@@ -8,12 +8,33 @@ use crate::failure::{Failure, Result};
 
 /// One curve of a plot.
 pub struct Curve {
-    /// What the legend calls it.
-    pub label: String,
+    colour: usize,
+    label: String,
     /// Tokens and loss.
-    pub points: Vec<(f64, f64)>,
-    /// Whether its points are measured ones that deserve a dot.
-    pub dots: bool,
+    points: Vec<(f64, f64)>,
+    /// Whether its points are few and measured, and get a dot each.
+    dots: bool,
+}
+
+impl Curve {
+    /// A thin line through many points. Curves of the same thing share a colour.
+    pub fn line(colour: usize, label: &str, points: &[(f64, f64)]) -> Self {
+        let (label, points) = (label.to_owned(), points.to_vec());
+        Self {
+            colour,
+            label,
+            points,
+            dots: false,
+        }
+    }
+
+    /// A line with a dot at each of its few points.
+    pub fn dots(colour: usize, label: &str, points: &[(f64, f64)]) -> Self {
+        Self {
+            dots: true,
+            ..Self::line(colour, label, points)
+        }
+    }
 }
 
 const SIZE: (u32, u32) = (960, 540);
@@ -59,16 +80,20 @@ fn draw(
         .y_desc("loss per token (nats)")
         .label_style(("sans-serif", 15))
         .draw()?;
-    for (curve, colour) in curves.iter().zip(COLOURS.iter().cycle()) {
+    for curve in curves {
+        let colour = COLOURS[curve.colour % COLOURS.len()];
         let points = curve
             .points
             .iter()
             .map(|(tokens, loss)| (tokens / 1e6, *loss));
-        let style = colour.stroke_width(2);
-        chart
-            .draw_series(LineSeries::new(points.clone(), style))?
-            .label(&curve.label)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 24, y)], style));
+        let style = colour.stroke_width(if curve.dots { 2 } else { 1 });
+        let series = chart.draw_series(LineSeries::new(points.clone(), style))?;
+        let dots = curve.dots;
+        series.label(&curve.label).legend(move |(x, y)| {
+            let line = PathElement::new([(0, 0), (24, 0)], style);
+            let dot = Circle::new((12, 0), if dots { 4 } else { 0 }, colour.filled());
+            EmptyElement::at((x, y)) + line + dot
+        });
         if curve.dots {
             chart.draw_series(points.map(|point| Circle::new(point, 4, colour.filled())))?;
         }
@@ -92,11 +117,7 @@ mod tests {
     fn a_plot_names_its_curves() {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("plot.svg");
-        let curve = Curve {
-            label: "uptrained".to_owned(),
-            points: vec![(0.0, 5.0), (1e6, 3.0)],
-            dots: true,
-        };
+        let curve = Curve::dots(0, "uptrained", &[(0.0, 5.0), (1e6, 3.0)]);
         write(&path, "Loss", &[curve]).expect("drawn");
         let svg = std::fs::read_to_string(&path).expect("written");
         assert!(
