@@ -115,7 +115,7 @@ fn kills(quick: bool) -> Kills {
     } else {
         Kills {
             kills: 50,
-            steps: 1500,
+            steps: 400,
             pause: Duration::from_secs(4),
             seed: 11,
         }
