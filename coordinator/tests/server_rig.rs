@@ -29,8 +29,8 @@ pub fn recipe(min: u32, max: u32) -> String {
 const WINDOWS: u64 = 500;
 const MANIFEST: [u8; 32] = [2; 32];
 
-/// Time that a worker takes for a step.
-const STEP: Duration = Duration::from_millis(20);
+/// Time that a worker takes for a step: long enough for a test to act in the middle of a run on a busy machine.
+const STEP: Duration = Duration::from_millis(150);
 
 /// Long enough for anything here, unless it hangs.
 const PATIENCE: Duration = Duration::from_secs(20);

@@ -34,7 +34,7 @@ pub struct Curves {
 /// Points of a line of training losses.
 const POINTS: usize = 50;
 /// Documents that are held out, as scripts/quickstart does.
-const HELDOUT: &str = "60";
+const HELDOUT: &str = "64";
 const WORKERS: u32 = 2;
 const RUN_LIMIT: Duration = Duration::from_secs(3600);
 const EVALUATION_LIMIT: Duration = Duration::from_secs(600);
