@@ -280,11 +280,10 @@ impl Trainer {
     fn checkpoint(&mut self, wait: bool) -> Result<(), TrainError> {
         self.job.link.phase(Phase::Checkpointing, self.step);
         if self.job.rank == 0 {
-            self.prune();
+            self.sweep();
             self.write_checkpoint()?;
             if wait {
                 self.job.link.await_published(self.step)?;
-                self.prune();
             }
         }
         if wait {
@@ -338,15 +337,15 @@ impl Trainer {
         Ok(())
     }
 
-    /// Removes old checkpoints. That it could not is worth a line, not the run.
-    fn prune(&self) {
-        let (job, keep) = (&self.job, self.job.recipe.checkpoint.keep);
+    /// Removes what crashed writers left. That it could not is worth a line, not the run.
+    fn sweep(&self) {
+        let job = &self.job;
         let spare = job.restore.as_ref().map(|restore| restore.path.as_path());
-        if let Err(error) = store::prune(&job.checkpoint_root, keep, job.generation, spare) {
+        if let Err(error) = store::sweep(&job.checkpoint_root, job.generation, spare) {
             let root = job.checkpoint_root.display();
             job.link.log(
                 "WARN",
-                format!("cannot remove old checkpoints in {root}: {error}"),
+                format!("cannot remove unfinished checkpoints in {root}: {error}"),
             );
         }
     }

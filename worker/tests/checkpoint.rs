@@ -161,7 +161,7 @@ fn a_checkpoint_of_another_model_or_dataset_is_refused() {
 }
 
 #[test]
-fn old_checkpoints_go_and_leftovers_are_replaced() {
+fn leftovers_are_replaced_and_published_checkpoints_are_left_to_the_coordinator() {
     let world = World::new(120);
     let mut recipe = world.recipe("");
     recipe.checkpoint.keep = 1;
@@ -171,11 +171,13 @@ fn old_checkpoints_go_and_leftovers_are_replaced() {
     fs::write(leftover.join("model.safetensors"), b"half").unwrap();
     let ranks = Generation::new(&recipe, &root).run(1);
     assert_eq!(ranks[0].outcome, Outcome::Finished);
-    let left: Vec<_> = fs::read_dir(&root)
+    let mut left: Vec<_> = fs::read_dir(&root)
         .unwrap()
         .map(|entry| entry.unwrap().file_name())
         .collect();
-    assert_eq!(left, ["step-00000004-gen-1"]);
+    left.sort();
+    assert_eq!(left, ["step-00000002-gen-1", "step-00000004-gen-1"]);
+    assert!(leftover.join("manifest.json").exists());
 }
 
 #[test]

@@ -133,46 +133,27 @@ fn look_for_probe(path: &Path, expected: &[u8]) -> String {
     }
 }
 
-/// Removes published checkpoints beyond the newest `keep`, and what crashed writers of earlier generations left.
-/// `spare` stays: it is the one that this generation started from. Returns what was removed.
+/// Removes what crashed writers of generations before `generation` left unpublished. `spare` stays: it is the one that
+/// this generation started from. Returns what was removed.
 ///
-/// Only rank 0 may call it. Published means that the coordinator knows it, so the newest one is always a checkpoint to
-/// resume from.
-pub fn prune(
-    root: &Path,
-    keep: u32,
-    generation: u64,
-    spare: Option<&Path>,
-) -> io::Result<Vec<PathBuf>> {
-    let mut published = Vec::new();
-    let mut doomed = Vec::new();
+/// Only rank 0 may call it. Published checkpoints are the coordinator's: it knows which of them are retired.
+pub fn sweep(root: &Path, generation: u64, spare: Option<&Path>) -> io::Result<Vec<PathBuf>> {
+    let mut leftovers = Vec::new();
     for entry in fs::read_dir(root)? {
         let path = entry?.path();
-        let name = path
-            .file_name()
-            .and_then(|name| name.to_str())
-            .unwrap_or_default();
-        let Some((step, writer)) = parse_directory_name(name) else {
-            continue;
-        };
-        if spare == Some(path.as_path()) {
-            continue;
-        }
-        if path.join(MANIFEST).exists() {
-            published.push(((step, writer), path));
-        } else if writer < generation {
-            doomed.push(path);
+        let name = path.file_name().and_then(|name| name.to_str());
+        let writer = name
+            .and_then(parse_directory_name)
+            .map(|(_, writer)| writer);
+        let older = writer.is_some_and(|writer| writer < generation);
+        if older && spare != Some(path.as_path()) && !path.join(MANIFEST).exists() {
+            leftovers.push(path);
         }
     }
-    published.sort();
-    let surplus = published.len().saturating_sub(keep.max(1) as usize);
-    doomed.extend(published.drain(..surplus).map(|(_, path)| path));
-    for path in &doomed {
-        // The manifest first: a directory that is half gone must not look like a checkpoint.
-        let _ = fs::remove_file(path.join(MANIFEST));
+    for path in &leftovers {
         fs::remove_dir_all(path)?;
     }
-    Ok(doomed)
+    Ok(leftovers)
 }
 
 #[cfg(test)]
@@ -196,21 +177,18 @@ mod tests {
     }
 
     #[test]
-    fn pruning_keeps_the_newest_published_and_what_is_not_ours() {
+    fn only_what_an_earlier_generation_left_unpublished_is_swept() {
         let root = tempfile::tempdir().unwrap();
         let root = root.path();
-        let old = checkpoint(root, 10, 1, MANIFEST);
-        let spare = checkpoint(root, 20, 1, MANIFEST);
+        let published = checkpoint(root, 10, 1, MANIFEST);
+        let spare = checkpoint(root, 20, 1, PENDING);
         let crashed = checkpoint(root, 25, 1, PENDING);
-        let kept = checkpoint(root, 30, 2, MANIFEST);
         let in_flight = checkpoint(root, 40, 2, PENDING);
         fs::create_dir(root.join("notes")).unwrap();
-        let mut removed = prune(root, 1, 2, Some(&spare)).unwrap();
-        removed.sort();
-        assert_eq!(removed, [old, crashed]);
-        assert!(
-            spare.exists() && kept.exists() && in_flight.exists() && root.join("notes").exists()
-        );
+        assert_eq!(sweep(root, 2, Some(&spare)).unwrap(), [crashed]);
+        for kept in [published, spare, in_flight, root.join("notes")] {
+            assert!(kept.exists(), "{}", kept.display());
+        }
     }
 
     #[test]
