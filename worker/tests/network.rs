@@ -59,7 +59,9 @@ pub fn weights(config: &ModelConfig, seed: u64) -> Params {
 
 /// The same names with other tensors.
 pub fn map(params: &Params, new: impl Fn(&Tensor) -> Tensor) -> Params {
-    let named = params.iter().map(|(name, tensor)| (name.to_owned(), new(tensor)));
+    let named = params
+        .iter()
+        .map(|(name, tensor)| (name.to_owned(), new(tensor)));
     Params::new(named.collect())
 }
 

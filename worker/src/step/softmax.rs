@@ -10,12 +10,7 @@ pub fn attend(mask: &Mask, qkv: [&Tensor; 3], o_bhtd: &mut Tensor) {
 }
 
 /// Its gradients, by libtorch's autograd over nothing but the core, which is computed again.
-pub fn attend_backward(
-    mask: &Mask,
-    qkv: [&Tensor; 3],
-    do_bhtd: &Tensor,
-    dqkv: [&mut Tensor; 3],
-) {
+pub fn attend_backward(mask: &Mask, qkv: [&Tensor; 3], do_bhtd: &Tensor, dqkv: [&mut Tensor; 3]) {
     let leaves = qkv.map(|x| x.detach().set_requires_grad(true));
     let gradients = tch::with_grad(|| {
         let o_bhtd = mixed(mask, leaves.each_ref());
@@ -31,7 +26,8 @@ pub fn attend_backward(
 /// Rows [n, H d] as a view [B, H, T, d], shaped like `o_bhtd`.
 pub fn by_heads(x_nx: &Tensor, o_bhtd: &Tensor) -> Tensor {
     let size = o_bhtd.size();
-    x_nx.view([size[0], size[2], size[1], size[3]]).transpose(1, 2)
+    x_nx.view([size[0], size[2], size[1], size[3]])
+        .transpose(1, 2)
 }
 
 fn mixed(mask: &Mask, [q_bhtd, k_bktd, v_bktd]: [&Tensor; 3]) -> Tensor {

@@ -26,12 +26,17 @@ pub fn cross_entropy(
     let sum = |x_c: Tensor| x_c.masked_fill(&ignored_c, 0.0).sum(Kind::Double);
     let entropy = sum(&normalizer_c - chosen_c);
     let squares = sum(normalizer_c.square());
-    let _ = loss_2_sum.g_add_(&Tensor::stack(&[&entropy, &(&entropy + squares * z_loss)], 0));
+    let _ = loss_2_sum.g_add_(&Tensor::stack(
+        &[&entropy, &(&entropy + squares * z_loss)],
+        0,
+    ));
 
     let factor_c = (normalizer_c * (2.0 * z_loss) + 1.0) * &counts_c / total_c;
-    let _ = wide_cv
-        .g_mul_(&factor_c.unsqueeze(1))
-        .scatter_add_(1, &targets_c1, &counts_c.neg().unsqueeze(1));
+    let _ = wide_cv.g_mul_(&factor_c.unsqueeze(1)).scatter_add_(
+        1,
+        &targets_c1,
+        &counts_c.neg().unsqueeze(1),
+    );
     if wide_cv.kind() != logits_cv.kind() {
         logits_cv.copy_(&wide_cv);
     }

@@ -5,12 +5,7 @@ use tch::{Kind, Tensor};
 use super::{heads_first, rounded, wide};
 use crate::kernels::{HeadsGrad, HeadsIn};
 
-pub fn heads(
-    input: &HeadsIn<'_>,
-    q_bhtd: &mut Tensor,
-    k_bktd: &mut Tensor,
-    v_bktd: &mut Tensor,
-) {
+pub fn heads(input: &HeadsIn<'_>, q_bhtd: &mut Tensor, k_bktd: &mut Tensor, v_bktd: &mut Tensor) {
     let shape = &input.shape;
     let bias = |which: usize| input.biases.map(|biases| biases[which]);
     let features = |pre_nx: &Tensor, bias: Option<&Tensor>| match bias {
@@ -70,8 +65,8 @@ fn back(
         rotation.turn(dx_bhtd, &mut heads_first(dpre_nx, batch, heads));
         if let (Some(bias), Some(dbias_sum)) = (bias, dbias_sum) {
             let _ = biased(pre_nx, bias).threshold_backward_grad_input(dpre_nx, dpre_nx, 0.0);
-            let _ = dbias_sum
-                .g_add_(&dpre_nx.sum_dim_intlist([0i64].as_slice(), false, None::<Kind>));
+            let _ =
+                dbias_sum.g_add_(&dpre_nx.sum_dim_intlist([0i64].as_slice(), false, None::<Kind>));
         }
     });
 }

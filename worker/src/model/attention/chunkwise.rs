@@ -198,7 +198,9 @@ impl Chunkwise {
 
     /// The part of `carry` that leads from what chunks leave to entry states: [x, H, N, N], strictly lower triangular.
     fn to_entries(&self) -> Tensor {
-        self.carry.narrow(2, 0, self.chunks).narrow(3, 1, self.chunks)
+        self.carry
+            .narrow(2, 0, self.chunks)
+            .narrow(3, 1, self.chunks)
     }
 
     /// U [B, H, N, d, e]: what each chunk alone leaves in the state at its end.
