@@ -5,28 +5,31 @@
 //   a  rows g, g + 8; columns 2t, 2t + 1, 2t + 8, 2t + 9:  a0 = (g, 2t..), a1 = (g + 8, 2t..), a2 = (g, 2t + 8..), a3
 //   b  rows 2t, 2t + 1, 2t + 8, 2t + 9; column g:          b0 = (2t.., g), b1 = (2t + 8.., g)
 //   c  rows g, g + 8; columns 2t, 2t + 1, in fp32:         c0, c1 = (g, 2t..), c2, c3 = (g + 8, 2t..)
+#pragma once
+
+#include "common.cuh"
 
 constexpr unsigned WARP = 32;
-constexpr unsigned ALL_LANES = 0xffffffffu;
 
-__device__ __forceinline__ unsigned shared_address(const void* pointer) {
+// Where something is in shared memory, as the instructions below want it: in one register.
+__device__ __forceinline__ unsigned shared_address(const void *pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
 // Four 8 x 8 matrices of bf16 from shared memory. Lane l names row l % 8 of matrix l / 8, 16 bytes at a multiple of 16;
 // it gets (g, 2t..) of each.
-__device__ __forceinline__ void load_matrices(unsigned (&to)[4], const void* row) {
+__device__ __forceinline__ void load_matrices(unsigned (&to)[4], unsigned row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
 }
 
 // The same of the transposed matrices: each lane gets (2t.., g) of what lies there.
-__device__ __forceinline__ void load_matrices_transposed(unsigned (&to)[4], const void* row) {
+__device__ __forceinline__ void load_matrices_transposed(unsigned (&to)[4], unsigned row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(shared_address(row))
+                 : "r"(row)
                  : "memory");
 }
 
@@ -40,15 +43,15 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[
 }
 
 // Begins to copy 16 bytes from global to shared memory, or to write zeros there. The address must be good either way.
-__device__ __forceinline__ void copy_16(void* to, const void* from, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+__device__ __forceinline__ void copy_16(unsigned to, const void *from, bool there) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                  "r"(there ? 16 : 0)
                  : "memory");
 }
 
 // The same with 8 bytes.
-__device__ __forceinline__ void copy_8(void* to, const void* from, bool there) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from),
+__device__ __forceinline__ void copy_8(unsigned to, const void *from, bool there) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from),
                  "r"(there ? 8 : 0)
                  : "memory");
 }
@@ -64,13 +67,7 @@ __device__ __forceinline__ void await_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// Two numbers rounded to bf16, the first in the lower half.
-__device__ __forceinline__ unsigned pack(float low, float high) {
-    unsigned both;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
-
+// The two numbers of a register.
 __device__ __forceinline__ float low_half(unsigned both) {
     return __uint_as_float(both << 16);
 }
