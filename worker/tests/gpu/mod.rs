@@ -1,5 +1,6 @@
 //! Tests that need an NVIDIA GPU. Where there is none, each says so and passes.
 
+mod attention;
 mod bench;
 mod kernels;
 mod optimizer;

@@ -25,7 +25,10 @@ pub struct Source {
 }
 
 /// What the sources include of ours.
-const HEADERS: [(&str, &str); 1] = [("common.cuh", include_str!("common.cuh"))];
+const HEADERS: [(&str, &str); 2] = [
+    ("common.cuh", include_str!("common.cuh")),
+    ("warp.cuh", include_str!("warp.cuh")),
+];
 
 /// Bytes of a BLAKE3 hash.
 const HASH: usize = 32;

@@ -4,6 +4,7 @@
 //! between every tensor is checked; so the kernels themselves check nothing. Sums over tokens come in two stages of fixed
 //! order, and no two blocks write to one place: the same inputs give the same bits.
 
+mod attention;
 mod compile;
 mod cross_entropy;
 mod embedding;
@@ -27,20 +28,21 @@ use std::{
 
 use tch::{Device, Kind, Tensor};
 
-use self::{compile::Source, launch::Gpu, nvrtc::Nvrtc, tensors::Tensors};
+use self::{attention::Decays, compile::Source, launch::Gpu, nvrtc::Nvrtc, tensors::Tensors};
 pub use self::{
     error::KernelError,
     optimizer::{Clip, Shard, Update},
 };
-use super::{DecayTables, Delta, HeadsGrad, HeadsIn, Kernels, NormOut, Twin};
+use super::{DecayTables, Delta, HeadsGrad, HeadsIn, Kernels, NormOut};
 use crate::device;
 
 /// Everything that is compiled.
-const SOURCES: [Source; 8] = [
+const SOURCES: [Source; 9] = [
     norm::SOURCE,
     heads::SOURCE,
     head_norm::SOURCE,
     swiglu::SOURCE,
+    attention::SOURCE,
     cross_entropy::SOURCE,
     embedding::SOURCE,
     optimizer::SOURCE,
@@ -55,8 +57,8 @@ pub struct CudaKernels {
     gpu: Gpu,
     tensors: Tensors,
     scratch: RefCell<Tensor>,
+    decays: RefCell<Option<Decays>>,
     failure: RefCell<Option<KernelError>>,
-    twin: Twin,
 }
 
 impl CudaKernels {
@@ -76,8 +78,8 @@ impl CudaKernels {
             gpu,
             tensors: Tensors { device },
             scratch: RefCell::new(Tensor::empty([0], (Kind::Uint8, device))),
+            decays: RefCell::new(None),
             failure: RefCell::new(None),
-            twin: Twin,
         })
     }
 
@@ -171,8 +173,7 @@ impl Kernels for CudaKernels {
         v_bktd: &Tensor,
         o_bhtd: &mut Tensor,
     ) {
-        self.twin
-            .linear_attention(decay, q_bhtd, k_bktd, v_bktd, o_bhtd);
+        self.note(self.try_linear_attention(decay, q_bhtd, k_bktd, v_bktd, o_bhtd));
     }
 
     fn linear_attention_backward(
@@ -182,8 +183,7 @@ impl Kernels for CudaKernels {
         do_bhtd: &Tensor,
         dqkv: [&mut Tensor; 3],
     ) {
-        self.twin
-            .linear_attention_backward(decay, qkv, do_bhtd, dqkv);
+        self.note(self.try_linear_attention_backward(decay, qkv, do_bhtd, dqkv));
     }
 
     fn head_norm(&self, o_bhtd: &Tensor, out_nx: &mut Tensor) {
