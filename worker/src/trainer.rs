@@ -55,6 +55,15 @@ pub fn train(job: Job, place: &Place, build: &str) -> Outcome {
     }
 }
 
+/// Memory is scarce on a GPU; on the processor, keeping all that the backward pass reads is some 3 % faster.
+fn policy(device: tch::Device) -> Policy {
+    if device.is_cuda() {
+        Policy::Lean
+    } else {
+        Policy::Save
+    }
+}
+
 /// A rank at work.
 struct Trainer {
     job: Job,
@@ -137,7 +146,12 @@ impl Trainer {
         Ok(Trainer {
             batches: Prefetch::start(loader, step + 1, job.rank, job.world, READ_AHEAD),
             adamw: AdamW::new(&job.recipe.optimizer),
-            passes: Step::new(config.clone(), Box::new(Twin), Policy::Lean, place.device),
+            passes: Step::new(
+                config.clone(),
+                Box::new(Twin),
+                policy(place.device),
+                place.device,
+            ),
             config,
             place: place.clone(),
             skipped: 0,

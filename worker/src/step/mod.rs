@@ -32,8 +32,25 @@ pub struct Step {
     policy: Policy,
     /// Cross-entropy and objective since they were last taken: fp64 [2].
     loss_2: Tensor,
-    /// For the shape of the last micro-batch.
-    buffers: Option<Buffers>,
+    room: Option<Room>,
+}
+
+/// What micro-batches of one shape share: kept from one to the next as long as their shape stays.
+struct Room {
+    rows: (i64, i64),
+    tables: Tables,
+    buffers: Buffers,
+}
+
+impl Room {
+    fn new(config: &ModelConfig, rows: (i64, i64), policy: Policy, weights: &Params) -> Room {
+        let options = (weights.kind(), weights.device());
+        Room {
+            rows,
+            tables: Tables::new(config, rows.1, options),
+            buffers: Buffers::new(config, rows, policy, options),
+        }
+    }
 }
 
 /// Sums over targets that count, over some micro-batches.
@@ -58,7 +75,7 @@ impl Step {
             kernels,
             policy,
             loss_2: Tensor::zeros([2], (Kind::Double, device)),
-            buffers: None,
+            room: None,
         }
     }
 
@@ -77,26 +94,31 @@ impl Step {
         let _guard = tch::no_grad_guard();
         let size = input.inputs_bt.size();
         let rows = (size[0], size[1]);
-        let options = (weights.kind(), weights.device());
-        let tables = Tables::new(&self.config, rows.1, input.documents.as_ref(), options);
-        let buffers = match self.buffers.take() {
-            Some(buffers) if buffers.rows == rows => buffers,
-            _ => Buffers::new(&self.config, rows, self.policy, options),
-        };
+        // What does not fit is gone before its successor takes memory.
+        let room = self
+            .room
+            .take()
+            .filter(|room| room.rows == rows)
+            .unwrap_or_else(|| Room::new(&self.config, rows, self.policy, weights));
+        let room = self.room.insert(room);
+        let within = input
+            .documents
+            .as_ref()
+            .map(|documents| room.tables.within(&self.config, documents));
         let pass = Pass {
             config: &self.config,
             kernels: self.kernels.as_ref(),
             policy: self.policy,
-            tables: &tables,
+            tables: within.as_ref().unwrap_or(&room.tables),
             rows,
             weights,
             gradients,
             stop,
         };
-        let buffers = self.buffers.insert(buffers);
-        pass.forward(buffers, &input.inputs_bt.flatten(0, 1))?;
-        pass.head(buffers, input, z_loss, &mut self.loss_2);
-        pass.backward(buffers, &input.inputs_bt.flatten(0, 1))
+        let ids_n = input.inputs_bt.flatten(0, 1);
+        pass.forward(&mut room.buffers, &ids_n)?;
+        pass.head(&mut room.buffers, input, z_loss, &mut self.loss_2);
+        pass.backward(&mut room.buffers, &ids_n)
     }
 
     /// The loss of the micro-batches since the last call.
