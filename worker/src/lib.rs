@@ -5,8 +5,10 @@ pub mod checkpoint;
 pub mod device;
 pub mod failure;
 pub mod inference;
+pub mod kernels;
 pub mod model;
 pub mod optim;
+pub mod step;
 pub mod trainer;
 
 /// Version of this program, as the coordinator compares it.

@@ -9,4 +9,6 @@ mod fixture;
 mod forms;
 mod golden;
 mod import;
+mod network;
+mod step;
 mod train;
