@@ -31,10 +31,10 @@ use crate::{
     },
     device::{self, Place},
     failure::chain,
-    kernels::Twin,
+    kernels,
     model::ModelConfig,
     optim::{AdamW, Replica, clip},
-    step::{Policy, Step},
+    step::{Policy, Step, StepError},
 };
 
 /// Steps whose samples are read ahead.
@@ -148,7 +148,7 @@ impl Trainer {
             adamw: AdamW::new(&job.recipe.optimizer),
             passes: Step::new(
                 config.clone(),
-                Box::new(Twin),
+                kernels::on(place.device, replica.params().kind())?,
                 policy(place.device),
                 place.device,
             ),
@@ -249,7 +249,10 @@ impl Trainer {
                     recipe.optimizer.z_loss,
                     &|| link.void(),
                 )
-                .ok_or(Voided)?;
+                .map_err(|error| match error {
+                    StepError::Stopped => Voided.into(),
+                    StepError::Kernel(error) => TrainError::Kernel(error),
+                })?;
             fed.targets += micro.targets;
             fed.samples += samples.len() as u64;
             fed.digest += micro.digest;

@@ -21,7 +21,7 @@ pub use policy::Policy;
 use tables::Tables;
 
 use crate::{
-    kernels::{Delta, Kernels, NormOut},
+    kernels::{Delta, KernelError, Kernels, NormOut},
     model::{LossInput, ModelConfig, Params, block::LayerParams},
 };
 
@@ -62,6 +62,17 @@ pub struct Loss {
     pub objective: f64,
 }
 
+/// Why a micro-batch was not finished.
+#[derive(Debug, thiserror::Error)]
+pub enum StepError {
+    /// `stop` said so.
+    #[error("stopped in the middle of a micro-batch")]
+    Stopped,
+    /// A kernel did not run.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+}
+
 impl Step {
     /// For models of this shape, on `device`.
     pub fn new(
@@ -81,8 +92,8 @@ impl Step {
 
     /// Adds the gradient of a micro-batch's summed loss, with `z_loss` times the sum of squared log-normalizers, to
     /// `gradients`, which have the names and shapes of `weights`, and its loss to what
-    /// [`take_loss`](Step::take_loss) returns. `stop` is asked before every block in both directions; none if it said
-    /// so, and gradients and loss are then of no use.
+    /// [`take_loss`](Step::take_loss) returns. `stop` is asked before every block in both directions. After an error
+    /// gradients and loss are of no use.
     pub fn accumulate(
         &mut self,
         weights: &Params,
@@ -90,7 +101,7 @@ impl Step {
         input: &LossInput,
         z_loss: f64,
         stop: &dyn Fn() -> bool,
-    ) -> Option<()> {
+    ) -> Result<(), StepError> {
         let _guard = tch::no_grad_guard();
         let size = input.inputs_bt.size();
         let rows = (size[0], size[1]);
@@ -118,7 +129,8 @@ impl Step {
         let ids_n = input.inputs_bt.flatten(0, 1);
         pass.forward(&mut room.buffers, &ids_n)?;
         pass.head(&mut room.buffers, input, z_loss, &mut self.loss_2);
-        pass.backward(&mut room.buffers, &ids_n)
+        pass.backward(&mut room.buffers, &ids_n)?;
+        Ok(self.kernels.check()?)
     }
 
     /// The loss of the micro-batches since the last call.
@@ -156,11 +168,11 @@ impl<'a> Pass<'a> {
     }
 
     /// Embedding and blocks.
-    fn forward(&self, buffers: &mut Buffers, ids_n: &Tensor) -> Option<()> {
+    fn forward(&self, buffers: &mut Buffers, ids_n: &Tensor) -> Result<(), StepError> {
         let mut before = None;
         for (layer, at) in buffers.blocks.iter_mut().enumerate() {
             if (self.stop)() {
-                return None;
+                return Err(StepError::Stopped);
             }
             if layer == 0 {
                 let embedding_vd = self.weights.get(EMBEDDING);
@@ -170,7 +182,7 @@ impl<'a> Pass<'a> {
                 .forward(before.as_ref(), at, &mut buffers.scratch);
             before = Some(at.x_mid_nd.shallow_clone());
         }
-        Some(())
+        Ok(())
     }
 
     /// Last norm, output layer and loss, forward and backward, some tokens at a time.
@@ -231,10 +243,10 @@ impl<'a> Pass<'a> {
     }
 
     /// Blocks and embedding.
-    fn backward(&self, buffers: &mut Buffers, ids_n: &Tensor) -> Option<()> {
+    fn backward(&self, buffers: &mut Buffers, ids_n: &Tensor) -> Result<(), StepError> {
         for (layer, at) in buffers.blocks.iter_mut().enumerate().rev() {
             if (self.stop)() {
-                return None;
+                return Err(StepError::Stopped);
             }
             let dweights = LayerParams::new(self.config, self.gradients, layer as i64);
             self.block(layer)
@@ -245,7 +257,7 @@ impl<'a> Pass<'a> {
             ids_n,
             &mut self.gradients.get(EMBEDDING).shallow_clone(),
         );
-        Some(())
+        Ok(())
     }
 }
 
