@@ -170,7 +170,7 @@ fn load_global(path: &Path) -> Result<(), String> {
 }
 
 /// The path of the libtorch_cpu.so in this process, from its memory map.
-fn loaded_libtorch() -> Option<PathBuf> {
+pub(crate) fn loaded_libtorch() -> Option<PathBuf> {
     let maps = fs::read_to_string("/proc/self/maps").ok()?;
     let line = maps
         .lines()

@@ -8,6 +8,7 @@ mod cli;
 mod fixture;
 mod forms;
 mod golden;
+mod gpu;
 mod import;
 mod network;
 mod step;

@@ -1,13 +1,14 @@
 //! The elementwise and attention work of a training step: everything between the matrix products.
 //!
 //! One contract, [`Kernels`], whose implementations compute the same functions. [`Twin`] is plain libtorch: it serves the
-//! processor, fp32 and fp64, and is what tests compare with.
+//! processor, fp32 and fp64, and is what tests compare with. [`cuda`] launches kernels of our own on bf16 tensors of a GPU.
 //!
 //! Every output is a buffer of the caller's and is written completely, unless its name ends in `_sum`: then it is added
 //! to. Tensors are contiguous unless said otherwise. Letters beside the model's own: n = B T tokens, x what is said
 //! there. The *compute kind* is that of the weights; statistics, tables, sums and gradients of weights are fp32, beside
 //! fp64 weights fp64. Whatever stands between inputs and outputs is not rounded to the compute kind unless said.
 
+pub mod cuda;
 pub mod twin;
 
 use std::cell::OnceCell;
