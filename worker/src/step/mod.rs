@@ -25,6 +25,8 @@ use crate::{
     model::{LossInput, ModelConfig, Params, block::LayerParams},
 };
 
+const EMBEDDING: &str = "tok_embeddings.weight";
+
 /// Forward and backward passes over micro-batches.
 pub struct Step {
     config: ModelConfig,
@@ -261,4 +263,43 @@ impl<'a> Pass<'a> {
     }
 }
 
-const EMBEDDING: &str = "tok_embeddings.weight";
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        kernels::Twin,
+        model::{AttentionKind, SupraConfig, config::tests::small, init_all},
+    };
+
+    #[test]
+    fn logits_may_be_made_a_few_tokens_at_a_time() {
+        let config = small(AttentionKind::Supra(SupraConfig::default()));
+        let weights = init_all(&config, 3).to(Device::Cpu, Kind::Double);
+        let ids_bt = Tensor::arange(22, (Kind::Int64, Device::Cpu)).view([2, 11]);
+        let input = LossInput {
+            inputs_bt: ids_bt.shallow_clone(),
+            targets_bt: &ids_bt + 1,
+            mask_bt: ids_bt.ne(7),
+            documents: None,
+        };
+        let mut step = Step::new(config, Box::new(Twin), Policy::Lean, Device::Cpu);
+        let mut run = |rows: Option<i64>| {
+            let zeros = |(name, weight): (&str, &Tensor)| (name.to_owned(), weight.zeros_like());
+            let gradients = Params::new(weights.iter().map(zeros).collect());
+            if let (Some(rows), Some(room)) = (rows, &mut step.room) {
+                let logits_cv = &mut room.buffers.head.logits_cv;
+                *logits_cv = logits_cv.narrow(0, 0, rows);
+            }
+            step.accumulate(&weights, &gradients, &input, 1e-3, &|| false)
+                .unwrap();
+            let flat: Vec<Tensor> = gradients.iter().map(|(_, x)| x.flatten(0, -1)).collect();
+            (step.take_loss(), Tensor::cat(&flat, 0))
+        };
+        let (loss, gradient) = run(None);
+        for rows in [5, 1] {
+            let (parts_loss, parts_gradient) = run(Some(rows));
+            assert!((parts_loss.objective / loss.objective - 1.0).abs() < 1e-14);
+            assert!(parts_gradient.allclose(&gradient, 1e-10, 1e-12, false));
+        }
+    }
+}
