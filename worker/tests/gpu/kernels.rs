@@ -15,7 +15,7 @@ const F: i64 = 14336;
 const V: i64 = 32000;
 
 /// [n, D]: fewer than a warp's vectors, more than a block's threads, not a whole number of anything, the widest.
-const NORM_SHAPES: [[i64; 2]; 6] = [[7, 64], [1, 8], [300, 2056], [5, 8200], [3, 16384], [N, D]];
+const NORM_SHAPES: [[i64; 2]; 6] = [[7, 64], [40, 8], [300, 2056], [5, 8200], [3, 16384], [N, D]];
 
 fn add_rms_norm(n: i64, d: i64, delta: bool) -> (Case<'static>, i64) {
     let call: &Call<'_> = if delta {

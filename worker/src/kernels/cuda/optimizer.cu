@@ -1,7 +1,7 @@
 // The gradient's norm, its clipping and AdamW on flat fp32 buffers.
 //
-// The operations of AdamW are those of the libtorch form, in its order and each rounded by itself, so that both agree to
-// the bit.
+// The operations of AdamW are those of the libtorch form, in its order and each rounded by itself, so that both agree to the
+// bit wherever libtorch rounds right (its square root on the processor does not always).
 #include "common.cuh"
 
 // What the update reads from device memory.

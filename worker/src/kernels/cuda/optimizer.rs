@@ -111,8 +111,8 @@ impl CudaKernels {
         self.gpu.launch("clip", blocks(1, 1), &arguments)
     }
 
-    /// One update of a shard: the formulas of [`AdamW`](crate::optim::AdamW), to the bit. `control_2` is what
-    /// [`clip`](Self::clip) wrote.
+    /// One update of a shard: the formulas of [`AdamW`](crate::optim::AdamW), each operation rounded by itself and in the
+    /// same order. `control_2` is what [`clip`](Self::clip) wrote.
     pub fn adamw(
         &self,
         shard: Shard<'_>,
