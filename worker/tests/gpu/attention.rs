@@ -168,7 +168,7 @@ fn outputs(
 
 /// The same by its definition, all pairs of tokens of one group of heads at a time.
 fn quadratic(case: &Case, tables: &DecayTables, inputs: &[Tensor; 4]) -> [Tensor; 4] {
-    let [batch, tokens, heads, kv_heads, d] = case.shape;
+    let [batch, tokens, heads, kv_heads, _] = case.shape;
     let (double, group) = ((Kind::Double, GPU), heads / kv_heads);
     let (query, key) = (case.query_shape(), case.key_shape());
     let out = [query, query, key, key].map(|shape| Tensor::zeros(shape, double));
@@ -189,10 +189,8 @@ fn quadratic(case: &Case, tables: &DecayTables, inputs: &[Tensor; 4]) -> [Tensor
             .tril(0);
         if let Some(segments_bt) = &tables.segments_bt {
             let segments_t = segments_bt.select(0, b);
-            mask_htj *= segments_t
-                .unsqueeze(1)
-                .eq_tensor(&segments_t.unsqueeze(0))
-                .to_kind(Kind::Double);
+            let same_tj = segments_t.unsqueeze(1).eq_tensor(&segments_t.unsqueeze(0));
+            mask_htj = mask_htj * same_tj;
         }
         let scores_htj = q.matmul(&k.transpose(-2, -1)) * &mask_htj;
         let dscores_htj = d_o.matmul(&v.transpose(-2, -1)) * mask_htj;
@@ -210,7 +208,6 @@ fn quadratic(case: &Case, tables: &DecayTables, inputs: &[Tensor; 4]) -> [Tensor
             (summed(&scores_htj, &d_o), 1),
         ];
         for (out, (result, heads)) in out.iter().zip(results) {
-            debug_assert_eq!(result.size(), [heads, tokens, d]);
             out.select(0, b)
                 .narrow(0, kv_head * heads, heads)
                 .copy_(&result);

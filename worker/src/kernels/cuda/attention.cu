@@ -136,8 +136,8 @@ __device__ __forceinline__ void states(const bf16 *left, const bf16 *right, cons
     using Left = Rows<PIECE, D>;
     using Right = Rows<PIECE, COLUMNS>;
     extern __shared__ __align__(128) unsigned char shared[];
-    long long *const stage_segments = reinterpret_cast<long long*>(shared + STAGES * (Left::BYTES + Right::BYTES));
-    float *const weights = reinterpret_cast<float*>(stage_segments + STAGES * PIECE);
+    __shared__ long long stage_segments[STAGES][PIECE];
+    __shared__ float weights[PIECE];
     const unsigned tiles = shared_address(shared);
     const auto left_at = [&](unsigned stage) { return Left{tiles + stage * Left::BYTES}; };
     const auto right_at = [&](unsigned stage) {
@@ -159,7 +159,7 @@ __device__ __forceinline__ void states(const bf16 *left, const bf16 *right, cons
             copy_rows(left_at(stage), left + from, rows, D);
             copy_rows(right_at(stage), right + from + first_column, rows, D);
             if (segments != nullptr) {
-                copy_segments<PIECE>(stage_segments + stage * PIECE, segments + token, rows);
+                copy_segments<PIECE>(stage_segments[stage], segments + token, rows);
             }
         }
         end_copies();
@@ -183,7 +183,7 @@ __device__ __forceinline__ void states(const bf16 *left, const bf16 *right, cons
         float carry = piece_power;
         bool reaches = true;
         if (segments != nullptr) {
-            const long long *const own = stage_segments + stage * PIECE;
+            const long long *const own = stage_segments[stage];
             const long long before = piece == 0 ? 0 : segments[piece * PIECE - 1], after = own[PIECE - 1];
             carry = before == after ? carry : 0.0f;
             reaches = threadIdx.x < PIECE && own[threadIdx.x] == (BACK ? before : after);
@@ -264,7 +264,8 @@ __device__ __forceinline__ void load_rows(unsigned (&x)[D / 16][4], Chunk<D> til
 // out += ((X Y^T) * M) Z for 16 rows X of a chunk, from `row`. M has tokens see earlier ones, or, with LATER, later ones.
 template <unsigned D, bool LATER>
 __device__ __forceinline__ void attend(float (&out)[D / 8][4], const unsigned (&x)[D / 16][4], Chunk<D> y, Chunk<D> z,
-                                       const float *powers, const long long *segments, unsigned row) {
+                                       const float *powers, bool documents, const long long *segments,
+                                       unsigned row) {
     const unsigned lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
 #pragma unroll 1
     for (unsigned block = LATER ? row : 0; block < (LATER ? CHUNK : row + 16); block += 16) {
@@ -282,7 +283,7 @@ __device__ __forceinline__ void attend(float (&out)[D / 8][4], const unsigned (&
             for (unsigned c = 0; c < 4; c++) {
                 const unsigned from = row + g + c / 2 * 8, other = block + half * 8 + 2 * t + c % 2;
                 const int age = LATER ? int(other - from) : int(from - other);
-                const bool sees = age >= 0 && (segments == nullptr || segments[from] == segments[other]);
+                const bool sees = age >= 0 && (!documents || segments[from] == segments[other]);
                 scores[half][c] = sees ? scores[half][c] * powers[age] : 0.0f;
             }
         }
@@ -353,8 +354,8 @@ __device__ __forceinline__ void outputs(const bf16 *x_bhtd, const bf16 *y_bktd, 
     const unsigned tiles = shared_address(shared);
     const Chunk<D> x_rows{tiles}, y_rows{tiles + ROWS}, z_rows{tiles + 2 * ROWS};
     const State<D> state{tiles + 3 * ROWS};
-    long long *const chunk_segments = reinterpret_cast<long long*>(shared + 3 * ROWS + State<D>::BYTES);
-    float *const powers = reinterpret_cast<float*>(chunk_segments + CHUNK);
+    __shared__ long long segments[CHUNK];
+    __shared__ float powers[CHUNK];
 
     const unsigned kv_head = blockIdx.x, chunk = blockIdx.y;
     const unsigned group = heads / kv_heads, chunks = pieces_of(tokens, CHUNK);
@@ -368,13 +369,12 @@ __device__ __forceinline__ void outputs(const bf16 *x_bhtd, const bf16 *y_bktd, 
         copy_state(state, states_bhndd + state_at<D>(head, chunks, chunk));
     };
 
-    const long long *segments = nullptr;
+    const bool documents = segments_bt != nullptr;
     long long running = 0;
-    if (segments_bt != nullptr) {
+    if (documents) {
         const long long *const own = segments_bt + size_t(kv_head / kv_heads) * tokens + token;
         running = chunk == 0 ? 0 : own[-1];
-        copy_segments<CHUNK>(chunk_segments, own, rows);
-        segments = chunk_segments;
+        copy_segments<CHUNK>(segments, own, rows);
     }
     const size_t kv_row = channels<D>(kv_head, tokens, token);
     copy_rows(y_rows, y_bktd + kv_row, rows, D);
@@ -402,7 +402,7 @@ __device__ __forceinline__ void outputs(const bf16 *x_bhtd, const bf16 *y_bktd, 
         }
         end_copies();
         float out[D / 8][4] = {};
-        attend<D, false>(out, x, y_rows, z_rows, powers, segments, row);
+        attend<D, false>(out, x, y_rows, z_rows, powers, documents, segments, row);
 
         await_copies<1>();
         __syncthreads();
@@ -411,7 +411,7 @@ __device__ __forceinline__ void outputs(const bf16 *x_bhtd, const bf16 *y_bktd, 
 #pragma unroll
             for (unsigned half = 0; half < 2; half++) {
                 const unsigned own = row + g + half * 8;
-                scales[half] = segments == nullptr || segments[own] == running ? powers[own] : 0.0f;
+                scales[half] = !documents || segments[own] == running ? powers[own] : 0.0f;
             }
             add_state<D, GRADIENT>(out, x, state, scales);
             __syncthreads();
@@ -438,8 +438,8 @@ __device__ __forceinline__ void key_value_gradients(const bf16 *q_bhtd, const bf
     const unsigned tiles = shared_address(shared);
     const Chunk<D> q_rows{tiles}, do_rows{tiles + ROWS}, k_rows{tiles + 2 * ROWS}, v_rows{tiles + 3 * ROWS};
     const State<D> state{tiles + 4 * ROWS};
-    long long *const chunk_segments = reinterpret_cast<long long*>(shared + 4 * ROWS + State<D>::BYTES);
-    float *const powers = reinterpret_cast<float*>(chunk_segments + CHUNK);
+    __shared__ long long segments[CHUNK];
+    __shared__ float powers[POWERS];
 
     const unsigned kv_head = blockIdx.x, chunk = blockIdx.y;
     const unsigned group = heads / kv_heads, chunks = pieces_of(tokens, CHUNK);
@@ -456,10 +456,9 @@ __device__ __forceinline__ void key_value_gradients(const bf16 *q_bhtd, const bf
         copy_state(state, states_bhndd + state_at<D>(head, chunks, chunk + 1));
     };
 
-    const long long *segments = nullptr;
-    if (segments_bt != nullptr) {
-        copy_segments<CHUNK>(chunk_segments, segments_bt + size_t(kv_head / kv_heads) * tokens + token, rows);
-        segments = chunk_segments;
+    const bool documents = segments_bt != nullptr;
+    if (documents) {
+        copy_segments<CHUNK>(segments, segments_bt + size_t(kv_head / kv_heads) * tokens + token, rows);
     }
     const size_t kv_row = channels<D>(kv_head, tokens, token);
     copy_rows(k_rows, k_bktd + kv_row, rows, D);
@@ -480,8 +479,8 @@ __device__ __forceinline__ void key_value_gradients(const bf16 *q_bhtd, const bf
         await_copies<1>();
         __syncthreads();
         unsigned x[D / 16][4];
-        load_rows<D>(x, keys ? v_rows : k_rows, row);
-        attend<D, true>(out, x, keys ? do_rows : q_rows, keys ? q_rows : do_rows, powers, segments, row);
+        load_rows<D>(x, Chunk<D>{tiles + (keys ? 3 : 2) * ROWS}, row);
+        attend<D, true>(out, x, keys ? do_rows : q_rows, keys ? q_rows : do_rows, powers, documents, segments, row);
         __syncthreads();
         if (member + 1 < group) {
             begin_rows(head + 1);
@@ -495,10 +494,10 @@ __device__ __forceinline__ void key_value_gradients(const bf16 *q_bhtd, const bf
 #pragma unroll
             for (unsigned half = 0; half < 2; half++) {
                 const unsigned own = row + g + half * 8;
-                const bool reaches = segments == nullptr || segments[own] == segments[CHUNK - 1];
+                const bool reaches = !documents || segments[own] == segments[CHUNK - 1];
                 scales[half] = reaches ? powers[CHUNK - own] : 0.0f;
             }
-            // Two branches of one `if` would be woven into each other, and take more registers than there are.
+            // As two branches of one `if` these are woven into each other, and need more registers than there are.
             if (keys) {
                 add_state<D, true>(out, x, state, scales);
             }
