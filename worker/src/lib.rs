@@ -1,6 +1,7 @@
 //! The compute plane: model, trainer, checkpoints and inference on libtorch.
 #![deny(unsafe_code)]
 
+pub mod bench;
 pub mod checkpoint;
 pub mod device;
 pub mod failure;

@@ -31,10 +31,10 @@ use crate::{
     },
     device::{self, Place},
     failure::chain,
-    kernels::Twin,
+    kernels,
     model::ModelConfig,
     optim::{AdamW, Replica, clip},
-    step::{Policy, Step},
+    step::{Policy, Step, StepError},
 };
 
 /// Steps whose samples are read ahead.
@@ -52,6 +52,15 @@ pub fn train(job: Job, place: &Place, build: &str) -> Outcome {
             kind: error.fault_kind(),
             message: chain(&error),
         },
+    }
+}
+
+/// Memory is scarce on a GPU; on the processor, keeping all that the backward pass reads is some 3 % faster.
+fn policy(device: tch::Device) -> Policy {
+    if device.is_cuda() {
+        Policy::Lean
+    } else {
+        Policy::Save
     }
 }
 
@@ -137,7 +146,12 @@ impl Trainer {
         Ok(Trainer {
             batches: Prefetch::start(loader, step + 1, job.rank, job.world, READ_AHEAD),
             adamw: AdamW::new(&job.recipe.optimizer),
-            passes: Step::new(config.clone(), Box::new(Twin), Policy::Lean, place.device),
+            passes: Step::new(
+                config.clone(),
+                kernels::on(place.device, replica.params().kind())?,
+                policy(place.device),
+                place.device,
+            ),
             config,
             place: place.clone(),
             skipped: 0,
@@ -235,7 +249,10 @@ impl Trainer {
                     recipe.optimizer.z_loss,
                     &|| link.void(),
                 )
-                .ok_or(Voided)?;
+                .map_err(|error| match error {
+                    StepError::Stopped => Voided.into(),
+                    StepError::Kernel(error) => TrainError::Kernel(error),
+                })?;
             fed.targets += micro.targets;
             fed.samples += samples.len() as u64;
             fed.digest += micro.digest;

@@ -176,7 +176,7 @@ fn the_step_asks_before_every_block_whether_to_stop() {
                 asked.get() == fatal
             };
             let done = step.accumulate(&weights, &gradients, &input, 0.0, &stop);
-            assert_eq!(done.is_some(), fatal == 5);
+            assert_eq!(done.is_ok(), fatal == 5);
             assert_eq!(asked.get(), fatal.min(4));
         }
     }

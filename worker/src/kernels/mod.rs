@@ -16,7 +16,17 @@ use std::cell::OnceCell;
 use tch::{Device, Kind, Tensor};
 
 use crate::model::attention::chunkwise::Chunkwise;
+pub use cuda::{CudaKernels, KernelError};
 pub use twin::Twin;
+
+/// What computes in `kind` on `device`: CUDA kernels for bf16 on a GPU, which has been opened by
+/// [`device::open`](crate::device::open), else libtorch.
+pub fn on(device: Device, kind: Kind) -> Result<Box<dyn Kernels>, KernelError> {
+    match (device, kind) {
+        (Device::Cuda(index), Kind::BFloat16) => Ok(Box::new(CudaKernels::new(index)?)),
+        _ => Ok(Box::new(Twin)),
+    }
+}
 
 /// What blocks, embedding and loss need besides matrix products, forward and backward.
 pub trait Kernels {
@@ -119,6 +129,10 @@ pub trait Kernels {
 
     /// Adds row i of `dx_nd` to row `ids_n[i]` (i64) of the embedding's gradient, in an order that is always the same.
     fn embedding_backward(&self, dx_nd: &Tensor, ids_n: &Tensor, dembedding_vd_sum: &mut Tensor);
+
+    /// The first failure of any method since the last call: outputs of what failed were not written. Does not wait for
+    /// the device.
+    fn check(&self) -> Result<(), KernelError>;
 }
 
 /// What is added to the residual stream before it is normed.

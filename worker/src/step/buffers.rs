@@ -13,8 +13,6 @@ const LOGITS: i64 = 1 << 28;
 
 /// All buffers of a step over micro-batches of one shape.
 pub struct Buffers {
-    /// The rows: B, T.
-    pub rows: (i64, i64),
     /// One per block. What the policy does not keep is one tensor in all of them.
     pub blocks: Vec<BlockBuffers>,
     /// What serves every block in turn.
@@ -125,7 +123,6 @@ impl Buffers {
             .map(|_| first.next(config, policy))
             .collect::<Vec<_>>();
         Buffers {
-            rows,
             scratch: new.scratch(),
             head: new.head(),
             blocks: std::iter::once(first).chain(rest).collect(),

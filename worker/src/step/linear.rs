@@ -20,8 +20,8 @@ pub fn weight_gradient(dy_no: &Tensor, x_ni: &Tensor, dweight_oi_sum: &Tensor) {
     if x_ni.kind() == sum.kind() {
         let _ = sum.addmm_(&dy_on, x_ni);
     } else if x_ni.device().is_cuda() {
-        // bf16 operands straight into the fp32 sum.
-        let _ = dweight_oi_sum.addmm_dtype_out(&sum, &dy_on, x_ni, Kind::Float);
+        // bf16 operands straight into the fp32 sum. Were it another tensor on the same storage, libtorch would copy it.
+        let _ = sum.addmm_dtype_out(&sum, &dy_on, x_ni, Kind::Float);
     } else {
         let _ = sum.g_add_(&dy_on.mm(x_ni));
     }

@@ -21,9 +21,11 @@ pub use policy::Policy;
 use tables::Tables;
 
 use crate::{
-    kernels::{Delta, Kernels, NormOut},
+    kernels::{Delta, KernelError, Kernels, NormOut},
     model::{LossInput, ModelConfig, Params, block::LayerParams},
 };
+
+const EMBEDDING: &str = "tok_embeddings.weight";
 
 /// Forward and backward passes over micro-batches.
 pub struct Step {
@@ -32,8 +34,25 @@ pub struct Step {
     policy: Policy,
     /// Cross-entropy and objective since they were last taken: fp64 [2].
     loss_2: Tensor,
-    /// For the shape of the last micro-batch.
-    buffers: Option<Buffers>,
+    room: Option<Room>,
+}
+
+/// What micro-batches of one shape share: kept from one to the next as long as their shape stays.
+struct Room {
+    rows: (i64, i64),
+    tables: Tables,
+    buffers: Buffers,
+}
+
+impl Room {
+    fn new(config: &ModelConfig, rows: (i64, i64), policy: Policy, weights: &Params) -> Room {
+        let options = (weights.kind(), weights.device());
+        Room {
+            rows,
+            tables: Tables::new(config, rows.1, options),
+            buffers: Buffers::new(config, rows, policy, options),
+        }
+    }
 }
 
 /// Sums over targets that count, over some micro-batches.
@@ -43,6 +62,17 @@ pub struct Loss {
     pub cross_entropy: f64,
     /// Cross-entropy plus z-loss: what the gradients are of.
     pub objective: f64,
+}
+
+/// Why a micro-batch was not finished.
+#[derive(Debug, thiserror::Error)]
+pub enum StepError {
+    /// `stop` said so.
+    #[error("stopped in the middle of a micro-batch")]
+    Stopped,
+    /// A kernel did not run.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
 }
 
 impl Step {
@@ -58,14 +88,14 @@ impl Step {
             kernels,
             policy,
             loss_2: Tensor::zeros([2], (Kind::Double, device)),
-            buffers: None,
+            room: None,
         }
     }
 
     /// Adds the gradient of a micro-batch's summed loss, with `z_loss` times the sum of squared log-normalizers, to
     /// `gradients`, which have the names and shapes of `weights`, and its loss to what
-    /// [`take_loss`](Step::take_loss) returns. `stop` is asked before every block in both directions; none if it said
-    /// so, and gradients and loss are then of no use.
+    /// [`take_loss`](Step::take_loss) returns. `stop` is asked before every block in both directions. After an error
+    /// gradients and loss are of no use.
     pub fn accumulate(
         &mut self,
         weights: &Params,
@@ -73,30 +103,36 @@ impl Step {
         input: &LossInput,
         z_loss: f64,
         stop: &dyn Fn() -> bool,
-    ) -> Option<()> {
+    ) -> Result<(), StepError> {
         let _guard = tch::no_grad_guard();
         let size = input.inputs_bt.size();
         let rows = (size[0], size[1]);
-        let options = (weights.kind(), weights.device());
-        let tables = Tables::new(&self.config, rows.1, input.documents.as_ref(), options);
-        let buffers = match self.buffers.take() {
-            Some(buffers) if buffers.rows == rows => buffers,
-            _ => Buffers::new(&self.config, rows, self.policy, options),
-        };
+        // What does not fit is gone before its successor takes memory.
+        let room = self
+            .room
+            .take()
+            .filter(|room| room.rows == rows)
+            .unwrap_or_else(|| Room::new(&self.config, rows, self.policy, weights));
+        let room = self.room.insert(room);
+        let within = input
+            .documents
+            .as_ref()
+            .map(|documents| room.tables.within(&self.config, documents));
         let pass = Pass {
             config: &self.config,
             kernels: self.kernels.as_ref(),
             policy: self.policy,
-            tables: &tables,
+            tables: within.as_ref().unwrap_or(&room.tables),
             rows,
             weights,
             gradients,
             stop,
         };
-        let buffers = self.buffers.insert(buffers);
-        pass.forward(buffers, &input.inputs_bt.flatten(0, 1))?;
-        pass.head(buffers, input, z_loss, &mut self.loss_2);
-        pass.backward(buffers, &input.inputs_bt.flatten(0, 1))
+        let ids_n = input.inputs_bt.flatten(0, 1);
+        pass.forward(&mut room.buffers, &ids_n)?;
+        pass.head(&mut room.buffers, input, z_loss, &mut self.loss_2);
+        pass.backward(&mut room.buffers, &ids_n)?;
+        Ok(self.kernels.check()?)
     }
 
     /// The loss of the micro-batches since the last call.
@@ -134,11 +170,11 @@ impl<'a> Pass<'a> {
     }
 
     /// Embedding and blocks.
-    fn forward(&self, buffers: &mut Buffers, ids_n: &Tensor) -> Option<()> {
+    fn forward(&self, buffers: &mut Buffers, ids_n: &Tensor) -> Result<(), StepError> {
         let mut before = None;
         for (layer, at) in buffers.blocks.iter_mut().enumerate() {
             if (self.stop)() {
-                return None;
+                return Err(StepError::Stopped);
             }
             if layer == 0 {
                 let embedding_vd = self.weights.get(EMBEDDING);
@@ -148,7 +184,7 @@ impl<'a> Pass<'a> {
                 .forward(before.as_ref(), at, &mut buffers.scratch);
             before = Some(at.x_mid_nd.shallow_clone());
         }
-        Some(())
+        Ok(())
     }
 
     /// Last norm, output layer and loss, forward and backward, some tokens at a time.
@@ -209,10 +245,10 @@ impl<'a> Pass<'a> {
     }
 
     /// Blocks and embedding.
-    fn backward(&self, buffers: &mut Buffers, ids_n: &Tensor) -> Option<()> {
+    fn backward(&self, buffers: &mut Buffers, ids_n: &Tensor) -> Result<(), StepError> {
         for (layer, at) in buffers.blocks.iter_mut().enumerate().rev() {
             if (self.stop)() {
-                return None;
+                return Err(StepError::Stopped);
             }
             let dweights = LayerParams::new(self.config, self.gradients, layer as i64);
             self.block(layer)
@@ -223,8 +259,47 @@ impl<'a> Pass<'a> {
             ids_n,
             &mut self.gradients.get(EMBEDDING).shallow_clone(),
         );
-        Some(())
+        Ok(())
     }
 }
 
-const EMBEDDING: &str = "tok_embeddings.weight";
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        kernels::Twin,
+        model::{AttentionKind, SupraConfig, config::tests::small, init_all},
+    };
+
+    #[test]
+    fn logits_may_be_made_a_few_tokens_at_a_time() {
+        let config = small(AttentionKind::Supra(SupraConfig::default()));
+        let weights = init_all(&config, 3).to(Device::Cpu, Kind::Double);
+        let ids_bt = Tensor::arange(22, (Kind::Int64, Device::Cpu)).view([2, 11]);
+        let input = LossInput {
+            inputs_bt: ids_bt.shallow_clone(),
+            targets_bt: &ids_bt + 1,
+            mask_bt: ids_bt.ne(7),
+            documents: None,
+        };
+        let mut step = Step::new(config, Box::new(Twin), Policy::Lean, Device::Cpu);
+        let mut run = |rows: Option<i64>| {
+            let zeros = |(name, weight): (&str, &Tensor)| (name.to_owned(), weight.zeros_like());
+            let gradients = Params::new(weights.iter().map(zeros).collect());
+            if let (Some(rows), Some(room)) = (rows, &mut step.room) {
+                let logits_cv = &mut room.buffers.head.logits_cv;
+                *logits_cv = logits_cv.narrow(0, 0, rows);
+            }
+            step.accumulate(&weights, &gradients, &input, 1e-3, &|| false)
+                .unwrap();
+            let flat: Vec<Tensor> = gradients.iter().map(|(_, x)| x.flatten(0, -1)).collect();
+            (step.take_loss(), Tensor::cat(&flat, 0))
+        };
+        let (loss, gradient) = run(None);
+        for rows in [5, 1] {
+            let (parts_loss, parts_gradient) = run(Some(rows));
+            assert!((parts_loss.objective / loss.objective - 1.0).abs() < 1e-14);
+            assert!(parts_gradient.allclose(&gradient, 1e-10, 1e-12, false));
+        }
+    }
+}

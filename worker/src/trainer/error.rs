@@ -7,6 +7,7 @@ use thiserror::Error;
 
 use crate::{
     checkpoint::{CheckpointError, store::ProbeError},
+    kernels::KernelError,
     model::ModelError,
 };
 
@@ -31,6 +32,9 @@ pub enum TrainError {
     /// A checkpoint cannot be written or read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The GPU's kernels cannot be compiled, loaded or launched.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
     /// Recipe, data, base or checkpoint do not fit each other.
     #[error("{0}")]
     Mismatch(String),
@@ -61,9 +65,10 @@ impl TrainError {
     /// Who has to act.
     pub fn fault_kind(&self) -> FaultKind {
         match self {
-            TrainError::Void(_) | TrainError::Collective(_) | TrainError::NoBatch { .. } => {
-                FaultKind::Transient
-            }
+            TrainError::Void(_)
+            | TrainError::Collective(_)
+            | TrainError::Kernel(_)
+            | TrainError::NoBatch { .. } => FaultKind::Transient,
             TrainError::Checkpoint(error) => error.fault_kind(),
             TrainError::Data(_)
             | TrainError::Plan(_)

@@ -52,7 +52,7 @@ const SOURCES: [Source; 9] = [
 /// The kernels, loaded on one GPU.
 ///
 /// The methods of [`Kernels`] have no result of their own, as nothing of theirs fails once shapes are right; what does fail
-/// is kept, and [`check`](Self::check) tells it.
+/// is kept, and [`check`](Kernels::check) tells it.
 pub struct CudaKernels {
     gpu: Gpu,
     tensors: Tensors,
@@ -81,12 +81,6 @@ impl CudaKernels {
             decays: RefCell::new(None),
             failure: RefCell::new(None),
         })
-    }
-
-    /// The first failure of a method of [`Kernels`] since the last call. Outputs of what failed were not written, so
-    /// whoever runs a step asks before its results are used.
-    pub fn check(&self) -> Result<(), KernelError> {
-        self.failure.take().map_or(Ok(()), Err)
     }
 
     fn note(&self, result: Result<(), KernelError>) {
@@ -215,5 +209,9 @@ impl Kernels for CudaKernels {
 
     fn embedding_backward(&self, dx_nd: &Tensor, ids_n: &Tensor, dembedding_vd_sum: &mut Tensor) {
         self.note(self.try_embedding_backward(dx_nd, ids_n, dembedding_vd_sum));
+    }
+
+    fn check(&self) -> Result<(), KernelError> {
+        self.failure.take().map_or(Ok(()), Err)
     }
 }

@@ -33,7 +33,7 @@ pub fn heads_backward(
     out: HeadsGrad<'_>,
 ) {
     let shape = &input.shape;
-    let [mut dbias_q, mut dbias_k] = match out.dbiases_sum {
+    let [dbias_q, dbias_k] = match out.dbiases_sum {
         Some(dbiases) => dbiases.map(Some),
         None => [None, None],
     };
@@ -42,13 +42,13 @@ pub fn heads_backward(
         &Rotation::new(input, 1.0).reversed(),
         &wide(dq_bhtd),
         (input.pre_q_nx, bias(0)),
-        (out.dpre_q_nx, dbias_q.as_deref_mut()),
+        (out.dpre_q_nx, dbias_q),
     );
     back(
         &Rotation::new(input, input.key_scale).reversed(),
         &wide(dk_bktd),
         (input.pre_k_nx, bias(1)),
-        (out.dpre_k_nx, dbias_k.as_deref_mut()),
+        (out.dpre_k_nx, dbias_k),
     );
     heads_first(out.dv_nx, shape.batch, shape.kv_heads).copy_(dv_bktd);
 }
