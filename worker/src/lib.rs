@@ -8,6 +8,3 @@ pub mod inference;
 pub mod model;
 pub mod optim;
 pub mod trainer;
-
-/// Version of this program, as the coordinator compares it.
-pub const BUILD: &str = env!("CARGO_PKG_VERSION");
