@@ -184,6 +184,7 @@ impl Trainer {
                     steps,
                     step,
                     loss_sum: all.loss_sum,
+                    targets: all.targets,
                     grad_norm,
                 });
             }
