@@ -9,6 +9,7 @@ mod data;
 mod describe;
 mod failure;
 mod format;
+mod heads;
 mod json;
 mod out;
 mod plan;

@@ -150,6 +150,9 @@ impl Controller {
                     Action::Void => self.tell(LinkControl::void),
                     Action::RequestStop => self.tell(LinkControl::request_stop),
                     Action::TellPublished(step) => self.tell(|control| control.published(step)),
+                    Action::TellLedgerHead(step, head) => {
+                        self.tell(|control| control.ledger_head(step, head));
+                    }
                     Action::Publish {
                         job,
                         step,
