@@ -162,6 +162,22 @@ fn a_base_with_another_tokenizer_is_refused() -> Result<()> {
 }
 
 #[test]
+fn a_base_with_fewer_tokens_than_the_data_is_refused() -> Result<()> {
+    let stage = Stage::new()?;
+    let fixture = with_own_base(&stage)?;
+    let path = fixture.base.join("config.json");
+    let other = fs::read_to_string(&path)?.replace("\"vocab_size\": 128", "\"vocab_size\": 100");
+    fs::write(&path, other)?;
+    rejection(&stage, &fixture, &TinyRecipe::default())?.expect_words(&[
+        "dataset.json",
+        "vocabulary of 128 tokens",
+        "has 100",
+        "tokenize the text with the model's own tokenizer",
+    ])?;
+    Ok(())
+}
+
+#[test]
 fn nan_in_the_base_stops_the_run_with_its_cause() -> Result<()> {
     let stage = Stage::new()?;
     let fixture = with_own_base(&stage)?;
