@@ -19,7 +19,7 @@ use failure::Failure;
 
 /// Trains and uses SUPRA models: softmax transformers turned into recurrent networks.
 #[derive(Debug, Parser)]
-#[command(name = "supra-worker", version = supra_worker::BUILD, arg_required_else_help = true)]
+#[command(name = "supra-worker", version = supra_proto::BUILD, arg_required_else_help = true)]
 struct Cli {
     #[command(subcommand)]
     command: Command,

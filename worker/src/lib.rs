@@ -11,6 +11,3 @@ pub mod model;
 pub mod optim;
 pub mod step;
 pub mod trainer;
-
-/// Version of this program, as the coordinator compares it.
-pub const BUILD: &str = env!("CARGO_PKG_VERSION");

@@ -202,6 +202,7 @@ impl Trainer {
                     steps,
                     step,
                     loss_sum: all.loss_sum,
+                    targets: all.targets,
                     grad_norm,
                 });
             }
@@ -316,6 +317,7 @@ impl Trainer {
     fn write_checkpoint(&self) -> Result<(), TrainError> {
         let clock = Instant::now();
         let (job, recipe) = (&self.job, &self.job.recipe);
+        let ledger_head = job.link.ledger_head(self.step)?;
         let manifest = checkpoint::Manifest {
             format: FORMAT,
             plan_version: VERSION,
@@ -333,6 +335,7 @@ impl Trainer {
             replica_hash: blake3::Hash::from_bytes(self.replica.hash())
                 .to_hex()
                 .to_string(),
+            ledger_head: blake3::Hash::from_bytes(ledger_head).to_hex().to_string(),
             recipe: recipe.to_yaml(),
             dataset: self.dataset.hash.clone(),
             tokenizer: self.dataset.tokenizer.clone(),

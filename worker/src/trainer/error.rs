@@ -40,8 +40,9 @@ pub enum TrainError {
     Mismatch(String),
     /// Loss or gradient was not finite too often.
     #[error(
-        "loss or gradient was not finite in {steps} steps in a row, up to step {step} (loss sum {loss_sum}, gradient \
-         norm {grad_norm}). Look for broken samples or weights, or lower optimizer.lr; nonfinite.max allows more"
+        "loss or gradient was not finite in {steps} steps in a row, up to step {step} (loss sum {loss_sum} over \
+         {targets} targets, gradient norm {grad_norm}). Look for broken samples or weights, or lower optimizer.lr; \
+         documents of one token have no targets; nonfinite.max allows more"
     )]
     Diverged {
         /// Skipped steps in a row.
@@ -50,6 +51,8 @@ pub enum TrainError {
         step: u64,
         /// Its loss.
         loss_sum: f64,
+        /// What the loss is summed over.
+        targets: u64,
         /// Its gradient norm.
         grad_norm: f64,
     },
