@@ -52,6 +52,8 @@ fn cases() -> Vec<Case> {
     let regular: Vec<u32> = (0..2048).step_by(300).collect();
     vec![
         case([3, 1, 4, 2, 64], Alibi),
+        // libtorch's: there are no kernels for such heads.
+        case([1, 70, 4, 2, 32], Alibi),
         case([2, 63, 2, 1, 64], None),
         case([2, 64, 2, 2, 128], Retnet),
         case([1, 65, 3, 1, 128], Alibi),
@@ -245,7 +247,6 @@ fn gpu_linear_attention_names_what_it_cannot_take() {
         return;
     };
     let attempts = [
-        ([1, 10, 2, 1, 96], 2, "64 or 128"),
         ([1, 10, 3, 2, 64], 3, "do not divide"),
         ([1, 10, 4, 2, 64], 2, "decays for 2"),
     ];

@@ -70,6 +70,20 @@ const SEGMENT: i64 = 8;
 /// How many blocks a grid may have along y.
 const MAX_BLOCKS_Y: i64 = 65_535;
 
+/// The kernels for heads of `d` channels; none: libtorch computes such heads.
+fn names(d: i64) -> Option<&'static Names> {
+    match d {
+        64 => Some(&NAMES_64),
+        128 => Some(&NAMES_128),
+        _ => None,
+    }
+}
+
+/// Whether there are kernels for heads [B, H, T, d] of this size. Others are left to libtorch.
+pub fn takes(heads_bhtd: &Tensor) -> bool {
+    heads_bhtd.size().last().copied().and_then(names).is_some()
+}
+
 /// The lengths of a call, checked.
 struct Lengths {
     /// [B, H, T, d].
@@ -87,16 +101,7 @@ impl Lengths {
     fn new(decay: &DecayTables, q_bhtd: &Tensor, k_bktd: &Tensor) -> Result<Lengths, KernelError> {
         let query @ [batch, heads, tokens, d] = heads_first("q_bhtd", q_bhtd)?;
         let [_, kv_heads, ..] = heads_first("k_bktd", k_bktd)?;
-        let names = match d {
-            64 => &NAMES_64,
-            128 => &NAMES_128,
-            _ => {
-                let problem = format!(
-                    "its heads have {d} channels; linear attention on a GPU takes 64 or 128"
-                );
-                return Err(wrong("q_bhtd", problem));
-            }
-        };
+        let names = names(d).expect("invariant: `takes` was asked");
         if kv_heads == 0 || heads % kv_heads != 0 {
             let problem = format!("its {kv_heads} heads do not divide the {heads} of q_bhtd");
             return Err(wrong("k_bktd", problem));

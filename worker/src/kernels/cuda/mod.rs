@@ -33,7 +33,7 @@ pub use self::{
     error::KernelError,
     optimizer::{Clip, Shard, Update},
 };
-use super::{DecayTables, Delta, HeadsGrad, HeadsIn, Kernels, NormOut};
+use super::{DecayTables, Delta, HeadsGrad, HeadsIn, Kernels, NormOut, Twin};
 use crate::device;
 
 /// Everything that is compiled.
@@ -167,7 +167,11 @@ impl Kernels for CudaKernels {
         v_bktd: &Tensor,
         o_bhtd: &mut Tensor,
     ) {
-        self.note(self.try_linear_attention(decay, q_bhtd, k_bktd, v_bktd, o_bhtd));
+        if attention::takes(q_bhtd) {
+            self.note(self.try_linear_attention(decay, q_bhtd, k_bktd, v_bktd, o_bhtd));
+        } else {
+            Twin.linear_attention(decay, q_bhtd, k_bktd, v_bktd, o_bhtd);
+        }
     }
 
     fn linear_attention_backward(
@@ -177,7 +181,11 @@ impl Kernels for CudaKernels {
         do_bhtd: &Tensor,
         dqkv: [&mut Tensor; 3],
     ) {
-        self.note(self.try_linear_attention_backward(decay, qkv, do_bhtd, dqkv));
+        if attention::takes(do_bhtd) {
+            self.note(self.try_linear_attention_backward(decay, qkv, do_bhtd, dqkv));
+        } else {
+            Twin.linear_attention_backward(decay, qkv, do_bhtd, dqkv);
+        }
     }
 
     fn head_norm(&self, o_bhtd: &Tensor, out_nx: &mut Tensor) {
