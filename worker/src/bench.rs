@@ -3,7 +3,7 @@
 //! Weights are drawn on the device: matrices from N(0, 0.02), norms' gains 1, biases 0. Tokens are fresh in every pass,
 //! since a GPU computes faster on numbers that it has seen, and much faster on zeros.
 
-use std::time::Instant;
+use std::{rc::Rc, time::Instant};
 
 use rand::{SeedableRng, seq::index};
 use rand_chacha::ChaCha8Rng;
@@ -13,7 +13,7 @@ use crate::{
     device::Place,
     kernels::Kernels,
     model::{Documents, LossInput, ModelConfig},
-    optim::{Layout, clip},
+    optim::Layout,
     step::{Policy, Step, StepError},
 };
 
@@ -67,7 +67,7 @@ impl Measured {
 
 impl StepBench {
     /// Draws weights and tokens and runs all passes, whose gradients add up in fp32 as in training.
-    pub fn run(&self, place: &Place, kernels: Box<dyn Kernels>) -> Result<Measured, StepError> {
+    pub fn run(&self, place: &Place, kernels: Rc<dyn Kernels>) -> Result<Measured, StepError> {
         let device = place.device;
         tch::manual_seed(self.seed);
         let layout = Layout::new(&self.config.params(), false);
@@ -83,7 +83,7 @@ impl StepBench {
         }
         let (weights, gradients) = (layout.views(&weights_flat), layout.views(&gradient_flat));
         let documents = self.documents(device);
-        let mut step = Step::new(self.config.clone(), kernels, self.policy, device);
+        let mut step = Step::new(self.config.clone(), kernels.clone(), self.policy, device);
         let mut measured = Measured {
             parameters: layout.elements(),
             seconds: Vec::new(),
@@ -102,7 +102,9 @@ impl StepBench {
             measured.loss = step.take_loss().cross_entropy / self.targets();
         }
         let passes = f64::from(self.warmup + self.passes);
-        measured.gradient_norm = clip::norm(&gradient_flat) / (passes * self.targets());
+        let norm = kernels.squared_norm(&gradient_flat).sqrt();
+        kernels.check()?;
+        measured.gradient_norm = norm / (passes * self.targets());
         Ok(measured)
     }
 

@@ -10,7 +10,7 @@ mod micro;
 mod start;
 mod tally;
 
-use std::time::Instant;
+use std::{rc::Rc, time::Instant};
 
 use supra_agent::{CheckpointWritten, Collective, Formed, Job, Outcome, Phase, StepReport, Voided};
 use supra_data::{Batch, Loader, Prefetch};
@@ -31,7 +31,7 @@ use crate::{
     },
     device::{self, Place},
     failure::chain,
-    kernels,
+    kernels::{self, Kernels},
     model::ModelConfig,
     optim::{AdamW, Replica, clip},
     step::{Policy, Step, StepError},
@@ -74,6 +74,7 @@ struct Trainer {
     batches: Prefetch,
     dataset: DatasetFacts,
     config: ModelConfig,
+    kernels: Rc<dyn Kernels>,
     passes: Step,
     replica: Replica,
     adamw: AdamW,
@@ -142,17 +143,19 @@ impl Trainer {
             windows: plan.windows,
             manifest_hash: manifest.hash().to_vec(),
         });
+        let kernels = kernels::on(place.device, replica.params().kind())?;
         let loader = Loader::new(reader, plan.clone());
         Ok(Trainer {
             batches: Prefetch::start(loader, step + 1, job.rank, job.world, READ_AHEAD),
             adamw: AdamW::new(&job.recipe.optimizer),
             passes: Step::new(
                 config.clone(),
-                kernels::on(place.device, replica.params().kind())?,
+                kernels.clone(),
                 policy(place.device),
                 place.device,
             ),
             config,
+            kernels,
             place: place.clone(),
             skipped: 0,
             job,
@@ -182,13 +185,13 @@ impl Trainer {
             let mine = Tally {
                 loss_sum: fed.loss_sum,
                 targets: fed.targets,
-                grad_norm: self.replica.gradient_norm(),
+                grad_norm: self.kernels.squared_norm(&self.replica.gradient).sqrt(),
                 stop: self.job.link.stop_requested(),
             };
             let all = mine.gather(self.collective.as_mut())?;
             let comm_seconds = waiting.elapsed().as_secs_f64();
 
-            let mut report = self.update(step, &fed, &all);
+            let mut report = self.update(step, &fed, &all)?;
             self.step = step;
             report.data_seconds = data_seconds;
             report.comm_seconds = comm_seconds;
@@ -263,7 +266,7 @@ impl Trainer {
     }
 
     /// Applies the agreed gradient, or skips the step everywhere if it is not finite, and says so.
-    fn update(&mut self, step: u64, fed: &Fed, all: &Tally) -> StepReport {
+    fn update(&mut self, step: u64, fed: &Fed, all: &Tally) -> Result<StepReport, TrainError> {
         let scale = 1.0 / all.targets as f64;
         let grad_norm = all.grad_norm * scale;
         let skip = !(all.loss_sum * scale).is_finite() || !grad_norm.is_finite();
@@ -273,12 +276,18 @@ impl Trainer {
         } else {
             self.skipped = 0;
             let clip = clip::coefficient(grad_norm, self.job.recipe.optimizer.clip);
-            self.adamw
-                .update(&mut self.replica, learning_rate, scale * clip);
+            self.adamw.update(
+                self.kernels.as_ref(),
+                &mut self.replica,
+                learning_rate,
+                scale * clip,
+            );
         }
+        // Of the norm, too: one that could not be had is NaN.
+        self.kernels.check()?;
         let samples = self.plan.step_samples(step);
         let hash_due = self.plan.replica_check_due(step);
-        StepReport {
+        Ok(StepReport {
             step,
             first_sample: samples.start,
             samples: samples.end - samples.start,
@@ -295,7 +304,7 @@ impl Trainer {
                 Vec::new()
             },
             ..StepReport::default()
-        }
+        })
     }
 
     /// Writes a checkpoint of the step just done. With `wait`, returns when it is published, on all ranks.

@@ -1,5 +1,7 @@
 //! Small networks with weights and tokens, and their gradients by hand.
 
+use std::rc::Rc;
+
 use supra_worker::{
     kernels::Twin,
     model::{
@@ -80,7 +82,7 @@ pub fn by_hand(
 ) -> (Loss, Params) {
     let kind = accumulate_kind(weights.kind());
     let gradients = map(weights, |weight| weight.to_kind(kind).zeros_like());
-    let mut step = Step::new(config.clone(), Box::new(Twin), policy, Device::Cpu);
+    let mut step = Step::new(config.clone(), Rc::new(Twin), policy, Device::Cpu);
     step.accumulate(weights, &gradients, input, z_loss, &|| false)
         .unwrap();
     (step.take_loss(), gradients)

@@ -1,6 +1,6 @@
 //! The training step by hand gives the gradients of autograd, whatever it keeps, and stops when told to.
 
-use std::cell::Cell;
+use std::{cell::Cell, rc::Rc};
 
 use supra_worker::{
     kernels::Twin,
@@ -140,7 +140,7 @@ fn micro_batches_of_any_shapes_add_up() {
         input(2, 22, None),
     ];
     let together = map(&weights, Tensor::zeros_like);
-    let mut step = Step::new(config.clone(), Box::new(Twin), Policy::Lean, Device::Cpu);
+    let mut step = Step::new(config.clone(), Rc::new(Twin), Policy::Lean, Device::Cpu);
     let mut sum = 0.0;
     let alone: Vec<Params> = inputs
         .iter()
@@ -167,7 +167,7 @@ fn the_step_asks_before_every_block_whether_to_stop() {
         let config = config(2, 2, attention);
         let (weights, input) = (weights(&config, 1), input(1, 5, None));
         let gradients = map(&weights, Tensor::zeros_like);
-        let mut step = Step::new(config, Box::new(Twin), Policy::Lean, Device::Cpu);
+        let mut step = Step::new(config, Rc::new(Twin), Policy::Lean, Device::Cpu);
         // Two blocks there and back: the fifth question is never asked.
         for fatal in 1..=5 {
             let asked = Cell::new(0);

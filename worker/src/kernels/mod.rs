@@ -1,4 +1,4 @@
-//! The elementwise and attention work of a training step: everything between the matrix products.
+//! The elementwise and attention work of a training step: everything between the matrix products, and the optimizer.
 //!
 //! One contract, [`Kernels`], whose implementations compute the same functions. [`Twin`] is plain libtorch: it serves the
 //! processor, fp32 and fp64, and is what tests compare with. [`cuda`] launches kernels of our own on bf16 tensors of a GPU.
@@ -11,7 +11,7 @@
 pub mod cuda;
 pub mod twin;
 
-use std::cell::OnceCell;
+use std::{cell::OnceCell, rc::Rc};
 
 use tch::{Device, Kind, Tensor};
 
@@ -21,14 +21,14 @@ pub use twin::Twin;
 
 /// What computes in `kind` on `device`: CUDA kernels for bf16 on a GPU, which has been opened by
 /// [`device::open`](crate::device::open), else libtorch.
-pub fn on(device: Device, kind: Kind) -> Result<Box<dyn Kernels>, KernelError> {
+pub fn on(device: Device, kind: Kind) -> Result<Rc<dyn Kernels>, KernelError> {
     match (device, kind) {
-        (Device::Cuda(index), Kind::BFloat16) => Ok(Box::new(CudaKernels::new(index)?)),
-        _ => Ok(Box::new(Twin)),
+        (Device::Cuda(index), Kind::BFloat16) => Ok(Rc::new(CudaKernels::new(index)?)),
+        _ => Ok(Rc::new(Twin)),
     }
 }
 
-/// What blocks, embedding and loss need besides matrix products, forward and backward.
+/// What blocks, embedding and loss need besides matrix products, forward and backward, and what the optimizer needs.
 pub trait Kernels {
     /// Residual and RMSNorm. The normed stream s is `x_nd`, or `x_nd + delta_nd` rounded to the compute kind:
     /// `rstd_n` = 1 / sqrt(mean(s^2) + eps), `normed_nd` = round(s * rstd) * gain.
@@ -130,6 +130,14 @@ pub trait Kernels {
     /// Adds row i of `dx_nd` to row `ids_n[i]` (i64) of the embedding's gradient, in an order that is always the same.
     fn embedding_backward(&self, dx_nd: &Tensor, ids_n: &Tensor, dembedding_vd_sum: &mut Tensor);
 
+    /// The sum of the squares of a flat fp32 buffer, in fp64: NaN where it could not be had. Waits for the device.
+    ///
+    /// Its last bits depend on the device and the thread count, so ranks agree on one rank's value.
+    fn squared_norm(&self, flat_m: &Tensor) -> f64;
+
+    /// One update of [`AdamW`](crate::optim::AdamW). Elementwise, each operation rounded to fp32 by itself.
+    fn adamw(&self, shard: Shard<'_>, update: &Update);
+
     /// The first failure of any method since the last call: outputs of what failed were not written. Does not wait for
     /// the device.
     fn check(&self) -> Result<(), KernelError>;
@@ -197,6 +205,39 @@ pub struct HeadsGrad<'a> {
     pub dv_nx: &'a mut Tensor,
     /// Added to, where there are biases: fp32 (fp64). May be the same storage twice, and then gets both.
     pub dbiases_sum: Option<[&'a mut Tensor; 2]>,
+}
+
+/// The part of the flat buffers that one update changes: m numbers each.
+pub struct Shard<'a> {
+    /// Masters: fp32 [m].
+    pub master_m: &'a mut Tensor,
+    /// Gradient sum: fp32 [m].
+    pub gradient_m: &'a Tensor,
+    /// First moment: fp32 [m].
+    pub exp_avg_m: &'a mut Tensor,
+    /// Second moment: fp32 [m].
+    pub exp_avg_sq_m: &'a mut Tensor,
+    /// The rounded masters, if the model computes on such: [m], compute kind.
+    pub compute_m: Option<&'a mut Tensor>,
+    /// How many numbers, from the first one on, weight decay shrinks.
+    pub decayed: i64,
+}
+
+/// What is the same for every number of one update; t is the number of the update, from 1.
+#[derive(Clone, Copy, Debug)]
+pub struct Update {
+    /// What makes the clipped gradient of the mean loss of the gradient sum.
+    pub gradient_scale: f64,
+    /// beta_1 and beta_2.
+    pub betas: (f64, f64),
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Learning rate / (1 - beta_1^t).
+    pub step_size: f64,
+    /// sqrt(1 - beta_2^t).
+    pub root_correction: f64,
+    /// 1 - learning rate * weight decay.
+    pub decay: f64,
 }
 
 /// The decay of the heads over the rows of a batch, shared by all blocks.

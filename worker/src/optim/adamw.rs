@@ -1,9 +1,9 @@
 //! AdamW with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101) on flat buffers.
 
 use supra_recipes::schema::Optimizer;
-use tch::Tensor;
 
-use super::{Replica, chunks};
+use super::Replica;
+use crate::kernels::{Kernels, Update};
 
 /// The constants of AdamW; the learning rate comes with each update.
 #[derive(Clone, Copy, Debug)]
@@ -11,14 +11,6 @@ pub struct AdamW {
     betas: (f64, f64),
     eps: f64,
     weight_decay: f64,
-}
-
-/// What is the same for every element of one update.
-struct Update {
-    gradient_scale: f64,
-    step_size: f64,
-    root_correction: f64,
-    decay: f64,
 }
 
 impl AdamW {
@@ -31,72 +23,38 @@ impl AdamW {
         }
     }
 
-    /// Applies one update to masters, moments and update counter, and refreshes the compute copy.
+    /// Applies one update to masters, moments, update counter and compute copy.
     ///
     /// The gradient in the replica is a sum; `gradient_scale` makes it the clipped gradient of the mean loss.
     /// Deterministic: every operation is elementwise, in a fixed order.
-    pub fn update(&self, replica: &mut Replica, learning_rate: f64, gradient_scale: f64) {
+    pub fn update(
+        &self,
+        kernels: &dyn Kernels,
+        replica: &mut Replica,
+        learning_rate: f64,
+        gradient_scale: f64,
+    ) {
         replica.updates += 1;
         let power = replica.updates.min(i32::MAX as u64) as i32;
-        let shared = Update {
+        let (beta1, beta2) = self.betas;
+        let update = Update {
             gradient_scale,
-            step_size: learning_rate / (1.0 - self.betas.0.powi(power)),
-            root_correction: (1.0 - self.betas.1.powi(power)).sqrt(),
+            betas: self.betas,
+            eps: self.eps,
+            step_size: learning_rate / (1.0 - beta1.powi(power)),
+            root_correction: (1.0 - beta2.powi(power)).sqrt(),
             decay: 1.0 - learning_rate * self.weight_decay,
         };
-        let decayed = replica.layout().decayed();
-        let plain = replica.layout().elements() - decayed;
-        tch::no_grad(|| {
-            for (start, length) in chunks(decayed) {
-                self.update_range(replica, start, length, &shared, true);
-            }
-            for (start, length) in chunks(plain) {
-                self.update_range(replica, decayed + start, length, &shared, false);
-            }
-        });
-        replica.refresh();
-    }
-
-    fn update_range(
-        &self,
-        replica: &Replica,
-        start: i64,
-        length: i64,
-        update: &Update,
-        decays: bool,
-    ) {
-        let range = |flat: &Tensor| flat.narrow(0, start, length);
-        let (mut master, mut average, mut square) = (
-            range(&replica.masters),
-            range(&replica.exp_avg),
-            range(&replica.exp_avg_sq),
-        );
-        let gradient = range(&replica.gradient) * update.gradient_scale;
-        let (beta1, beta2) = self.betas;
-
-        let _ = average
-            .g_mul_scalar_(beta1)
-            .g_add_(&(&gradient * (1.0 - beta1)));
-        let _ = square
-            .g_mul_scalar_(beta2)
-            .g_add_(&(gradient.square() * (1.0 - beta2)));
-        let mut denominator = square.sqrt();
-        let _ = denominator
-            .g_div_scalar_(update.root_correction)
-            .g_add_scalar_(self.eps);
-        if decays {
-            let _ = master.g_mul_scalar_(update.decay);
-        }
-        let _ = master.g_sub_(&(average.g_div(&denominator) * update.step_size));
+        tch::no_grad(|| kernels.adamw(replica.shard(), &update));
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use tch::{Device, Kind};
+    use tch::{Device, Kind, Tensor};
 
     use super::*;
-    use crate::{model::ParamSpec, optim::Layout};
+    use crate::{kernels::Twin, model::ParamSpec, optim::Layout};
 
     const BETAS: (f64, f64) = (0.9, 0.95);
 
@@ -153,7 +111,7 @@ mod tests {
             replica
                 .gradient
                 .copy_(&(Tensor::from_slice(gradient) * 2.0));
-            adamw.update(&mut replica, 0.01, 0.5);
+            adamw.update(&Twin, &mut replica, 0.01, 0.5);
         }
         let got = Vec::<f64>::try_from(replica.masters.to_kind(Kind::Double)).unwrap();
         for (got, want) in got.iter().zip(reference(&steps, 0.01, 1e-8, 0.1)) {
@@ -172,7 +130,7 @@ mod tests {
         for precision in [Kind::Float, Kind::BFloat16] {
             let mut replica = replica(precision);
             let _ = replica.gradient.fill_(1.0);
-            adamw.update(&mut replica, 0.125, 1.0);
+            adamw.update(&Twin, &mut replica, 0.125, 1.0);
             let leaf = replica.params().get("norm").to_kind(Kind::Double);
             assert!(
                 (leaf.double_value(&[0]) - 0.875).abs() < 1e-6,

@@ -12,12 +12,12 @@ pub use adamw::AdamW;
 pub use layout::{Layout, Slot};
 pub use replica::Replica;
 
-/// Elements that one vector operation of the optimizer touches: small enough for its temporaries to stay in cache on
-/// the processor and small beside the model on a GPU. Elementwise work does not depend on it.
-const CHUNK: i64 = 1 << 20;
+/// Elements that one of libtorch's vector operations on flat buffers touches: small enough for its temporaries to stay in
+/// cache on the processor and small beside the model on a GPU. Elementwise work does not depend on it.
+pub(crate) const CHUNK: i64 = 1 << 20;
 
 /// The ranges of at most [`CHUNK`] elements that cover `0..elements`, as (start, length).
-fn chunks(elements: i64) -> impl Iterator<Item = (i64, i64)> {
+pub(crate) fn chunks(elements: i64) -> impl Iterator<Item = (i64, i64)> {
     (0..elements)
         .step_by(CHUNK as usize)
         .map(move |start| (start, CHUNK.min(elements - start)))

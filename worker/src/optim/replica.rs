@@ -1,14 +1,14 @@
 //! One rank's copy of everything that training changes.
 //!
 //! fp32 masters, both moments and the gradient are flat buffers of one [`Layout`]. The model computes
-//! on views of the masters (fp32), or of a bf16 copy of them that each update refreshes, and adds its
+//! on views of the masters (fp32), or of a bf16 copy of them that each update writes too, and adds its
 //! gradients to views of the gradient.
 
 use supra_agent::{Collective, CollectiveError};
 use tch::{Device, Kind, Tensor};
 
-use super::{Layout, chunks, clip};
-use crate::model::Params;
+use super::{Layout, chunks};
+use crate::{kernels::Shard, model::Params};
 
 /// Parameters, optimizer state and gradient of one rank.
 pub struct Replica {
@@ -85,15 +85,15 @@ impl Replica {
         Ok(())
     }
 
-    /// L2 norm of the gradient sum.
-    pub fn gradient_norm(&self) -> f64 {
-        clip::norm(&self.gradient)
-    }
-
-    /// Rounds the masters again for the model, after they changed.
-    pub fn refresh(&mut self) {
-        if let Some(compute) = &mut self.compute {
-            compute.copy_(&self.masters);
+    /// What an update reads and changes.
+    pub fn shard(&mut self) -> Shard<'_> {
+        Shard {
+            decayed: self.layout.decayed(),
+            master_m: &mut self.masters,
+            gradient_m: &self.gradient,
+            exp_avg_m: &mut self.exp_avg,
+            exp_avg_sq_m: &mut self.exp_avg_sq,
+            compute_m: self.compute.as_mut(),
         }
     }
 
@@ -143,7 +143,10 @@ mod tests {
         let gradient = Vec::<f32>::try_from(&replica.gradient).unwrap();
         assert_eq!(gradient, [2.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0]);
         replica.zero_gradient();
-        assert_eq!(replica.gradient_norm(), 0.0);
+        assert_eq!(
+            replica.gradient.count_nonzero(None::<i64>).int64_value(&[]),
+            0
+        );
     }
 
     #[test]

@@ -13,6 +13,8 @@ mod qk_norm;
 mod softmax;
 mod tables;
 
+use std::rc::Rc;
+
 use tch::{Device, Kind, Tensor};
 
 use block::Block;
@@ -30,7 +32,7 @@ const EMBEDDING: &str = "tok_embeddings.weight";
 /// Forward and backward passes over micro-batches.
 pub struct Step {
     config: ModelConfig,
-    kernels: Box<dyn Kernels>,
+    kernels: Rc<dyn Kernels>,
     policy: Policy,
     /// Cross-entropy and objective since they were last taken: fp64 [2].
     loss_2: Tensor,
@@ -79,7 +81,7 @@ impl Step {
     /// For models of this shape, on `device`.
     pub fn new(
         config: ModelConfig,
-        kernels: Box<dyn Kernels>,
+        kernels: Rc<dyn Kernels>,
         policy: Policy,
         device: Device,
     ) -> Step {
@@ -282,7 +284,7 @@ mod tests {
             mask_bt: ids_bt.ne(7),
             documents: None,
         };
-        let mut step = Step::new(config, Box::new(Twin), Policy::Lean, Device::Cpu);
+        let mut step = Step::new(config, Rc::new(Twin), Policy::Lean, Device::Cpu);
         let mut run = |rows: Option<i64>| {
             let zeros = |(name, weight): (&str, &Tensor)| (name.to_owned(), weight.zeros_like());
             let gradients = Params::new(weights.iter().map(zeros).collect());

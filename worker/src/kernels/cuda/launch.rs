@@ -101,15 +101,6 @@ impl From<f32> for Argument {
     }
 }
 
-impl From<f64> for Argument {
-    fn from(number: f64) -> Argument {
-        Argument {
-            bits: number.to_bits(),
-            bytes: size_of::<f64>(),
-        }
-    }
-}
-
 // SAFETY: context and functions are handles of the driver, which any thread may use; every launch makes the context
 // current on its own thread first.
 #[allow(unsafe_code)]

@@ -28,12 +28,9 @@ use std::{
 
 use tch::{Device, Kind, Tensor};
 
+pub use self::error::KernelError;
 use self::{attention::Decays, compile::Source, launch::Gpu, nvrtc::Nvrtc, tensors::Tensors};
-pub use self::{
-    error::KernelError,
-    optimizer::{Clip, Shard, Update},
-};
-use super::{DecayTables, Delta, HeadsGrad, HeadsIn, Kernels, NormOut, Twin};
+use super::{DecayTables, Delta, HeadsGrad, HeadsIn, Kernels, NormOut, Shard, Twin, Update};
 use crate::device;
 
 /// Everything that is compiled.
@@ -217,6 +214,17 @@ impl Kernels for CudaKernels {
 
     fn embedding_backward(&self, dx_nd: &Tensor, ids_n: &Tensor, dembedding_vd_sum: &mut Tensor) {
         self.note(self.try_embedding_backward(dx_nd, ids_n, dembedding_vd_sum));
+    }
+
+    fn squared_norm(&self, flat_m: &Tensor) -> f64 {
+        self.try_squared_norm(flat_m).unwrap_or_else(|error| {
+            self.note(Err(error));
+            f64::NAN
+        })
+    }
+
+    fn adamw(&self, shard: Shard<'_>, update: &Update) {
+        self.note(self.try_adamw(shard, update));
     }
 
     fn check(&self) -> Result<(), KernelError> {

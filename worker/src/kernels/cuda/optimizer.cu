@@ -1,14 +1,8 @@
-// The gradient's norm, its clipping and AdamW on flat fp32 buffers.
+// The gradient's norm and AdamW on flat fp32 buffers.
 //
 // The operations of AdamW are those of the libtorch form, in its order and each rounded by itself, so that both agree to the
 // bit wherever libtorch rounds right (its square root on the processor does not always).
 #include "common.cuh"
-
-// What the update reads from device memory.
-struct Control {
-    float scale;  // what the sum of gradients is multiplied by
-    float skip;   // not 0: the step changes nothing
-};
 
 // Each block leaves its part of the sum of squares in `parts` [gridDim.x].
 extern "C" __global__ void __launch_bounds__(512) square_parts(const float *x, double *parts, long long count) {
@@ -35,17 +29,6 @@ extern "C" __global__ void __launch_bounds__(512) square_sum(const double *parts
     if (threadIdx.x == 0) *squares = sum;
 }
 
-// From the squared norm of a gradient, and the loss, both summed over the targets of all ranks, to what the update multiplies
-// the gradient by. One thread.
-extern "C" __global__ void clip(const double *squares, const double *loss_sum, double *norm, Control *control,
-                                double targets, double limit) {
-    const double scale = 1.0 / targets;
-    const double mean_norm = sqrt(*squares) * scale;
-    *norm = mean_norm;
-    control->scale = static_cast<float>(scale * (mean_norm > limit ? limit / mean_norm : 1.0));
-    control->skip = isfinite(mean_norm) && isfinite(*loss_sum * scale) ? 0.0f : 1.0f;
-}
-
 // Constants of one update, equal for all elements.
 struct Update {
     float beta1, one_minus_beta1, beta2, one_minus_beta2, eps, step_size, root_correction, decay;
@@ -60,13 +43,12 @@ __device__ __forceinline__ void adamw_one(float &master, float gradient, float &
     master = __fsub_rn(master, __fmul_rn(__fdiv_rn(average, denominator), u.step_size));
 }
 
-// Elements before `decayed` shrink by weight decay. `compute`, where not null, gets the rounded masters.
+// `scale` is what the sum of gradients is multiplied by. Elements before `decayed` shrink by weight decay. `compute`, where
+// not null, gets the rounded masters.
 extern "C" __global__ void __launch_bounds__(256)
-    adamw(float *master, const float *gradient, float *average, float *square, bf16 *compute, const Control *control,
-          long long count, long long decayed, float beta1, float one_minus_beta1, float beta2, float one_minus_beta2,
+    adamw(float *master, const float *gradient, float *average, float *square, bf16 *compute, long long count,
+          long long decayed, float scale, float beta1, float one_minus_beta1, float beta2, float one_minus_beta2,
           float eps, float step_size, float root_correction, float decay) {
-    if (control->skip != 0.0f) return;
-    const float scale = control->scale;
     const Update u = {beta1, one_minus_beta1, beta2, one_minus_beta2, eps, step_size, root_correction, decay};
     const long long stride = static_cast<long long>(gridDim.x) * blockDim.x;
     const long long thread = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x;

@@ -6,13 +6,14 @@ mod attention;
 mod cross_entropy;
 mod heads;
 mod norm;
+mod optimizer;
 mod swiglu;
 #[cfg(test)]
 mod tests;
 
 use tch::Tensor;
 
-use super::{DecayTables, Delta, HeadsGrad, HeadsIn, KernelError, Kernels, NormOut};
+use super::{DecayTables, Delta, HeadsGrad, HeadsIn, KernelError, Kernels, NormOut, Shard, Update};
 use crate::model::accumulate_kind;
 
 /// libtorch's way of doing it.
@@ -127,6 +128,14 @@ impl Kernels for Twin {
         let dembedding_vd =
             Tensor::embedding_dense_backward(&wide(dx_nd), ids_n, vocabulary, -1, false);
         let _ = dembedding_vd_sum.g_add_(&dembedding_vd);
+    }
+
+    fn squared_norm(&self, flat_m: &Tensor) -> f64 {
+        optimizer::squared_norm(flat_m)
+    }
+
+    fn adamw(&self, shard: Shard<'_>, update: &Update) {
+        optimizer::adamw(shard, update);
     }
 
     fn check(&self) -> Result<(), KernelError> {
