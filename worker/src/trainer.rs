@@ -31,7 +31,7 @@ use crate::{
     },
     device::{self, Place},
     failure::chain,
-    kernels::{self, Kernels},
+    kernels::{self, Choice, Kernels},
     model::ModelConfig,
     optim::{AdamW, Replica, clip},
     step::{Policy, Step, StepError},
@@ -143,7 +143,11 @@ impl Trainer {
             windows: plan.windows,
             manifest_hash: manifest.hash().to_vec(),
         });
-        let kernels = kernels::on(place.device, replica.params().kind())?;
+        let kind = replica.params().kind();
+        let Choice { kernels, note } = kernels::on(place.device, kind, &config)?;
+        if job.rank == 0 {
+            note.iter().for_each(|note| job.link.log("WARN", note));
+        }
         let loader = Loader::new(reader, plan.clone());
         Ok(Trainer {
             batches: Prefetch::start(loader, step + 1, job.rank, job.world, READ_AHEAD),

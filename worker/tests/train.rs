@@ -305,6 +305,17 @@ fn a_gpu_trains_like_the_processor() {
             let cpu = Generation::new(&recipe, &cpu_root).run(1);
             assert_eq!(gpu[1].outcome, Outcome::Finished);
             assert_eq!(final_hash(&gpu[0]), final_hash(&gpu[1]));
+            let told = |rank: &Rank| {
+                rank.logs
+                    .iter()
+                    .any(|line| line.contains("no multiple of 16"))
+            };
+            let expected = [precision == Precision::Bf16, false];
+            assert_eq!(
+                [told(&gpu[0]), told(&gpu[1])],
+                expected,
+                "{name}: kernels of ours do not take heads of 8 channels"
+            );
             for (mine, reference) in losses(&gpu[0].steps).iter().zip(losses(&cpu[0].steps)) {
                 assert!(
                     (mine - reference).abs() < tolerance,

@@ -9,7 +9,7 @@ use supra_worker::{
     bench::{Measured, StepBench},
     device::Place,
     failure::chain,
-    kernels,
+    kernels::{self, Choice},
     model::{AttentionKind, ModelConfig, SupraConfig},
     step::Policy,
 };
@@ -159,7 +159,11 @@ impl Step {
             passes: self.passes,
             seed: i64::from(self.seed),
         };
-        let kernels = kernels::on(place.device, precision).map_err(|error| failed(&error))?;
+        let choice = kernels::on(place.device, precision, &bench.config);
+        let Choice { kernels, note } = choice.map_err(|error| failed(&error))?;
+        if let Some(note) = note {
+            out::complain(&format!("warning: {note}"));
+        }
         let measured = bench.run(&place, kernels).map_err(|error| failed(&error))?;
         let answer = self.answer(&shape, &measured, &place);
         if self.json {

@@ -15,17 +15,36 @@ use std::{cell::OnceCell, rc::Rc};
 
 use tch::{Device, Kind, Tensor};
 
-use crate::model::attention::chunkwise::Chunkwise;
+use crate::model::{ModelConfig, attention::chunkwise::Chunkwise};
 pub use cuda::{CudaKernels, KernelError};
 pub use twin::Twin;
 
-/// What computes in `kind` on `device`: CUDA kernels for bf16 on a GPU, which has been opened by
-/// [`device::open`](crate::device::open), else libtorch.
-pub fn on(device: Device, kind: Kind) -> Result<Rc<dyn Kernels>, KernelError> {
-    match (device, kind) {
-        (Device::Cuda(index), Kind::BFloat16) => Ok(Rc::new(CudaKernels::new(index)?)),
-        _ => Ok(Rc::new(Twin)),
+/// Who computes, and what people should know about it.
+pub struct Choice {
+    /// Who computes.
+    pub kernels: Rc<dyn Kernels>,
+    /// What a GPU computes slower than it could, and why.
+    pub note: Option<String>,
+}
+
+/// What computes a model of this shape in `kind` on `device`: CUDA kernels for bf16 on a GPU, which has been opened by
+/// [`device::open`](crate::device::open), if they take the model, else libtorch.
+pub fn on(device: Device, kind: Kind, config: &ModelConfig) -> Result<Choice, KernelError> {
+    let twin = |note| Choice {
+        kernels: Rc::new(Twin),
+        note,
+    };
+    let slower = |what: String| format!("{what}; libtorch computes it instead, which is slower");
+    let (Device::Cuda(index), Kind::BFloat16) = (device, kind) else {
+        return Ok(twin(None));
+    };
+    if let Some(problem) = cuda::misfit(config) {
+        return Ok(twin(Some(slower(problem))));
     }
+    Ok(Choice {
+        kernels: Rc::new(CudaKernels::new(index)?),
+        note: cuda::left_to_libtorch(config).map(slower),
+    })
 }
 
 /// What blocks, embedding and loss need besides matrix products, forward and backward, and what the optimizer needs.
@@ -285,5 +304,31 @@ impl DecayTables {
                 self.options,
             )
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{AttentionKind, config::tests::small};
+
+    #[test]
+    fn a_model_that_the_kernels_do_not_take_goes_to_libtorch_and_is_told() {
+        let odd = ModelConfig {
+            ffn: 100,
+            ..small(AttentionKind::Softmax)
+        };
+        let note = |device, kind| on(device, kind, &odd).unwrap().note;
+        let told = note(Device::Cuda(0), Kind::BFloat16).unwrap();
+        assert!(
+            told.contains("width is 100") && told.contains("libtorch"),
+            "{told}"
+        );
+        for (device, kind) in [
+            (Device::Cpu, Kind::BFloat16),
+            (Device::Cuda(0), Kind::Float),
+        ] {
+            assert_eq!(note(device, kind), None, "nobody expects kernels there");
+        }
     }
 }

@@ -79,9 +79,18 @@ fn names(d: i64) -> Option<&'static Names> {
     }
 }
 
+/// Whether there are kernels for heads of `d` channels.
+pub fn takes_heads_of(d: i64) -> bool {
+    names(d).is_some()
+}
+
 /// Whether there are kernels for heads [B, H, T, d] of this size. Others are left to libtorch.
 pub fn takes(heads_bhtd: &Tensor) -> bool {
-    heads_bhtd.size().last().copied().and_then(names).is_some()
+    heads_bhtd
+        .size()
+        .last()
+        .copied()
+        .is_some_and(takes_heads_of)
 }
 
 /// The lengths of a call, checked.

@@ -21,7 +21,7 @@ pub const SOURCE: Source = Source {
 const THREADS: u32 = 256;
 
 /// Channels that the lanes of one warp hold.
-const MAX_WIDTH: i64 = 32 * VECTOR;
+pub const MAX_WIDTH: i64 = 32 * VECTOR;
 
 /// What both kernels need.
 struct Heads {

@@ -18,6 +18,9 @@ pub const SOURCE: Source = Source {
     kernels: &["heads", "heads_backward"],
 };
 
+/// What heads' widths are multiples of: two vectors, one of each half.
+pub const MULTIPLE: i64 = 2 * VECTOR;
+
 /// Threads of a block, about.
 const THREADS: u32 = 128;
 
@@ -58,8 +61,7 @@ fn lengths(input: &HeadsIn<'_>) -> Result<Lengths, KernelError> {
         tokens: length("pre_q_nx", tokens)?,
         query_heads: length("pre_q_nx", heads)?,
         key_heads: length("pre_k_nx", kv_heads)?,
-        // Two vectors, one of each half.
-        width: width("pre_q_nx", head_dim, 2 * VECTOR)?,
+        width: width("pre_q_nx", head_dim, MULTIPLE)?,
         table_rows: length("cos_xtp", table_rows)?,
         q_nx: [n, heads * head_dim],
         k_nx: [n, kv_heads * head_dim],
@@ -82,7 +84,7 @@ impl Lengths {
 
     /// All heads side by side, and the tokens in at most so many slices.
     fn grid(&self, slices: u32) -> Grid {
-        let pairs = self.width.cast_unsigned() / (2 * VECTOR as u32);
+        let pairs = self.width.cast_unsigned() / MULTIPLE as u32;
         let heads = (self.query_heads + 2 * self.key_heads).cast_unsigned();
         let together = (THREADS / pairs).clamp(1, heads);
         Grid {

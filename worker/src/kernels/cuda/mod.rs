@@ -9,6 +9,7 @@ mod compile;
 mod cross_entropy;
 mod embedding;
 mod error;
+mod fit;
 mod head_norm;
 mod heads;
 mod launch;
@@ -29,6 +30,7 @@ use std::{
 use tch::{Device, Kind, Tensor};
 
 pub use self::error::KernelError;
+pub(super) use self::fit::{left_to_libtorch, misfit};
 use self::{attention::Decays, compile::Source, launch::Gpu, nvrtc::Nvrtc, tensors::Tensors};
 use super::{DecayTables, Delta, HeadsGrad, HeadsIn, Kernels, NormOut, Shard, Twin, Update};
 use crate::device;

@@ -26,6 +26,9 @@ pub const SOURCE: Source = Source {
     ],
 };
 
+/// Numbers of a row that a block holds.
+pub const MAX_WIDTH: i64 = 16384;
+
 /// How a row is spread over a block.
 struct Spread {
     forward: &'static str,
@@ -35,12 +38,12 @@ struct Spread {
 
 /// As few vectors per thread as leave enough threads for other blocks of a multiprocessor.
 fn spread(width: i32) -> Result<Spread, KernelError> {
-    let (forward, backward, vectors) = match width {
+    let (forward, backward, vectors) = match i64::from(width) {
         ..=2048 => ("add_rms_norm_1", "rms_norm_backward_1", 1),
         2049..=8192 => ("add_rms_norm_2", "rms_norm_backward_2", 2),
-        8193..=16384 => ("add_rms_norm_4", "rms_norm_backward_4", 4),
+        8193..=MAX_WIDTH => ("add_rms_norm_4", "rms_norm_backward_4", 4),
         _ => {
-            let problem = format!("{width} is wider than the 16384 that a block holds");
+            let problem = format!("{width} is wider than the {MAX_WIDTH} that a block holds");
             return Err(wrong("x_nd", problem));
         }
     };
