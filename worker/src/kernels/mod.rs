@@ -131,8 +131,14 @@ pub trait Kernels {
     /// silu(gate) * up of the two halves of `gate_up_nx` = [gate | up], [n, 2F].
     fn swiglu(&self, gate_up_nx: &Tensor, out_nf: &mut Tensor);
 
-    /// Its gradient, in place: `gate_up_nx` becomes [dgate | dup].
-    fn swiglu_backward(&self, gate_up_nx: &mut Tensor, dout_nf: &Tensor);
+    /// Its gradient, in place: `gate_up_nx` becomes [dgate | dup]. `out_nf`, where it is not kept, is written once more, to
+    /// the bit, before the gate is gone.
+    fn swiglu_backward(
+        &self,
+        gate_up_nx: &mut Tensor,
+        dout_nf: &Tensor,
+        out_nf: Option<&mut Tensor>,
+    );
 
     /// Cross-entropy of c rows, in place: `logits_cv` becomes the gradient of the sum over rows of -log
     /// softmax(logits)[target] + z_loss * logsumexp(logits)^2. Rows whose mask is false give no loss and zero gradient.

@@ -53,10 +53,11 @@ impl Block<'_> {
             out,
         );
         self.inside(at, scratch);
+        self.kernels.swiglu(&at.gate_up_nx, &mut at.act_nf);
         linear::forward(&at.act_nf, self.weights.w3, &scratch.work_nd);
     }
 
-    /// Everything between the first norm and the last matrix product.
+    /// Everything between the first norm and the gate of the feed-forward layer.
     fn inside(&self, at: &mut BlockBuffers, scratch: &mut Scratch) {
         let weights = &self.weights;
         let projected = &at.projected;
@@ -93,7 +94,6 @@ impl Block<'_> {
             out,
         );
         linear::forward(&at.normed_mid_nd, weights.w12, &at.gate_up_nx);
-        self.kernels.swiglu(&at.gate_up_nx, &mut at.act_nf);
     }
 
     /// From the products of [`Projected`] to queries, keys and values by heads.
@@ -136,7 +136,7 @@ impl Block<'_> {
         }
     }
 
-    /// Brings back what the policy did not keep.
+    /// Brings back what the policy did not keep, but for [`BlockBuffers::act_nf`].
     fn restore(&self, policy: Policy, at: &mut BlockBuffers, scratch: &mut Scratch) {
         if policy == Policy::Save {
             return;
@@ -151,7 +151,6 @@ impl Block<'_> {
         self.tokens(at);
         let gain_d = weights.ffn_norm;
         kernels.rms_norm_again(&at.x_mid_nd, &at.rstd_mid_n, gain_d, &mut at.normed_mid_nd);
-        kernels.swiglu(&at.gate_up_nx, &mut at.act_nf);
     }
 
     /// Turns the gradient of the stream on exit, [`Scratch::dx_nd`], into that of the stream on entry, and adds those of
@@ -164,21 +163,24 @@ impl Block<'_> {
         scratch: &mut Scratch,
     ) {
         self.restore(policy, at, scratch);
-        self.feed_forward_backward(dweights, at, scratch);
+        self.feed_forward_backward(policy, dweights, at, scratch);
         self.attention_backward(dweights, at, scratch);
     }
 
     fn feed_forward_backward(
         &self,
+        policy: Policy,
         dweights: &LayerParams<'_>,
         at: &mut BlockBuffers,
         scratch: &mut Scratch,
     ) {
         let weights = &self.weights;
-        linear::weight_gradient(&scratch.dx_nd, &at.act_nf, dweights.w3);
         linear::input_gradient(&scratch.dx_nd, weights.w3, &scratch.dact_nf);
+        // What was not kept comes back while gate and up are read anyway.
+        let act_nf = (policy < Policy::Save).then_some(&mut at.act_nf);
         self.kernels
-            .swiglu_backward(&mut at.gate_up_nx, &scratch.dact_nf);
+            .swiglu_backward(&mut at.gate_up_nx, &scratch.dact_nf, act_nf);
+        linear::weight_gradient(&scratch.dx_nd, &at.act_nf, dweights.w3);
         let dgate_up_nx = &at.gate_up_nx;
         linear::weight_gradient(dgate_up_nx, &at.normed_mid_nd, dweights.w12);
         linear::input_gradient(dgate_up_nx, weights.w12, &scratch.work_nd);

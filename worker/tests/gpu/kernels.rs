@@ -365,10 +365,40 @@ fn gpu_swiglu_is_its_twin() {
             inputs: vec![random(&[n, f])],
             outputs: vec![random(&[n, 2 * f])],
             call: &|kernels, inputs, outputs| {
-                kernels.swiglu_backward(&mut outputs[0], &inputs[0]);
+                kernels.swiglu_backward(&mut outputs[0], &inputs[0], None);
             },
         };
         backward.measure(&kernels, 5 * bytes(&backward.inputs));
+        let both = Case {
+            name: format!("swiglu_backward {n}x{f} with output"),
+            inputs: vec![random(&[n, f])],
+            outputs: vec![random(&[n, 2 * f]) * 3.0, poison(&[n, f], BF16)],
+            call: &|kernels, inputs, outputs| {
+                let [gate_up_nx, out_nf] = outputs else {
+                    unreachable!()
+                };
+                kernels.swiglu_backward(gate_up_nx, &inputs[0], Some(out_nf));
+            },
+        };
+        both.measure(&kernels, 6 * bytes(&both.inputs));
+    }
+}
+
+#[test]
+fn gpu_swiglu_comes_back_with_the_same_bits() {
+    let Some(kernels) = gpu("swiglu once more") else {
+        return;
+    };
+    for [n, f] in [[7, 2056], [N, F]] {
+        let (gate_up_nx, dout_nf) = (random(&[n, 2 * f]) * 3.0, random(&[n, f]));
+        let [mut out_nf, mut again_nf] = [(); 2].map(|()| poison(&[n, f], BF16));
+        kernels.swiglu(&gate_up_nx, &mut out_nf);
+        let [mut with, mut without] = [(); 2].map(|()| gate_up_nx.copy());
+        kernels.swiglu_backward(&mut with, &dout_nf, Some(&mut again_nf));
+        kernels.swiglu_backward(&mut without, &dout_nf, None);
+        kernels.check().unwrap();
+        assert!(again_nf.equal(&out_nf), "{n}x{f}");
+        assert!(with.equal(&without), "{n}x{f}");
     }
 }
 

@@ -199,8 +199,13 @@ impl Kernels for CudaKernels {
         self.note(self.try_swiglu(gate_up_nx, out_nf));
     }
 
-    fn swiglu_backward(&self, gate_up_nx: &mut Tensor, dout_nf: &Tensor) {
-        self.note(self.try_swiglu_backward(gate_up_nx, dout_nf));
+    fn swiglu_backward(
+        &self,
+        gate_up_nx: &mut Tensor,
+        dout_nf: &Tensor,
+        out_nf: Option<&mut Tensor>,
+    ) {
+        self.note(self.try_swiglu_backward(gate_up_nx, dout_nf, out_nf));
     }
 
     fn cross_entropy(

@@ -19,22 +19,27 @@ extern "C" __global__ void __launch_bounds__(256) swiglu(const bf16 *gate_up, bf
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) swiglu_backward(bf16 *gate_up, const bf16 *dout, int rows, int width) {
+// `out`, where not null, gets what `swiglu` gave it, to the bit: the same product.
+extern "C" __global__ void __launch_bounds__(256)
+    swiglu_backward(bf16 *gate_up, const bf16 *dout, bf16 *out, int rows, int width) {
     const int column = (blockIdx.x * blockDim.x + threadIdx.x) * VECTOR;
     if (column >= width) return;
     for (int n = blockIdx.y; n < rows; n += gridDim.y) {
-        bf16 *row = gate_up + static_cast<size_t>(n) * 2 * width + column;
-        float gate[VECTOR], up[VECTOR], d[VECTOR];
+        const size_t half = static_cast<size_t>(n) * width + column;
+        bf16 *row = gate_up + half + static_cast<size_t>(n) * width;
+        float gate[VECTOR], up[VECTOR], d[VECTOR], product[VECTOR];
         unpack(load(row), gate);
         unpack(load(row + width), up);
-        unpack(load(dout + static_cast<size_t>(n) * width + column), d);
+        unpack(load(dout + half), d);
 #pragma unroll
         for (int i = 0; i < VECTOR; ++i) {
             const float s = sigmoid(gate[i]), silu = gate[i] * s;
+            product[i] = up[i] * silu;
             gate[i] = d[i] * up[i] * (s + silu * (1.0f - s));
             up[i] = d[i] * silu;
         }
         store(row, pack(gate));
         store(row + width, pack(up));
+        if (out != nullptr) store(out + half, pack(product));
     }
 }

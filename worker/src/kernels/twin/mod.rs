@@ -107,8 +107,13 @@ impl Kernels for Twin {
         swiglu::swiglu(gate_up_nx, out_nf);
     }
 
-    fn swiglu_backward(&self, gate_up_nx: &mut Tensor, dout_nf: &Tensor) {
-        swiglu::swiglu_backward(gate_up_nx, dout_nf);
+    fn swiglu_backward(
+        &self,
+        gate_up_nx: &mut Tensor,
+        dout_nf: &Tensor,
+        out_nf: Option<&mut Tensor>,
+    ) {
+        swiglu::swiglu_backward(gate_up_nx, dout_nf, out_nf);
     }
 
     fn cross_entropy(

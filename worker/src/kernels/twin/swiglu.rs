@@ -12,7 +12,10 @@ pub fn swiglu(gate_up_nx: &Tensor, out_nf: &mut Tensor) {
     });
 }
 
-pub fn swiglu_backward(gate_up_nx: &mut Tensor, dout_nf: &Tensor) {
+pub fn swiglu_backward(gate_up_nx: &mut Tensor, dout_nf: &Tensor, out_nf: Option<&mut Tensor>) {
+    if let Some(out_nf) = out_nf {
+        swiglu(gate_up_nx, out_nf);
+    }
     let [mut gate_nf, up_nf] = halves(gate_up_nx);
     let (wide_gate_nf, dout_nf) = (wide(&gate_nf), wide(dout_nf));
     let silu_nf = wide_gate_nf.silu();

@@ -208,8 +208,12 @@ proptest! {
         let (mut out, mut buffer) = (poison(&[n, f]), gate_up.detach().copy());
         Twin.swiglu(&buffer, &mut out);
         assert_close(&out, &expected.detach());
-        Twin.swiglu_backward(&mut buffer, &dout);
+        let (mut alone, mut again) = (buffer.copy(), poison(&[n, f]));
+        Twin.swiglu_backward(&mut buffer, &dout, Some(&mut again));
         assert_close(&buffer, &dexpected);
+        prop_assert!(again == out);
+        Twin.swiglu_backward(&mut alone, &dout, None);
+        prop_assert!(alone == buffer);
     }
 
     #[test]
