@@ -2,6 +2,7 @@
 #![deny(unsafe_code)]
 
 pub mod checkpoint;
+pub mod collective;
 pub mod device;
 pub mod failure;
 pub mod inference;

@@ -7,6 +7,7 @@ use thiserror::Error;
 
 use crate::{
     checkpoint::{CheckpointError, store::ProbeError},
+    collective::DeviceCollectiveError,
     model::ModelError,
 };
 
@@ -19,6 +20,9 @@ pub enum TrainError {
     /// A peer is gone.
     #[error(transparent)]
     Collective(#[from] CollectiveError),
+    /// The ranks' devices cannot work together.
+    #[error(transparent)]
+    Devices(#[from] DeviceCollectiveError),
     /// The dataset cannot be read.
     #[error(transparent)]
     Data(#[from] DataError),
@@ -61,9 +65,10 @@ impl TrainError {
     /// Who has to act.
     pub fn fault_kind(&self) -> FaultKind {
         match self {
-            TrainError::Void(_) | TrainError::Collective(_) | TrainError::NoBatch { .. } => {
-                FaultKind::Transient
-            }
+            TrainError::Void(_)
+            | TrainError::Collective(_)
+            | TrainError::Devices(_)
+            | TrainError::NoBatch { .. } => FaultKind::Transient,
             TrainError::Checkpoint(error) => error.fault_kind(),
             TrainError::Data(_)
             | TrainError::Plan(_)
