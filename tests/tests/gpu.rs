@@ -38,10 +38,11 @@ fn ranks_that_share_a_gpu_have_the_losses_of_one() -> Result<()> {
     }
     let stage = Stage::new()?;
     let mut alone: Option<Vec<f64>> = None;
-    for workers in [1, 2, 4] {
+    for (workers, reduction) in [(1, "nccl"), (2, "nccl"), (3, "ordered"), (4, "nccl")] {
         let cluster = cluster(&stage, workers)?;
         let recipe = TinyRecipe {
             workers: (workers, workers),
+            more: format!("reduction: {reduction}"),
             // A slow one: a feature that rounding moves over its kink must not be amplified step by step.
             lr: "3e-4",
             ..TinyRecipe::default()

@@ -93,7 +93,7 @@ impl Trainer {
         job.link.phase(Phase::Forming, 0);
         let mut host = job.connect()?;
         store::probe(&job.checkpoint_root, job.generation, host.as_mut())?;
-        let collective = collective::connect(host, place, &job.link)?;
+        let collective = collective::connect(host, place, job.recipe.reduction, &job.link)?;
 
         job.link.phase(Phase::Loading, 0);
         let environment = Environment {

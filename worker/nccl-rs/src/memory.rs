@@ -137,7 +137,7 @@ impl DeviceSliceMut {
     }
 
     /// The same elements, to be read.
-    pub(crate) fn as_slice(&self) -> DeviceSlice {
+    pub fn as_slice(&self) -> DeviceSlice {
         DeviceSlice {
             pointer: self.pointer,
             elements: self.elements,

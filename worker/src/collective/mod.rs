@@ -6,8 +6,10 @@
 
 mod host;
 mod nccl;
+mod ordered;
 
 use supra_agent::{Collective, CollectiveError, Link};
+use supra_recipes::schema::Reduction;
 use tch::{Device, Kind, Tensor};
 use thiserror::Error;
 
@@ -69,8 +71,8 @@ pub enum DeviceCollectiveError {
     },
 }
 
-/// The device collective of a generation whose ranks `host` has connected. A generation that becomes void aborts it,
-/// from `link`'s other end.
+/// The device collective of a generation whose ranks `host` has connected. `reduction` says how GPUs add. A generation
+/// that becomes void aborts it, from `link`'s other end.
 ///
 /// # Errors
 ///
@@ -78,6 +80,7 @@ pub enum DeviceCollectiveError {
 pub fn connect(
     host: Box<dyn Collective>,
     place: &Place,
+    reduction: Reduction,
     link: &Link,
 ) -> Result<Box<dyn DeviceCollective>, DeviceCollectiveError> {
     match &place.nccl {
@@ -86,6 +89,7 @@ pub fn connect(
             host,
             library,
             place.device,
+            reduction,
             &link.abort_handle(),
         )?)),
         _ => Ok(Box::new(Host::new(host))),

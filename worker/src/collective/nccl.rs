@@ -4,9 +4,10 @@ use std::{thread, time::Duration};
 
 use nccl::{Comm, DataType, DeviceSliceMut, Library, Op, Stream};
 use supra_agent::{Collective, CollectiveError, collective::AbortHandle};
+use supra_recipes::schema::Reduction;
 use tch::{Device, Kind, Tensor};
 
-use super::{DeviceCollective, DeviceCollectiveError, check};
+use super::{DeviceCollective, DeviceCollectiveError, check, ordered};
 use crate::device;
 
 /// How long the ranks' GPUs may take to connect, and what NCCL does in the background of a later call.
@@ -17,6 +18,7 @@ pub struct Nccl {
     comm: Comm,
     host: Box<dyn Collective>,
     device: Device,
+    reduction: Reduction,
 }
 
 impl Nccl {
@@ -29,6 +31,7 @@ impl Nccl {
         mut host: Box<dyn Collective>,
         library: &Library,
         device: Device,
+        reduction: Reduction,
         abort: &AbortHandle,
     ) -> Result<Nccl, DeviceCollectiveError> {
         let mut id = Vec::new();
@@ -59,25 +62,27 @@ impl Nccl {
             comm: starting.wait(PATIENCE)?,
             host,
             device,
+            reduction,
         })
     }
+}
 
-    /// The tensor for NCCL, if it is one that can be exchanged.
-    #[allow(unsafe_code)]
-    fn slice(
-        &self,
-        flat: &mut Tensor,
-        parts: bool,
-    ) -> Result<DeviceSliceMut, DeviceCollectiveError> {
-        let data_type = match check(flat, self.device, self.comm.world(), parts)? {
-            Kind::Float => DataType::F32,
-            _ => DataType::Bf16,
-        };
-        // SAFETY: pointer, length and type are those of a contiguous tensor on this communicator's device. libtorch
-        // works on the legacy default stream, and so do all operations here. Whoever uses this memory next, also after
-        // libtorch has freed the tensor and given it to another one, comes later on that stream.
-        Ok(unsafe { DeviceSliceMut::new(flat.data_ptr(), flat.numel(), data_type) })
-    }
+/// The memory of a tensor that ranks on `device` can exchange.
+#[allow(unsafe_code)]
+pub(super) fn slice(
+    flat: &Tensor,
+    device: Device,
+    world: u32,
+    parts: bool,
+) -> Result<DeviceSliceMut, DeviceCollectiveError> {
+    let data_type = match check(flat, device, world, parts)? {
+        Kind::Float => DataType::F32,
+        _ => DataType::Bf16,
+    };
+    // SAFETY: pointer, length and type are those of a contiguous tensor. libtorch works on the legacy default stream, and
+    // so do all operations of this module. Whoever uses this memory next, also after libtorch has freed the tensor and
+    // given it to another one, comes later on that stream.
+    Ok(unsafe { DeviceSliceMut::new(flat.data_ptr(), flat.numel(), data_type) })
 }
 
 impl DeviceCollective for Nccl {
@@ -86,21 +91,31 @@ impl DeviceCollective for Nccl {
     }
 
     fn all_reduce(&mut self, flat: &mut Tensor) -> Result<(), DeviceCollectiveError> {
-        let mut flat = self.slice(flat, false)?;
-        Ok(self
-            .comm
-            .all_reduce_in_place(&mut flat, Op::Sum, Stream::DEFAULT)?)
+        let mut slice = slice(flat, self.device, self.comm.world(), false)?;
+        match self.reduction {
+            Reduction::Nccl => {
+                self.comm
+                    .all_reduce_in_place(&mut slice, Op::Sum, Stream::DEFAULT)?;
+            }
+            Reduction::Ordered => ordered::all_reduce(&mut self.comm, flat)?,
+        }
+        Ok(())
     }
 
     fn reduce_scatter(&mut self, flat: &mut Tensor) -> Result<(), DeviceCollectiveError> {
-        let mut flat = self.slice(flat, true)?;
-        Ok(self
-            .comm
-            .reduce_scatter_in_place(&mut flat, Op::Sum, Stream::DEFAULT)?)
+        let mut slice = slice(flat, self.device, self.comm.world(), true)?;
+        match self.reduction {
+            Reduction::Nccl => {
+                self.comm
+                    .reduce_scatter_in_place(&mut slice, Op::Sum, Stream::DEFAULT)?;
+            }
+            Reduction::Ordered => ordered::reduce_scatter(&mut self.comm, flat)?,
+        }
+        Ok(())
     }
 
     fn all_gather(&mut self, flat: &mut Tensor) -> Result<(), DeviceCollectiveError> {
-        let mut flat = self.slice(flat, true)?;
+        let mut flat = slice(flat, self.device, self.comm.world(), true)?;
         Ok(self.comm.all_gather_in_place(&mut flat, Stream::DEFAULT)?)
     }
 
