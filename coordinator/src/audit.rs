@@ -28,8 +28,19 @@ pub struct Options<'a> {
     pub head: Option<Hash>,
     /// BLAKE3 of the resolved recipe's YAML.
     pub recipe_hash: Option<Hash>,
+    /// Heads that published checkpoints remember: the chain has to pass through all of them.
+    pub checkpoints: Vec<Remembered>,
     /// Digests from the data itself. Slow: reads every sample.
     pub recompute: Option<&'a mut Recompute<'a>>,
+}
+
+/// The head that the ledger had when a checkpoint was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Remembered {
+    /// The checkpoint's manifest, for people.
+    pub manifest: String,
+    /// What it says.
+    pub head: Hash,
 }
 
 /// The result of an audit; its JSON is the stable answer of `supra audit --json`.
@@ -57,6 +68,8 @@ pub struct Verdict {
     pub budget_tokens: u64,
     /// Last step that a published checkpoint holds.
     pub durable_step: u64,
+    /// Published checkpoints whose manifest names a head of this ledger.
+    pub checkpoints: u64,
     /// Steps behind the weights whose update was skipped, ascending.
     pub skipped: Vec<u64>,
     /// Applied steps that were taken back and trained again, or lie after the recovery point.
@@ -113,6 +126,8 @@ pub struct Auditor<'a> {
     skipped: BTreeSet<u64>,
     voided: u64,
     closed: bool,
+    /// Remembered heads that the chain passed through; the others are still in the options.
+    passed: u64,
     breaks: Vec<Break>,
     more: u64,
 }
@@ -133,6 +148,7 @@ impl<'a> Auditor<'a> {
             skipped: BTreeSet::new(),
             voided: 0,
             closed: false,
+            passed: 0,
             breaks: Vec::new(),
             more: 0,
         }
@@ -187,6 +203,13 @@ impl<'a> Auditor<'a> {
                 ledger::hex(&head),
             ));
         }
+        for Remembered { manifest, head } in std::mem::take(&mut self.options.checkpoints) {
+            self.found(format!(
+                "the chain does not pass through {}, the head that {manifest} remembers: records are missing at the end \
+                 or were replaced",
+                ledger::hex(&head),
+            ));
+        }
         let samples = self.samples();
         let length = self.open.as_ref().map_or(0, |open| open.sequence_length);
         let budget = self.open.as_ref().map_or(0, |open| open.samples);
@@ -210,6 +233,7 @@ impl<'a> Auditor<'a> {
             tokens: samples.saturating_mul(length),
             budget_tokens: budget.saturating_mul(length),
             durable_step: self.durable,
+            checkpoints: self.passed,
             skipped: self.skipped.into_iter().collect(),
             voided_steps: self.voided,
             finished: self.closed,
@@ -251,6 +275,11 @@ impl<'a> Auditor<'a> {
         if record.hash != ledger::hash(&record.previous, record.index, &record.body) {
             self.found("was altered: its hash is not that of its content");
         }
+        let waiting = self.options.checkpoints.len();
+        self.options
+            .checkpoints
+            .retain(|known| known.head != record.hash);
+        self.passed += (waiting - self.options.checkpoints.len()) as u64;
         self.tail.advance(record);
     }
 

@@ -13,6 +13,3 @@ pub mod ledger;
 pub mod machine;
 pub mod service;
 pub mod telemetry;
-
-/// Version of this program; workers have to be of the same.
-pub const BUILD: &str = env!("CARGO_PKG_VERSION");

@@ -303,6 +303,7 @@ impl Machine {
         match body {
             Up::Formed(formed) => self.formed(rank, formed),
             Up::Step(report) => self.reported(rank, run, report),
+            Up::CheckpointBegun(begun) => self.begun(rank, run, begun),
             Up::CheckpointWritten(written) => self.written(rank, run, written),
             Up::CheckpointPublished(published) => self.published(run, &published),
             Up::Fault(fault) => self.fault(rank, &fault),

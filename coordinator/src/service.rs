@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use supra_proto::v1::runs_server::RunsServer;
 use supra_proto::v1::workers_server::WorkersServer;
-use supra_proto::{KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, Token, TokenCheck, v1};
+use supra_proto::{BUILD, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, Token, TokenCheck, v1};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -64,7 +64,7 @@ impl Options {
             insecure_plaintext: false,
             reflection: false,
             limits: Limits::default(),
-            build: crate::BUILD.into(),
+            build: BUILD.into(),
         }
     }
 }

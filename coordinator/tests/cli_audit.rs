@@ -103,6 +103,51 @@ fn a_changed_ledger_ends_with_four() {
 }
 
 #[test]
+fn a_ledger_that_lost_its_end_is_found_by_a_checkpoint() {
+    let state = tempfile::tempdir().unwrap();
+    journal(state.path());
+    let database = rusqlite::Connection::open(state.path().join("journal.db")).unwrap();
+    let head: Vec<u8> = database
+        .query_row("SELECT hash FROM ledger WHERE idx = 2", [], |row| {
+            row.get(0)
+        })
+        .unwrap();
+    let checkpoint = |name: &str, manifest: serde_json::Value| {
+        let directory = state.path().join("checkpoints").join(name);
+        fs::create_dir_all(&directory).unwrap();
+        fs::write(directory.join("manifest.json"), manifest.to_string()).unwrap();
+    };
+    let head = supra_coordinator::ledger::hex(&head);
+    checkpoint(
+        "step-2",
+        serde_json::json!({ "run": "small-1", "ledger_head": head, "step": 2 }),
+    );
+    // These say nothing: another run's, one of an older build, and one that is damaged.
+    checkpoint(
+        "other",
+        serde_json::json!({ "run": "other-1", "ledger_head": "0".repeat(64) }),
+    );
+    checkpoint("older", serde_json::json!({ "run": "small-1" }));
+    checkpoint("damaged", serde_json::json!("half"));
+    let answer = audit(state.path(), &[]).expect_code(0);
+    assert!(
+        answer.stdout.contains("1 remember this ledger"),
+        "{}",
+        answer.stdout
+    );
+
+    // Sound in itself, but for what the checkpoint remembers.
+    database
+        .execute("DELETE FROM ledger WHERE idx = 2", [])
+        .unwrap();
+    drop(database);
+    let answer = audit(state.path(), &[]).expect_code(4);
+    for word in ["step-2/manifest.json", "records are missing at the end"] {
+        assert!(answer.stdout.contains(word), "{}", answer.stdout);
+    }
+}
+
+#[test]
 fn a_journal_that_is_none_ends_with_four() {
     let state = tempfile::tempdir().unwrap();
     fs::write(

@@ -8,7 +8,7 @@ use supra_coordinator::service::{Options, Service};
 use supra_proto::v1::coordinator_message::Body as Down;
 use supra_proto::v1::worker_message::Body as Up;
 use supra_proto::v1::{self, LeftReason, RunState, RunStatus};
-use supra_proto::{Client, attach};
+use supra_proto::{BUILD, Client, attach};
 use supra_recipes::plan::{self, Digest, Plan};
 use supra_recipes::schema::Recipe;
 use tokio::sync::mpsc;
@@ -130,7 +130,7 @@ pub fn hello(name: &str) -> v1::Hello {
     v1::Hello {
         instance: format!("{name}-{:?}", std::time::Instant::now()),
         name: name.to_owned(),
-        build: supra_coordinator::BUILD.into(),
+        build: BUILD.into(),
         plan_version: plan::VERSION,
         plan_probe: plan::probe().to_vec(),
         device: "cpu".into(),

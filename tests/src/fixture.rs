@@ -313,6 +313,11 @@ fn write_text(path: &Path, seed: u64) -> Result<()> {
         }
         text
     });
+    write_documents(path, documents)
+}
+
+/// Writes a file of text as people have it: parquet with a document per row in the column `content`.
+pub fn write_documents(path: &Path, documents: impl IntoIterator<Item = String>) -> Result<()> {
     let column: ArrayRef = Arc::new(StringArray::from_iter_values(documents));
     let batch = RecordBatch::try_from_iter([("content", column)])?;
     let mut writer = ArrowWriter::try_new(File::create(path)?, batch.schema(), None)?;

@@ -91,6 +91,22 @@ impl Process {
         Ok(())
     }
 
+    /// Limits the size of files that it and what it started may write; none lifts the limit. What they start later
+    /// inherits it.
+    pub fn limit_files(&self, bytes: Option<u64>) -> Result<()> {
+        // A soft limit, which may be raised again.
+        let limit = match bytes {
+            Some(bytes) => format!("--fsize={bytes}:"),
+            None => "--fsize=unlimited:".to_owned(),
+        };
+        for process in [self.pid()].into_iter().chain(descendants(self.pid())) {
+            let mut prlimit = Command::new("prlimit");
+            prlimit.arg("--pid").arg(process.to_string()).arg(&limit);
+            run(prlimit, Duration::from_secs(10))?.expect_code(0)?;
+        }
+        Ok(())
+    }
+
     /// `kill -9` of what it started, and not of itself.
     pub fn kill_children(&self) -> Result<()> {
         for process in descendants(self.pid()) {

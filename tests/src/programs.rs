@@ -9,6 +9,7 @@ use crate::failure::{Failure, Result};
 #[derive(Clone, Debug)]
 pub struct Programs {
     directory: PathBuf,
+    environment: Vec<(String, PathBuf)>,
 }
 
 impl Programs {
@@ -23,6 +24,7 @@ impl Programs {
         };
         let programs = Self {
             directory: directory.to_owned(),
+            environment: Vec::new(),
         };
         for name in ["supra", "supra-coordinator", "supra-worker"] {
             if !programs.directory.join(name).is_file() {
@@ -33,6 +35,15 @@ impl Programs {
             }
         }
         Ok(programs)
+    }
+
+    /// The same programs with one more variable in their environment.
+    pub fn with(&self, name: &str, value: &Path) -> Self {
+        let mut programs = self.clone();
+        programs
+            .environment
+            .push((name.to_owned(), value.to_owned()));
+        programs
     }
 
     /// The command line.
@@ -62,6 +73,7 @@ impl Programs {
         ] {
             command.env_remove(format!("SUPRA_{name}"));
         }
+        command.envs(self.environment.iter().cloned());
         command
     }
 }

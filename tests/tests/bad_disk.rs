@@ -1,10 +1,11 @@
 //! Checkpoint folders that cannot be written, are not shared, are full or hold rubbish.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use supra_tests::{Cluster, Result, TinyRecipe};
+use supra_tests::process::run;
+use supra_tests::{Cluster, Process, Result, TinyRecipe, weights};
 
 use crate::{LIMIT, Stage};
 
@@ -14,7 +15,8 @@ fn checkpoints_to(directory: &Path, workers: u32) -> TinyRecipe {
     let to = directory.display();
     TinyRecipe {
         workers: (workers, workers),
-        checkpoint: Some(format!("{{ every_tokens: {every}, to: {to} }}")),
+        // All are kept: tests look back.
+        checkpoint: Some(format!("{{ every_tokens: {every}, keep: 100, to: {to} }}")),
         ..TinyRecipe::default()
     }
 }
@@ -63,13 +65,54 @@ fn wait_told(cluster: &Cluster, run: &str, words: &[&str]) -> Result<()> {
     panic!("{words:?} is not said, only: {told}\n{}", cluster.logs());
 }
 
+/// Fails unless every checkpoint in `directory` is published and its files are whole; returns how many there are.
+fn whole_checkpoints(directory: &Path) -> Result<usize> {
+    let mut whole = 0;
+    for entry in fs::read_dir(directory)? {
+        let checkpoint = entry?.path();
+        let names = checkpoint.display();
+        assert!(checkpoint.join("manifest.json").exists(), "half: {names}");
+        weights::hashes(&checkpoint)?;
+        whole += 1;
+    }
+    Ok(whole)
+}
+
+/// Waits until the run has a published checkpoint and gives its directory.
+fn first_checkpoint(cluster: &Cluster, run: &str) -> Result<PathBuf> {
+    let published = |status: &supra_proto::v1::RunStatus| {
+        status
+            .checkpoint
+            .as_ref()
+            .is_some_and(|known| known.published)
+    };
+    cluster.wait(run, "past a checkpoint", LIMIT, published)?;
+    cluster.last_checkpoint(run)
+}
+
 #[test]
 fn a_checkpoint_folder_that_cannot_be_written_is_named() -> Result<()> {
     let stage = Stage::new()?;
     let cluster = stage.cluster("cluster", 1)?;
     // Even root makes no directories in /proc.
     let run = stage.submit(&cluster, &checkpoints_to(Path::new("/proc/checkpoints"), 1))?;
-    wait_told(&cluster, &run, &["/proc/checkpoints"])
+    wait_told(&cluster, &run, &["/proc/checkpoints", "checkpoint.to"])
+}
+
+#[test]
+fn a_checkpoint_folder_that_is_read_only_is_named() -> Result<()> {
+    let stage = Stage::new()?;
+    let mut cluster = stage.cluster("cluster", 0)?;
+    let to = stage.directory.path().join("sealed");
+    fs::create_dir_all(&to)?;
+    let setup = format!("mount -t tmpfs -o ro none '{}'", to.display());
+    let Some(worker) = in_own_mounts(&setup, &cluster.worker_command("w0")) else {
+        return Ok(());
+    };
+    cluster.adopt_worker("w0", worker)?;
+    let run = stage.submit(&cluster, &checkpoints_to(&to, 1))?;
+    let place = to.to_string_lossy();
+    wait_told(&cluster, &run, &["read-only", &place, "checkpoint.to"])
 }
 
 #[test]
@@ -93,6 +136,112 @@ fn a_full_disk_is_told_and_costs_nothing_that_was_saved() -> Result<()> {
     }
     cluster.wait_finished(&run, LIMIT)?;
     cluster.audit(&run)?;
+    Ok(())
+}
+
+/// A limit of file sizes breaks the write off in the middle of a file, on any system.
+#[test]
+fn a_file_that_cannot_grow_is_told_and_costs_nothing_that_was_saved() -> Result<()> {
+    let stage = Stage::new()?;
+    let mut cluster = stage.cluster("cluster", 1)?;
+    let recipe = TinyRecipe {
+        budget: 60_010,
+        ..checkpoints_to(&stage.directory.path().join("checkpoints"), 1)
+    };
+    let run = stage.submit(&cluster, &recipe)?;
+    let saved = first_checkpoint(&cluster, &run)?;
+    let before = weights::hashes(&saved)?;
+    // The model fits, the twice as large state of the optimizer does not.
+    let length = fs::metadata(saved.join("model.safetensors"))?.len();
+    cluster.worker("w0")?.limit_files(Some(length * 3 / 2))?;
+    let reason = cluster.wait_failed(&run, LIMIT)?;
+    for word in [
+        "3 generations",
+        "optimizer.safetensors",
+        "File too large",
+        "ulimit -f",
+    ] {
+        assert!(reason.contains(word), "{word} is not said, only: {reason}");
+    }
+    let root = saved.parent().unwrap_or(&saved);
+    assert!(whole_checkpoints(root)? > 0);
+    assert_eq!(weights::hashes(&saved)?, before);
+
+    cluster.worker("w0")?.limit_files(None)?;
+    cluster.supra(&["resume", &run])?.expect_code(0)?;
+    cluster.wait_finished(&run, LIMIT)?;
+    cluster.audit(&run)?;
+    Ok(())
+}
+
+/// A file system that has room for one checkpoint and half of the next.
+#[test]
+fn a_disk_that_fills_up_in_mid_checkpoint_is_told_and_costs_nothing_that_was_saved() -> Result<()> {
+    let stage = Stage::new()?;
+    let mut cluster = stage.cluster("cluster", 0)?;
+    let to = stage.directory.path().join("small");
+    fs::create_dir_all(&to)?;
+    // Two directories; seven files and directories per checkpoint; and three more of the second one's.
+    let setup = format!(
+        "mount -t tmpfs -o size=100m,nr_inodes=12 none '{}'",
+        to.display()
+    );
+    let Some(worker) = in_own_mounts(&setup, &cluster.worker_command("w0")) else {
+        return Ok(());
+    };
+    cluster.adopt_worker("w0", worker)?;
+    let run_id = stage.submit(&cluster, &checkpoints_to(&to, 1))?;
+    let reason = cluster.wait_failed(&run_id, LIMIT)?;
+    for word in ["3 generations", "No space left on device", "checkpoint.to"] {
+        assert!(reason.contains(word), "{word} is not said, only: {reason}");
+    }
+    let saved = cluster.last_checkpoint(&run_id)?;
+    let pid = cluster.worker("w0")?.pid().to_string();
+    let inside = Path::new("/proc").join(&pid).join("root");
+    let within = |path: &Path| inside.join(path.strip_prefix("/").unwrap_or(path));
+    assert_eq!(whole_checkpoints(&within(&to.join(&run_id)))?, 1);
+    weights::hashes(&within(&saved))?;
+
+    let mut grow = Command::new("nsenter");
+    grow.args([
+        "--user",
+        "--mount",
+        "--preserve-credentials",
+        "--target",
+        &pid,
+    ]);
+    grow.args(["mount", "-o", "remount,nr_inodes=1000"])
+        .arg(&to);
+    run(grow, LIMIT)?.expect_code(0)?;
+    cluster.supra(&["resume", &run_id])?.expect_code(0)?;
+    cluster.wait_finished(&run_id, LIMIT)?;
+    cluster.audit(&run_id)?;
+    Ok(())
+}
+
+#[test]
+fn a_coordinator_without_room_for_its_journal_ends_and_says_so() -> Result<()> {
+    let stage = Stage::new()?;
+    let mut cluster = stage.cluster("cluster", 1)?;
+    cluster.coordinator()?.kill()?;
+    let state = cluster.state();
+    let setup = format!("mount -t tmpfs -o size=400k none '{}'", state.display());
+    let Some(small) = in_own_mounts(&setup, &cluster.coordinator_command()) else {
+        return Ok(());
+    };
+    let mut small = Process::spawn("small", small, stage.directory.path())?;
+    while small.ended()?.is_none() && !small.output().contains("listening on") {
+        std::thread::sleep(supra_tests::process::POLL);
+    }
+    let recipe = TinyRecipe {
+        budget: 60_010,
+        ..checkpoints_to(&stage.directory.path().join("checkpoints"), 1)
+    };
+    stage.submit(&cluster, &recipe)?;
+    assert_eq!(small.wait(LIMIT)?.code(), Some(1), "{}", small.output());
+    for word in ["journal.db", "disk is full", "free space on that disk"] {
+        assert!(small.output().contains(word), "{}", small.output());
+    }
     Ok(())
 }
 

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use supra_tests::fixture::write_documents;
 use supra_tests::process::{Output, run};
 use supra_tests::{Failure, Fixture, Result, TinyRecipe, weights};
 
@@ -46,6 +47,27 @@ fn with_own_base(stage: &Stage) -> Result<Fixture> {
         base,
         ..stage.fixture.clone()
     })
+}
+
+/// The fixture with other text, tokenized.
+fn with_own_text(stage: &Stage, documents: impl IntoIterator<Item = String>) -> Result<Fixture> {
+    let text = stage.directory.path().join("text");
+    let fixture = Fixture {
+        data: stage.directory.path().join("tokens"),
+        ..stage.fixture.clone()
+    };
+    fs::create_dir_all(&text)?;
+    write_documents(&text.join("part-00000.parquet"), documents)?;
+    let mut tokenize = stage.programs.supra();
+    tokenize
+        .args(["data", "tokenize"])
+        .arg(&text)
+        .arg("--output")
+        .arg(&fixture.data)
+        .arg("--tokenizer")
+        .arg(&fixture.base);
+    run(tokenize, LIMIT)?.expect_code(0)?;
+    Ok(fixture)
 }
 
 /// `supra-worker convert` of a base that must be refused.
@@ -94,7 +116,11 @@ fn a_missing_dataset_is_named() -> Result<()> {
         data: "/nowhere/tokens".into(),
         ..stage.fixture.clone()
     };
-    rejection(&stage, &fixture, &TinyRecipe::default())?.expect_words(&["/nowhere/tokens"])?;
+    rejection(&stage, &fixture, &TinyRecipe::default())?.expect_words(&[
+        "/nowhere/tokens",
+        "no such dataset manifest",
+        "supra data index",
+    ])?;
     Ok(())
 }
 
@@ -111,8 +137,12 @@ fn token_parquet_changed_after_indexing_is_refused() -> Result<()> {
             fs::write(&path, &bytes[..bytes.len() / 2])?;
         }
     }
-    rejection(&stage, &stage.fixture, &TinyRecipe::default())?
-        .expect_words(&["part-0000", ".parquet"])?;
+    rejection(&stage, &stage.fixture, &TinyRecipe::default())?.expect_words(&[
+        "part-0000",
+        ".parquet",
+        "changed after",
+        "restore it",
+    ])?;
     Ok(())
 }
 
@@ -123,7 +153,27 @@ fn a_base_with_another_tokenizer_is_refused() -> Result<()> {
     let path = fixture.base.join("tokenizer.json");
     let other = fs::read_to_string(&path)?.replace("\"w77\"", "\"another\"");
     fs::write(&path, other)?;
-    rejection(&stage, &fixture, &TinyRecipe::default())?.expect_words(&["tokenizer"])?;
+    rejection(&stage, &fixture, &TinyRecipe::default())?.expect_words(&[
+        "another tokenizer",
+        &path.to_string_lossy(),
+        "tokenize the text with this one",
+    ])?;
+    Ok(())
+}
+
+#[test]
+fn a_base_with_fewer_tokens_than_the_data_is_refused() -> Result<()> {
+    let stage = Stage::new()?;
+    let fixture = with_own_base(&stage)?;
+    let path = fixture.base.join("config.json");
+    let other = fs::read_to_string(&path)?.replace("\"vocab_size\": 128", "\"vocab_size\": 100");
+    fs::write(&path, other)?;
+    rejection(&stage, &fixture, &TinyRecipe::default())?.expect_words(&[
+        "dataset.json",
+        "vocabulary of 128 tokens",
+        "has 100",
+        "tokenize the text with the model's own tokenizer",
+    ])?;
     Ok(())
 }
 
@@ -135,7 +185,50 @@ fn nan_in_the_base_stops_the_run_with_its_cause() -> Result<()> {
     weights::alter(&file, "model.norm.weight", |bytes| {
         bytes[..4].copy_from_slice(&f32::NAN.to_le_bytes());
     })?;
-    rejection(&stage, &fixture, &TinyRecipe::default())?.expect_words(&["finite"])?;
+    rejection(&stage, &fixture, &TinyRecipe::default())?.expect_words(&[
+        "model.safetensors",
+        "model.norm.weight",
+        "NaN",
+        "download them again",
+    ])?;
+    Ok(())
+}
+
+#[test]
+fn empty_documents_among_others_are_trained() -> Result<()> {
+    let stage = Stage::new()?;
+    let documents = (0..200).map(|document| match document % 4 {
+        0 => "w5 w9 w70 w21 ".repeat(20),
+        1 => " ".to_owned(),
+        _ => String::new(),
+    });
+    let fixture = with_own_text(&stage, documents)?;
+    let cluster = stage.cluster("cluster", 1)?;
+    let recipe = TinyRecipe {
+        budget: 4_000,
+        workers: (1, 1),
+        ..TinyRecipe::default()
+    };
+    let run = cluster.submit(&recipe.write(&fixture)?)?;
+    let end = cluster.wait_finished(&run, LIMIT)?;
+    assert_eq!((end.tokens, end.skipped_steps), (recipe.tokens(), 0));
+    cluster.audit(&run)?;
+    Ok(())
+}
+
+#[test]
+fn text_of_empty_documents_only_stops_the_run_with_its_cause() -> Result<()> {
+    let stage = Stage::new()?;
+    let fixture = with_own_text(&stage, (0..5_000).map(|_| String::new()))?;
+    let recipe = TinyRecipe {
+        budget: 4_000,
+        ..TinyRecipe::default()
+    };
+    rejection(&stage, &fixture, &recipe)?.expect_words(&[
+        "4 steps in a row",
+        "over 0 targets",
+        "documents of one token",
+    ])?;
     Ok(())
 }
 
@@ -146,8 +239,9 @@ fn truncated_weights_are_named() -> Result<()> {
     let file = fixture.base.join("model.safetensors");
     let bytes = fs::read(&file)?;
     fs::write(&file, &bytes[..bytes.len() / 2])?;
-    refused_conversion(&stage, &fixture.base)?.expect_words(&["model.safetensors"])?;
-    rejection(&stage, &fixture, &TinyRecipe::default())?.expect_words(&["model.safetensors"])?;
+    let words = ["model.safetensors", "truncated", "download it again"];
+    refused_conversion(&stage, &fixture.base)?.expect_words(&words)?;
+    rejection(&stage, &fixture, &TinyRecipe::default())?.expect_words(&words)?;
     Ok(())
 }
 

@@ -4,10 +4,10 @@ use std::net::TcpListener;
 use std::process::Command;
 use std::time::Instant;
 
-use supra_proto::attach;
 use supra_proto::v1::coordinator_message::Body as Down;
 use supra_proto::v1::worker_message::Body as Up;
 use supra_proto::v1::{Hello, WorkerMessage};
+use supra_proto::{BUILD, attach};
 use supra_tests::cluster::free_port;
 use supra_tests::process::{POLL, Process, run};
 use supra_tests::{Cluster, Failure, Programs, Result, TinyRecipe};
@@ -74,7 +74,11 @@ fn an_unreachable_coordinator_is_exit_code_3() -> Result<()> {
     let url = format!("http://127.0.0.1:{}", free_port()?);
     let mut status = Programs::find()?.supra();
     status.args(["status", "--coordinator", &url]);
-    run(status, LIMIT)?.expect_code(3)?.expect_words(&[&url])?;
+    run(status, LIMIT)?.expect_code(3)?.expect_words(&[
+        &url,
+        "nothing listens there",
+        "start supra-coordinator",
+    ])?;
     Ok(())
 }
 
@@ -98,7 +102,9 @@ fn a_second_worker_of_the_same_name_is_refused() -> Result<()> {
     let mut twin = Process::spawn("twin", cluster.worker_command("w0"), stage.directory.path())?;
     let end = twin.wait(LIMIT)?;
     assert_eq!(end.code(), Some(2), "{}", twin.output());
-    assert!(twin.output().contains("w0"), "{}", twin.output());
+    for word in ["worker w0 is already attached", "choose --name"] {
+        assert!(twin.output().contains(word), "{}", twin.output());
+    }
     assert_eq!(cluster.attached()?.len(), 1, "the first one stays");
     Ok(())
 }
@@ -136,15 +142,28 @@ fn a_worker_of_another_build_is_refused() -> Result<()> {
     })?;
     match answer.and_then(|message| message.body) {
         Some(Down::Refusal(refusal)) => {
-            assert!(
-                refusal.message.contains("0.0.1 of long ago"),
-                "{}",
-                refusal.message
-            );
+            for word in ["0.0.1 of long ago", BUILD, "install the same build"] {
+                assert!(refusal.message.contains(word), "{}", refusal.message);
+            }
             Ok(())
         }
         other => Err(Failure::new(format!("not refused: {other:?}"))),
     }
+}
+
+#[test]
+fn every_program_says_which_build_it_is() -> Result<()> {
+    let programs = Programs::find()?;
+    for (name, mut program) in [
+        ("supra", programs.supra()),
+        ("supra-coordinator", programs.coordinator()),
+        ("supra-worker", programs.worker()),
+    ] {
+        program.arg("--version");
+        let output = run(program, LIMIT)?.expect_code(0)?;
+        assert_eq!(output.stdout, format!("{name} {BUILD}\n"));
+    }
+    Ok(())
 }
 
 #[test]

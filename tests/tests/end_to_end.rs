@@ -35,6 +35,14 @@ fn a_run_ends_exactly_on_its_budget_and_its_audit_agrees() -> Result<()> {
         .supra(&["audit", &id, "--data", &path.to_string_lossy()])?
         .expect_code(0)?;
     ledger::expect_exactly_once(&cluster.ledger(&id)?, recipe.samples())?;
+    let state = cluster.state();
+    let offline = cluster.supra_json(&["audit", &id, "--state", &state.to_string_lossy()])?;
+    assert_eq!(offline["verdict"], "ok");
+    let checkpoints = cluster.checkpoints(&id)?.len();
+    assert_eq!(
+        offline["checkpoints"], checkpoints,
+        "all remember the ledger"
+    );
 
     let status = cluster.supra_json(&["status", &id])?;
     assert_eq!(status["state"], "finished");

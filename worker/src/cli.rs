@@ -1,5 +1,6 @@
 //! The command line.
 
+mod bench;
 mod convert;
 mod eval;
 mod export;
@@ -18,7 +19,7 @@ use failure::Failure;
 
 /// Trains and uses SUPRA models: softmax transformers turned into recurrent networks.
 #[derive(Debug, Parser)]
-#[command(name = "supra-worker", version = supra_worker::BUILD, arg_required_else_help = true)]
+#[command(name = "supra-worker", version = supra_proto::BUILD, arg_required_else_help = true)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -36,6 +37,8 @@ enum Command {
     Eval(eval::Eval),
     /// Continue a text
     Generate(generate::Generate),
+    /// Measure speed on this machine
+    Bench(bench::Bench),
 }
 
 /// Parses the command line, does what it says, and reports how that ended.
@@ -47,6 +50,7 @@ pub fn main() -> ExitCode {
         Command::Export(export) => export.execute(),
         Command::Eval(eval) => eval.execute(),
         Command::Generate(generate) => generate.execute(),
+        Command::Bench(bench) => bench.execute(),
     };
     result.map_or_else(Failure::report, |()| ExitCode::SUCCESS)
 }

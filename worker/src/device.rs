@@ -148,6 +148,18 @@ pub struct Place {
     pub model: String,
 }
 
+impl Place {
+    /// Bytes of the GPU's memory that are in use, by whomever; none on the processor. libtorch gives nothing back, so after
+    /// some work this is the most that was ever in use.
+    pub fn memory_in_use(&self) -> Option<u64> {
+        if !self.device.is_cuda() {
+            return None;
+        }
+        let (free, total) = cudarc::driver::result::mem_get_info().ok()?;
+        Some((total - free) as u64)
+    }
+}
+
 /// Intra-op threads when the user does not say: the cores shared fairly among the workers here, at least one.
 pub fn default_threads(local_workers: u32) -> u32 {
     let cores = thread::available_parallelism().map_or(1, |cores| cores.get() as u32);
@@ -284,7 +296,7 @@ fn load_global(path: &Path) -> Result<(), String> {
 }
 
 /// The path of the libtorch_cpu.so in this process, from its memory map.
-fn loaded_libtorch() -> Option<PathBuf> {
+pub(crate) fn loaded_libtorch() -> Option<PathBuf> {
     let maps = fs::read_to_string("/proc/self/maps").ok()?;
     let line = maps
         .lines()

@@ -32,8 +32,10 @@ use crate::{
     collective::{self, DeviceCollective},
     device::{self, Place},
     failure::chain,
-    model::Transformer,
+    kernels,
+    model::ModelConfig,
     optim::{AdamW, Replica, clip},
+    step::{Policy, Step, StepError},
 };
 
 /// Steps whose samples are read ahead.
@@ -54,6 +56,15 @@ pub fn train(job: Job, place: &Place, build: &str) -> Outcome {
     }
 }
 
+/// Memory is scarce on a GPU; on the processor, keeping all that the backward pass reads is some 3 % faster.
+fn policy(device: tch::Device) -> Policy {
+    if device.is_cuda() {
+        Policy::Lean
+    } else {
+        Policy::Save
+    }
+}
+
 /// A rank at work.
 struct Trainer {
     job: Job,
@@ -63,7 +74,8 @@ struct Trainer {
     plan: Plan,
     batches: Prefetch,
     dataset: DatasetFacts,
-    model: Transformer,
+    config: ModelConfig,
+    passes: Step,
     replica: Replica,
     adamw: AdamW,
     /// Step that the replica's state is behind.
@@ -136,7 +148,13 @@ impl Trainer {
         Ok(Trainer {
             batches: Prefetch::start(loader, step + 1, job.rank, job.world, READ_AHEAD),
             adamw: AdamW::new(&job.recipe.optimizer),
-            model: Transformer::new(config),
+            passes: Step::new(
+                config.clone(),
+                kernels::on(place.device, replica.params().kind())?,
+                policy(place.device),
+                place.device,
+            ),
+            config,
             place: place.clone(),
             skipped: 0,
             job,
@@ -186,6 +204,7 @@ impl Trainer {
                     steps,
                     step,
                     loss_sum: all.loss_sum,
+                    targets: all.targets,
                     grad_norm,
                 });
             }
@@ -226,25 +245,28 @@ impl Trainer {
             }
             let micro = MicroBatch::new(
                 samples,
-                self.model.config().vocab,
+                self.config.vocab,
                 recipe.data.reset_at_document,
                 self.place.device,
             )
             .map_err(TrainError::Mismatch)?;
-            let stop = || link.void();
-            let loss = self.model.loss_sum(
-                self.replica.params(),
-                &micro.input,
-                recipe.optimizer.z_loss,
-                &stop,
-            );
-            let loss = loss.ok_or(Voided)?;
-            self.replica.accumulate(&loss.objective);
-            fed.loss_sum += loss.cross_entropy.double_value(&[]);
+            self.passes
+                .accumulate(
+                    self.replica.params(),
+                    self.replica.gradients(),
+                    &micro.input,
+                    recipe.optimizer.z_loss,
+                    &|| link.void(),
+                )
+                .map_err(|error| match error {
+                    StepError::Stopped => Voided.into(),
+                    StepError::Kernel(error) => TrainError::Kernel(error),
+                })?;
             fed.targets += micro.targets;
             fed.samples += samples.len() as u64;
             fed.digest += micro.digest;
         }
+        fed.loss_sum = self.passes.take_loss().cross_entropy;
         Ok(fed)
     }
 
@@ -303,6 +325,7 @@ impl Trainer {
     fn write_checkpoint(&self) -> Result<(), TrainError> {
         let clock = Instant::now();
         let (job, recipe) = (&self.job, &self.job.recipe);
+        let ledger_head = job.link.ledger_head(self.step)?;
         let manifest = checkpoint::Manifest {
             format: FORMAT,
             plan_version: VERSION,
@@ -320,6 +343,7 @@ impl Trainer {
             replica_hash: blake3::Hash::from_bytes(self.replica.hash())
                 .to_hex()
                 .to_string(),
+            ledger_head: blake3::Hash::from_bytes(ledger_head).to_hex().to_string(),
             recipe: recipe.to_yaml(),
             dataset: self.dataset.hash.clone(),
             tokenizer: self.dataset.tokenizer.clone(),
@@ -327,10 +351,9 @@ impl Trainer {
             tensors: Default::default(),
             files: Default::default(),
         };
-        let config = self.model.config();
         let contents = Contents {
             replica: &self.replica,
-            config,
+            config: &self.config,
             base: &recipe.base.path,
             manifest,
         };

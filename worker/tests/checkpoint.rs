@@ -10,7 +10,7 @@ use supra_worker::{
 };
 use tch::{Device, Kind};
 
-use crate::fixture::{BUILD, Generation, World, fault, restore};
+use crate::fixture::{BUILD, Generation, LEDGER_HEAD, World, fault, restore};
 
 #[test]
 fn a_checkpoint_says_what_it_is_and_is_a_model_directory() {
@@ -45,6 +45,10 @@ fn a_checkpoint_says_what_it_is_and_is_a_model_directory() {
             manifest.environment.threads
         ),
         (BUILD, 1)
+    );
+    assert_eq!(
+        manifest.ledger_head,
+        blake3::Hash::from_bytes(LEDGER_HEAD).to_hex().as_str()
     );
     assert_eq!(
         supra_recipes::Recipe::parse(&manifest.recipe, "recipe").unwrap(),

@@ -2,75 +2,12 @@
 //! documents anywhere, and softmax with its cache.
 
 use supra_worker::model::{
-    AttentionKind, Decay, Documents, Form, LossInput, ModelConfig, Params, RopeFrequencies, State,
-    SupraConfig, Transformer, init_all,
+    AttentionKind, Decay, Documents, Form, LossInput, Params, RopeFrequencies, State, SupraConfig,
+    Transformer,
 };
 use tch::{Device, Kind, Tensor};
 
-const VOCAB: i64 = 31;
-
-fn config(heads: i64, kv_heads: i64, attention: AttentionKind) -> ModelConfig {
-    ModelConfig {
-        vocab: VOCAB,
-        dim: heads * 8,
-        layers: 2,
-        heads,
-        kv_heads,
-        head_dim: 8,
-        ffn: 40,
-        norm_eps: 1e-5,
-        rope_theta: 1e4,
-        tied: true,
-        attention,
-        max_positions: 256,
-        sliding_window: None,
-        bos: None,
-        eos: Vec::new(),
-    }
-}
-
-fn supra(decay: Decay, qk_norm: bool, chunk: i64) -> AttentionKind {
-    AttentionKind::Supra(SupraConfig {
-        decay,
-        qk_norm,
-        chunk,
-        ..SupraConfig::default()
-    })
-}
-
-/// Weights in fp64, gains away from 1.
-fn weights(config: &ModelConfig, seed: u64) -> Params {
-    let params = init_all(config, seed).to(Device::Cpu, Kind::Double);
-    let vary = |tensor: &Tensor| match tensor.dim() {
-        1 => {
-            tensor
-                * (Tensor::arange(tensor.numel() as i64, (Kind::Double, Device::Cpu)) * 0.7).sin()
-                * 0.3
-                + tensor
-        }
-        _ => tensor.copy(),
-    };
-    Params::new(
-        params
-            .iter()
-            .map(|(name, tensor)| (name.to_owned(), vary(tensor)))
-            .collect(),
-    )
-}
-
-fn ids(rows: i64, tokens: i64, seed: i64) -> Tensor {
-    let number = Tensor::arange(rows * tokens, (Kind::Int64, Device::Cpu)) + seed;
-    (&number * &number * 7 + number * 3)
-        .remainder(VOCAB)
-        .view([rows, tokens])
-}
-
-#[track_caller]
-fn assert_close(found: &Tensor, expected: &Tensor, what: &str) {
-    assert_eq!(found.size(), expected.size(), "{what}");
-    let error = (found - expected).norm().double_value(&[]) / expected.norm().double_value(&[]);
-    assert!(error <= 1e-10, "{what}: relative difference {error:e}");
-}
+use crate::network::{assert_close, config, ids, leaves, supra, weights};
 
 /// Logits of each row's documents, each run alone; with the state after the last one.
 fn alone(model: &Transformer, params: &Params, ids_1t: &Tensor, starts: &[u32]) -> (Tensor, State) {
@@ -232,11 +169,7 @@ fn gradients_do_not_depend_on_form_chunk_or_packing() {
     tch::set_num_threads(1);
     let gradients = |attention: AttentionKind, form: Form| {
         let config = config(4, 2, attention);
-        let leaves = weights(&config, 2);
-        let leaves = leaves
-            .iter()
-            .map(|(name, tensor)| (name.to_owned(), tensor.copy().set_requires_grad(true)));
-        let params = Params::new(leaves.collect());
+        let params = leaves(&weights(&config, 2));
         let ids = ids(2, 27, 1);
         let input = LossInput {
             inputs_bt: ids.narrow(1, 0, 26),
@@ -246,8 +179,7 @@ fn gradients_do_not_depend_on_form_chunk_or_packing() {
         };
         let loss = Transformer::new(config)
             .with_form(form)
-            .loss_sum(&params, &input, 1e-3, &|| false)
-            .unwrap();
+            .loss_sum(&params, &input, 1e-3);
         loss.objective.backward();
         Tensor::cat(
             &params
@@ -277,24 +209,4 @@ fn far_positions_are_as_exact_as_near_ones() {
     let far = model.extend(&params, &mut state, &ids, None);
     let error = (&far - &near).norm().double_value(&[]) / near.norm().double_value(&[]);
     assert!(error < 1e-9, "{error:e}");
-}
-
-#[test]
-fn a_forward_pass_can_be_stopped_between_blocks() {
-    let config = config(2, 2, AttentionKind::Softmax);
-    let (params, ids) = (weights(&config, 1), ids(1, 5, 0));
-    let input = LossInput {
-        inputs_bt: ids.shallow_clone(),
-        targets_bt: ids,
-        mask_bt: Tensor::ones([1, 5], (Kind::Bool, Device::Cpu)),
-        documents: None,
-    };
-    let asked = std::cell::Cell::new(0);
-    let stop = || asked.replace(asked.get() + 1) == 1;
-    assert!(
-        Transformer::new(config)
-            .loss_sum(&params, &input, 0.0, &stop)
-            .is_none()
-    );
-    assert_eq!(asked.get(), 2);
 }

@@ -8,5 +8,8 @@ mod cli;
 mod fixture;
 mod forms;
 mod golden;
+mod gpu;
 mod import;
+mod network;
+mod step;
 mod train;

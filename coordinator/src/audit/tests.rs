@@ -102,10 +102,35 @@ fn the_json_shape_is_stable() {
     let json = serde_json::to_value(audit(finished(), Options::default())).unwrap();
     let mut keys: Vec<_> = json.as_object().unwrap().keys().cloned().collect();
     keys.sort();
-    let expected = "breaks budget_steps budget_tokens durable_step finished generations head more_breaks \
+    let expected = "breaks budget_steps budget_tokens checkpoints durable_step finished generations head more_breaks \
                     records run samples skipped steps tokens verdict voided_steps";
     assert_eq!(keys.join(" "), expected);
     assert_eq!(json["verdict"], "ok");
+}
+
+#[test]
+fn a_checkpoint_shows_that_the_ledger_lost_its_end() {
+    let records = finished();
+    let checkpoints = |places: &[usize]| Options {
+        checkpoints: places
+            .iter()
+            .map(|&place| Remembered {
+                manifest: format!("step-{place}/manifest.json"),
+                head: records[place].hash,
+            })
+            .collect(),
+        ..Options::default()
+    };
+    let whole = audit(records.clone(), checkpoints(&[4, 7]));
+    assert_eq!((whole.breaks, whole.checkpoints), (vec![], 2));
+    // A shorter ledger that is sound in itself.
+    let cut = audit(records[..7].to_vec(), checkpoints(&[4, 7]));
+    assert_eq!((cut.verdict, cut.checkpoints), (Outcome::Broken, 1));
+    let what = &cut.breaks[0].what;
+    assert!(
+        what.contains("step-7/manifest.json") && what.contains("records are missing"),
+        "{what}"
+    );
 }
 
 #[test]

@@ -7,10 +7,10 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use supra_coordinator::address;
 use supra_coordinator::machine::Limits;
 use supra_coordinator::service::{Options, Service, ServiceError, Stopper};
-use supra_coordinator::{BUILD, address};
-use supra_proto::Token;
+use supra_proto::{BUILD, Token};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tracing_subscriber::EnvFilter;

@@ -11,6 +11,7 @@ use supra_recipes::{Digest, Plan, Recipe};
 use super::connect::{Connect, TokenFile};
 use super::failure::{Exit, Failure, chain};
 use super::format::{self, Table};
+use super::heads;
 use super::out;
 use super::runs::{Json, Which};
 use crate::audit::{Auditor, Options, Outcome, Recompute, Verdict};
@@ -138,11 +139,16 @@ fn offline<'a>(
     })?;
     let known = journal.state().map_err(unreadable)?;
     let run = find(known.runs(), run)?;
+    // Before the ledger is read: what a live coordinator publishes meanwhile is left for the next audit.
+    let checkpoints = heads::remembered(&run.checkpoint_root, &run.id);
+    let known = journal.state().map_err(unreadable)?;
+    let run = find(known.runs(), &run.id)?;
     let head = Some(run.ledger.head).filter(|head| *head != Hash::default());
     let recipe_hash = Some(*blake3::hash(run.recipe.as_bytes()).as_bytes());
     let mut auditor = Auditor::new(Options {
         head,
         recipe_hash,
+        checkpoints,
         recompute,
     });
     let mut from = 0;
@@ -285,6 +291,15 @@ fn render(verdict: &Verdict) -> String {
         "durable",
         format!("up to step {}", format::grouped(verdict.durable_step)),
     );
+    if verdict.checkpoints > 0 {
+        fact(
+            "checkpoints",
+            format!(
+                "{} remember this ledger",
+                format::grouped(verdict.checkpoints)
+            ),
+        );
+    }
     fact("generations", format::grouped(verdict.generations));
     let again = match verdict.voided_steps {
         0 => "none".to_owned(),

@@ -9,6 +9,7 @@ mod data;
 mod describe;
 mod failure;
 mod format;
+mod heads;
 mod json;
 mod out;
 mod plan;
@@ -28,7 +29,7 @@ use failure::{Exit, Failure};
 #[derive(Parser, Debug)]
 #[command(
     name = "supra",
-    version = crate::BUILD,
+    version = supra_proto::BUILD,
     max_term_width = 100,
     after_help = "Exit codes: 0 done, 1 failed, 2 bad input, 3 coordinator unreachable, 4 audit broken,\n\
                   75 stopped and resumable, 130 interrupted."

@@ -330,6 +330,7 @@ impl Machine {
             from_step,
             plan: None,
             reports: Default::default(),
+            begun: None,
             held: None,
         });
         for rank in 0..addresses.len() {

@@ -36,6 +36,7 @@ impl Machine {
             limit: self.limits.leave,
         };
         generation.reports.clear();
+        generation.begun = None;
         generation.held = None;
         let (number, run) = (generation.number, generation.run);
         self.log(

@@ -27,6 +27,8 @@ pub(crate) struct Generation {
     pub plan: Option<Plan>,
     /// Reports on steps that not all ranks have reported yet: one place per rank.
     pub reports: BTreeMap<u64, Vec<Option<StepReport>>>,
+    /// Step whose checkpoint rank 0 has begun, while it waits for the ledger's head.
+    pub begun: Option<u64>,
     /// A checkpoint of a step that is not applied yet.
     pub held: Option<CheckpointWritten>,
 }

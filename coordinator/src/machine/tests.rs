@@ -142,6 +142,31 @@ fn a_checkpoint_is_journalled_only_when_its_step_is_accounted_for() {
 }
 
 #[test]
+fn a_checkpoint_that_begins_gets_the_ledgers_head_behind_its_step() {
+    let mut rig = training();
+    rig.step(&[1, 2], 1, 1);
+    rig.report(1, 1, 2, 0, 2);
+    let begun = || Up::CheckpointBegun(v1::CheckpointBegun { step: 2 });
+    rig.say(1, 1, begun());
+    assert!(
+        rig.told().is_empty(),
+        "not every rank has reported the step"
+    );
+    rig.report(2, 1, 2, 1, 2);
+    let head = rig.ledger().last().unwrap().hash.to_vec();
+    let expected = Down::LedgerHead(v1::LedgerHead {
+        step: 2,
+        hash: head,
+    });
+    assert_eq!(rig.told(), [(1, 1, expected.clone())]);
+    rig.say(1, 1, begun());
+    assert_eq!(rig.told(), [(1, 1, expected)], "a repeat is answered again");
+    rig.say(2, 1, begun());
+    let told = voids(&mut rig);
+    assert!(told[0].1.contains("rank 0's task"), "{told:?}");
+}
+
+#[test]
 fn a_lost_worker_voids_the_generation_and_the_next_resumes_from_the_checkpoint() {
     let mut rig = halfway();
     rig.step(&[1, 2], 1, 3);

@@ -3,8 +3,8 @@
 use std::path::{Component, Path};
 
 use supra_proto::v1::{
-    CheckpointPublished, CheckpointWritten, Fault, FaultKind, Formed, LeftReason,
-    PublishCheckpoint, StepMetrics, StepReport, coordinator_message::Body as Down,
+    CheckpointBegun, CheckpointPublished, CheckpointWritten, Fault, FaultKind, Formed, LedgerHead,
+    LeftReason, PublishCheckpoint, StepMetrics, StepReport, coordinator_message::Body as Down,
 };
 use supra_recipes::plan::Plan;
 use supra_recipes::schema::Recipe;
@@ -101,9 +101,19 @@ impl Machine {
         self.apply_steps(number);
     }
 
-    /// Journals the held checkpoint, if its step is applied by now.
+    /// Does what waited for a step to be applied: rank 0 gets the ledger's head, and the held checkpoint is journalled.
     fn release(&mut self, number: RunNumber) {
-        let applied = self.state.run(number).map_or(0, |run| run.step);
+        let Some(run) = self.state.run(number) else {
+            return;
+        };
+        let (applied, head) = (run.step, run.ledger.head);
+        let Some(generation) = &mut self.generation else {
+            return;
+        };
+        if let Some(step) = generation.begun.take_if(|step| *step <= applied) {
+            let hash = head.to_vec();
+            self.tell(0, Down::LedgerHead(LedgerHead { step, hash }));
+        }
         let Some(generation) = &mut self.generation else {
             return;
         };
@@ -207,6 +217,21 @@ impl Machine {
             (entry, metrics)
         });
         Some((step, result))
+    }
+
+    pub(super) fn begun(&mut self, rank: usize, number: RunNumber, begun: CheckpointBegun) {
+        if rank != 0 {
+            let cause = format!("rank {rank} began a checkpoint, which is rank 0's task");
+            return self.break_up(cause, Severity::Transient, None);
+        }
+        if let Some(generation) = self
+            .generation
+            .as_mut()
+            .filter(|generation| !generation.leaving())
+        {
+            generation.begun = Some(begun.step);
+            self.release(number);
+        }
     }
 
     pub(super) fn written(&mut self, rank: usize, number: RunNumber, written: CheckpointWritten) {

@@ -109,7 +109,11 @@ impl Needs {
             checkpoints,
             checkpoint_bytes,
             checkpoint_disk_bytes: checkpoint_bytes * kept,
-            flops_per_token: flops_per_token(recipe, shape, parameters),
+            flops_per_token: shape.flops_per_token(
+                recipe.attention,
+                u64::from(recipe.batch.sequence_length),
+                u64::from(recipe.model.chunk),
+            ),
         })
     }
 }
@@ -187,24 +191,6 @@ fn activations_per_layer(recipe: &Recipe, shape: &ModelShape, tokens: u64, eleme
         Attention::Softmax => 0,
     };
     tokens * (common + attention) * element + states
-}
-
-/// Six operations per token for every weight of a matrix, and for every product inside the attention.
-fn flops_per_token(recipe: &Recipe, shape: &ModelShape, parameters: u64) -> f64 {
-    // A tied embedding is a matrix in the head; an untied one is only looked up.
-    let looked_up = if shape.tied {
-        0
-    } else {
-        shape.vocab * shape.dim
-    };
-    let products_per_channel = match recipe.attention {
-        // Into and out of the state, and inside the chunk.
-        Attention::Supra => 2 * shape.head_dim() + 2 * u64::from(recipe.model.chunk),
-        // Scores and their use, half of which the causal mask drops.
-        Attention::Softmax => u64::from(recipe.batch.sequence_length),
-    };
-    6.0 * (parameters - looked_up) as f64
-        + 6.0 * (shape.layers * shape.dim * products_per_channel) as f64
 }
 
 impl fmt::Display for Needs {
@@ -312,16 +298,6 @@ fn bytes(count: u64) -> String {
 mod tests {
     use super::*;
 
-    const MISTRAL_7B: ModelShape = ModelShape {
-        vocab: 32000,
-        dim: 4096,
-        layers: 32,
-        heads: 32,
-        kv_heads: 8,
-        ffn: 14336,
-        tied: false,
-    };
-
     fn recipe(text: &str) -> Recipe {
         let head = "name: t\nbase: { path: b }\ndata: { train: d }\n";
         Recipe::parse(&format!("{head}{text}"), "t.yaml").unwrap()
@@ -330,7 +306,7 @@ mod tests {
     #[test]
     fn a_billion_parameters_take_eighteen_bytes_each_in_bf16_and_sixteen_in_fp32() {
         let exact = |text: &str| -> u64 {
-            let needs = Needs::new(&recipe(text), &MISTRAL_7B, 1).unwrap();
+            let needs = Needs::new(&recipe(text), &ModelShape::MISTRAL_7B, 1).unwrap();
             needs
                 .memory_per_rank
                 .iter()
@@ -350,7 +326,7 @@ mod tests {
     fn steps_and_tokens_are_the_plans() {
         let needs = Needs::new(
             &recipe("budget: { pretraining_tokens: 2T }"),
-            &MISTRAL_7B,
+            &ModelShape::MISTRAL_7B,
             128,
         )
         .unwrap();
@@ -375,7 +351,9 @@ mod tests {
                 .filter(|step| plan.checkpoint_due(*step))
                 .count() as u64;
             assert_eq!(
-                Needs::new(&recipe, &MISTRAL_7B, 1).unwrap().checkpoints,
+                Needs::new(&recipe, &ModelShape::MISTRAL_7B, 1)
+                    .unwrap()
+                    .checkpoints,
                 due,
                 "every {every}"
             );
@@ -384,7 +362,12 @@ mod tests {
 
     #[test]
     fn supra_on_mistral_takes_46_gflop_per_token() {
-        let needs = Needs::new(&recipe("budget: { tokens: 20B }"), &MISTRAL_7B, 1).unwrap();
+        let needs = Needs::new(
+            &recipe("budget: { tokens: 20B }"),
+            &ModelShape::MISTRAL_7B,
+            1,
+        )
+        .unwrap();
         assert!(
             (needs.flops_per_token - 46.4e9).abs() < 0.05e9,
             "{}",
@@ -396,7 +379,7 @@ mod tests {
     fn a_ring_of_one_sends_nothing_and_a_long_ring_twice_the_gradients() {
         let recipe = recipe("budget: { tokens: 20B }");
         let sent = |world| {
-            Needs::new(&recipe, &MISTRAL_7B, world)
+            Needs::new(&recipe, &ModelShape::MISTRAL_7B, world)
                 .unwrap()
                 .wire_bytes_per_rank_per_step
         };

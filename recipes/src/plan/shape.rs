@@ -147,9 +147,46 @@ impl ModelShape {
             .map(|head_dim| format!("head_dim {head_dim} is not supported, it must be hidden_size / heads = {expected}"))
     }
 
+    /// Mistral 7B.
+    pub const MISTRAL_7B: ModelShape = ModelShape {
+        vocab: 32000,
+        dim: 4096,
+        layers: 32,
+        heads: 32,
+        kv_heads: 8,
+        ffn: 14336,
+        tied: false,
+    };
+
+    /// Llama 2 7B.
+    pub const LLAMA2_7B: ModelShape = ModelShape {
+        kv_heads: 32,
+        ffn: 11008,
+        ..ModelShape::MISTRAL_7B
+    };
+
     /// Channels per head.
     pub fn head_dim(&self) -> u64 {
         self.dim / self.heads
+    }
+
+    /// Floating-point operations per token, forward and backward, nothing computed twice: six for every entry of every
+    /// matrix that a token meets, and for every product inside attention over `length` tokens in chunks of `chunk`.
+    pub fn flops_per_token(&self, attention: Attention, length: u64, chunk: u64) -> f64 {
+        let looked_up = if self.tied { 0 } else { self.vocab * self.dim };
+        let shared_map = match attention {
+            // Keys go through the queries' map.
+            Attention::Supra if self.kv_heads == self.heads => self.layers * self.dim * self.dim,
+            _ => 0,
+        };
+        let products_per_channel = match attention {
+            // Into and out of the state, and inside the chunk.
+            Attention::Supra => 2 * self.head_dim() + 2 * chunk,
+            // Scores and their use, half of which the causal mask drops.
+            Attention::Softmax => length,
+        };
+        let entries = self.parameters(attention, false) - looked_up + shared_map;
+        6.0 * (entries + self.layers * self.dim * products_per_channel) as f64
     }
 
     /// Parameters of the model with this kind of attention: for [`Attention::Supra`] with the dense feature map over all
@@ -182,6 +219,14 @@ impl ModelShape {
 mod tests {
     use super::*;
 
+    #[test]
+    fn both_7b_models_take_46_39_gflop_per_token() {
+        for shape in [ModelShape::MISTRAL_7B, ModelShape::LLAMA2_7B] {
+            let flops = shape.flops_per_token(Attention::Supra, 2048, 64);
+            assert!((flops / 46.39e9 - 1.0).abs() < 1e-3, "{shape:?}: {flops}");
+        }
+    }
+
     fn config(kv_heads: u64, ffn: u64) -> String {
         format!(
             r#"{{"architectures": ["MistralForCausalLM"], "vocab_size": 32000, "hidden_size": 4096,
@@ -197,6 +242,7 @@ mod tests {
     #[test]
     fn mistral_counts_as_released() {
         let mistral = shape(&config(8, 14336)).unwrap();
+        assert_eq!(mistral, ModelShape::MISTRAL_7B);
         assert_eq!(mistral.parameters(Attention::Softmax, false), 7_241_732_096);
         assert_eq!(mistral.parameters(Attention::Supra, false), 7_812_321_280);
     }
@@ -204,6 +250,7 @@ mod tests {
     #[test]
     fn llama_shares_one_feature_map() {
         let llama = shape(&config(32, 11008)).unwrap();
+        assert_eq!(llama, ModelShape::LLAMA2_7B);
         let added =
             llama.parameters(Attention::Supra, false) - llama.parameters(Attention::Softmax, false);
         assert_eq!(llama.parameters(Attention::Softmax, false), 6_738_415_616);

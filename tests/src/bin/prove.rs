@@ -66,7 +66,7 @@ fn prove(arguments: &Arguments) -> Result<()> {
             kills(arguments.quick).run(&programs, scratch.path())?,
         ),
         Campaign::Worlds => {
-            let steps = if arguments.quick { 20 } else { 60 };
+            let steps = if arguments.quick { 20 } else { 200 };
             (
                 worlds::ABOUT,
                 worlds::run(&programs, scratch.path(), steps)?,

@@ -6,6 +6,7 @@ use std::pin::Pin;
 use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::Signal::SIGXFSZ;
 use supra_proto::ClientError;
 use supra_proto::v1::CoordinatorMessage;
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -149,6 +150,9 @@ impl Controller {
                     Action::Void => self.tell(LinkControl::void),
                     Action::RequestStop => self.tell(LinkControl::request_stop),
                     Action::TellPublished(step) => self.tell(|control| control.published(step)),
+                    Action::TellLedgerHead(step, head) => {
+                        self.tell(|control| control.ledger_head(step, head));
+                    }
                     Action::Publish {
                         job,
                         step,
@@ -305,6 +309,8 @@ impl Stream {
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    /// Only caught: a write beyond the limit of file sizes is then an error that names its file, and no sudden end.
+    _file_size: Signal,
 }
 
 impl Signals {
@@ -318,6 +324,7 @@ impl Signals {
         Ok(Signals {
             terminate: listen(SignalKind::terminate())?,
             interrupt: listen(SignalKind::interrupt())?,
+            _file_size: listen(SignalKind::from_raw(SIGXFSZ as i32))?,
         })
     }
 

@@ -4,7 +4,7 @@
 //! thread the [`LinkControl`]. A test holds the other end itself and needs no coordinator.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
 use supra_proto::v1::{CheckpointWritten, Formed, LogLine, Phase, StepReport};
@@ -30,6 +30,8 @@ pub enum Report {
     Formed(Formed),
     /// A step is done.
     Step(StepReport),
+    /// A checkpoint of this step begins: the ledger's head is asked for.
+    CheckpointBegun(u64),
     /// A checkpoint is on disk and waits to be published.
     CheckpointWritten(CheckpointWritten),
     /// A line for `supra logs`.
@@ -51,10 +53,24 @@ pub struct Tagged {
 struct Shared {
     void: AtomicBool,
     stop: AtomicBool,
-    /// Last published step.
-    published: Mutex<Option<u64>>,
+    told: Mutex<Told>,
     changed: Condvar,
     abort: AbortHandle,
+}
+
+/// What the training loop may wait for.
+#[derive(Debug, Default)]
+struct Told {
+    /// Last published step.
+    published: Option<u64>,
+    /// A step and the ledger's head behind it.
+    ledger_head: Option<(u64, [u8; 32])>,
+}
+
+impl Shared {
+    fn told(&self) -> MutexGuard<'_, Told> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// The training loop's end. Cheap to clone; clones are the same line.
@@ -100,22 +116,32 @@ impl Link {
     /// Blocks until the checkpoint of `step` is published. Only for the rank that wrote it: the
     /// others learn of it from that rank.
     pub fn await_published(&self, step: u64) -> Result<(), Voided> {
-        let mut published = self
-            .shared
-            .published
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        self.await_told(|told| told.published.filter(|last| *last >= step).map(drop))
+    }
+
+    /// Begins a checkpoint of `step`, which this rank has reported: blocks until the coordinator
+    /// has heard of it from all ranks, and gives the head of the ledger behind it (rank 0 only).
+    pub fn ledger_head(&self, step: u64) -> Result<[u8; 32], Voided> {
+        self.send(Report::CheckpointBegun(step));
+        self.await_told(|told| {
+            let (known, head) = told.ledger_head?;
+            (known == step).then_some(head)
+        })
+    }
+
+    fn await_told<T>(&self, find: impl Fn(&Told) -> Option<T>) -> Result<T, Voided> {
+        let mut told = self.shared.told();
         loop {
             if self.void() {
                 return Err(Voided);
             }
-            if published.is_some_and(|last| last >= step) {
-                return Ok(());
+            if let Some(found) = find(&told) {
+                return Ok(found);
             }
-            published = self
+            told = self
                 .shared
                 .changed
-                .wait(published)
+                .wait(told)
                 .unwrap_or_else(PoisonError::into_inner);
         }
     }
@@ -163,11 +189,7 @@ impl LinkControl {
     pub fn void(&self) {
         {
             // Under the lock of the waiters, or one that has just looked would sleep on.
-            let _published = self
-                .shared
-                .published
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
+            let _told = self.shared.told();
             self.shared.void.store(true, Ordering::SeqCst);
             self.shared.changed.notify_all();
         }
@@ -181,12 +203,14 @@ impl LinkControl {
 
     /// Frees whoever waits for the publication of the checkpoint of `step`.
     pub fn published(&self, step: u64) {
-        let mut published = self
-            .shared
-            .published
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        *published = (*published).max(Some(step));
+        let mut told = self.shared.told();
+        told.published = told.published.max(Some(step));
+        self.shared.changed.notify_all();
+    }
+
+    /// Gives the head of the ledger behind `step` to whoever waits for it.
+    pub fn ledger_head(&self, step: u64, head: [u8; 32]) {
+        self.shared.told().ledger_head = Some((step, head));
         self.shared.changed.notify_all();
     }
 }
@@ -248,6 +272,16 @@ mod tests {
         control.published(6);
         control.published(7);
         assert_eq!(waiter.join().unwrap(), Ok(()));
+    }
+
+    #[test]
+    fn the_ledgers_head_is_asked_for_and_that_of_the_step_is_taken() {
+        let (link, control, mut reports) = pair();
+        let waiter = std::thread::spawn(move || link.ledger_head(7));
+        assert_eq!(reports.recv(), Some(Report::CheckpointBegun(7)));
+        control.ledger_head(6, [6; 32]);
+        control.ledger_head(7, [7; 32]);
+        assert_eq!(waiter.join().unwrap(), Ok([7; 32]));
     }
 
     #[test]

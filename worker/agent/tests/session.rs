@@ -8,8 +8,8 @@ use supra_agent::{FaultKind, Formed, Outcome, Phase};
 use supra_proto::v1::coordinator_message::Body as Down;
 use supra_proto::v1::worker_message::Body as Up;
 use supra_proto::v1::{
-    Assignment, CheckpointWritten, CoordinatorMessage, Goodbye, PublishCheckpoint, Refusal,
-    RestoreFrom, StepReport, StopAfterStep, Void, Welcome,
+    Assignment, CheckpointWritten, CoordinatorMessage, Goodbye, LedgerHead, PublishCheckpoint,
+    Refusal, RestoreFrom, StepReport, StopAfterStep, Void, Welcome,
 };
 
 use crate::coordinator::RECIPE;
@@ -114,6 +114,7 @@ fn show(action: &Action) -> String {
         Action::Publish {
             job, step, path, ..
         } => format!("publish {path} step {step} for job {job}"),
+        Action::TellLedgerHead(step, _) => format!("tell the ledger's head of {step}"),
         Action::TellPublished(step) => format!("tell published {step}"),
         Action::End(exit) => format!("end {exit:?}"),
         Action::Die(exit) => format!("die {exit:?}"),
@@ -130,6 +131,7 @@ fn show_body(body: &Up) -> String {
         ),
         Up::Formed(_) => "formed".to_owned(),
         Up::Step(step) => format!("step {}", step.step),
+        Up::CheckpointBegun(begun) => format!("begun {}", begun.step),
         Up::CheckpointWritten(written) => format!("written {}", written.path),
         Up::CheckpointPublished(published) => format!("published {}", published.step),
         Up::Fault(fault) => format!("{:?} fault {:?}", fault.kind(), fault.message),
@@ -362,6 +364,26 @@ fn a_checkpoint_is_published_when_it_is_journalled() {
         bench.says(1, publish(8)),
         ["published 8 of run/1"],
         "a repeat is told again"
+    );
+}
+
+#[test]
+fn the_ledgers_head_is_asked_for_and_handed_on() {
+    let mut bench = Bench::working();
+    let asked = bench.hears(1, Report::CheckpointBegun(8));
+    assert_eq!(asked, ["begun 8 of run/1"]);
+    let head = |length: usize| {
+        Down::LedgerHead(LedgerHead {
+            step: 8,
+            hash: vec![7; length],
+        })
+    };
+    assert_eq!(bench.says(2, head(32)), [""; 0], "another generation's");
+    assert_eq!(bench.says(1, head(32)), ["tell the ledger's head of 8"]);
+    let actions = bench.says(1, head(31));
+    assert!(
+        actions[0].contains("31 bytes") && actions[1] == "void",
+        "{actions:?}"
     );
 }
 

@@ -13,7 +13,7 @@ use crate::model::ModelError;
 /// Why a checkpoint cannot be written or read.
 #[derive(Debug, Error)]
 pub enum CheckpointError {
-    /// The storage has too little room.
+    /// The storage has too little room: nothing was begun.
     #[error(
         "no room for the checkpoint at {path}: it needs {needed} bytes, {free} are free. Free some, lower \
          checkpoint.keep, or move checkpoint.to"
@@ -26,15 +26,28 @@ pub enum CheckpointError {
         /// Bytes left on the storage.
         free: u64,
     },
+    /// The room ran out while the checkpoint was written: another writer, a quota, a limit of the process.
+    #[error(
+        "cannot write {path}: {cause}; {free} bytes are free there. Free some room or raise the quota or the limit of \
+         file sizes (`ulimit -f`), lower checkpoint.keep, or move checkpoint.to"
+    )]
+    RanOut {
+        /// The file that could not be written to its end.
+        path: PathBuf,
+        /// Bytes left on the storage.
+        free: u64,
+        /// The system's reason.
+        cause: io::Error,
+    },
     /// The storage refuses to be written.
     #[error(
-        "cannot write {path}: {source}. checkpoint.to has to be a directory that the worker may write to"
+        "cannot write {path}: {cause}. checkpoint.to has to be a directory that the worker may write to"
     )]
     NotWritable {
         /// What could not be written.
         path: PathBuf,
         /// The system's reason.
-        source: io::Error,
+        cause: io::Error,
     },
     /// Anything else that the system refuses.
     #[error("cannot {action} {path}: {source}")]
@@ -85,15 +98,21 @@ impl CheckpointError {
     pub(super) fn writing(path: &Path, source: io::Error) -> CheckpointError {
         let path = path.to_owned();
         match source.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => CheckpointError::Full {
+            io::ErrorKind::StorageFull
+            | io::ErrorKind::QuotaExceeded
+            | io::ErrorKind::FileTooLarge => CheckpointError::RanOut {
                 free: super::store::free_bytes(&path).unwrap_or(0),
-                needed: 0,
                 path,
+                cause: source,
             },
             io::ErrorKind::ReadOnlyFilesystem
             | io::ErrorKind::PermissionDenied
+            | io::ErrorKind::NotFound
             | io::ErrorKind::NotADirectory
-            | io::ErrorKind::AlreadyExists => CheckpointError::NotWritable { path, source },
+            | io::ErrorKind::AlreadyExists => CheckpointError::NotWritable {
+                path,
+                cause: source,
+            },
             _ => CheckpointError::Io {
                 action: "write",
                 path,
@@ -102,13 +121,11 @@ impl CheckpointError {
         }
     }
 
-    /// The same error, with what the whole checkpoint needs if there was no room for it.
-    pub(super) fn needing(self, needed: u64) -> CheckpointError {
-        match self {
-            CheckpointError::Full { path, free, .. } => {
-                CheckpointError::Full { path, needed, free }
-            }
-            other => other,
+    /// Wraps an error of putting configuration and tokenizer beside the weights.
+    pub(super) fn companions(error: ModelError) -> CheckpointError {
+        match error {
+            ModelError::Io { path, source, .. } => CheckpointError::writing(&path, source),
+            other => CheckpointError::Model(other),
         }
     }
 
@@ -131,6 +148,7 @@ impl CheckpointError {
     pub fn fault_kind(&self) -> FaultKind {
         match self {
             CheckpointError::Full { .. }
+            | CheckpointError::RanOut { .. }
             | CheckpointError::Io { .. }
             | CheckpointError::Model(_) => FaultKind::Transient,
             _ => FaultKind::Input,

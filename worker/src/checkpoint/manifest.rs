@@ -34,6 +34,10 @@ pub struct Manifest {
     pub seeds: Seeds,
     /// BLAKE3 of masters, moments and update counter, as `Formed` and step reports state it, hexadecimal.
     pub replica_hash: String,
+    /// BLAKE3 head of the run's ledger behind this step, hexadecimal: a ledger that lost its end after this shows.
+    /// Empty in checkpoints of the builds that did not ask for it.
+    #[serde(default)]
+    pub ledger_head: String,
     /// The resolved recipe, YAML.
     pub recipe: String,
     /// BLAKE3 of the training data's manifest, hexadecimal.

@@ -67,7 +67,6 @@ pub fn write(root: &Path, contents: Contents) -> Result<Receipt, CheckpointError
             manifest_hash,
         }),
         Err(error) => {
-            let error = error.needing(needed);
             let _ = fs::remove_dir_all(&dir);
             Err(error)
         }
@@ -210,8 +209,10 @@ impl Writer<'_> {
 
     /// What makes the directory a model directory: configuration and tokenizer.
     fn side_files(&mut self, config: &ModelConfig, base: &Path) -> Result<(), CheckpointError> {
-        config.save(self.dir)?;
-        copy_companions(base, self.dir)?;
+        config
+            .save(self.dir)
+            .and_then(|()| copy_companions(base, self.dir))
+            .map_err(CheckpointError::companions)?;
         let entries =
             fs::read_dir(self.dir).map_err(|source| CheckpointError::writing(self.dir, source))?;
         for entry in entries {

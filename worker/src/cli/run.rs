@@ -11,7 +11,7 @@ use supra_agent::{
     Exit, WorkerOptions, run_worker,
     supervisor::{self, Role},
 };
-use supra_proto::Token;
+use supra_proto::{BUILD, Token};
 
 use super::{
     failure::Failure,
@@ -79,10 +79,10 @@ impl Run {
             advertise: self.advertise,
             token,
             birth,
-            ..WorkerOptions::new(self.coordinator, device.to_string(), supra_worker::BUILD)
+            ..WorkerOptions::new(self.coordinator, device.to_string(), BUILD)
         };
         let exit = run_worker(options, |job| {
-            supra_worker::trainer::train(job, &place, supra_worker::BUILD)
+            supra_worker::trainer::train(job, &place, BUILD)
         })
         .map_err(|error| Failure::with_code(error.exit_code(), &error))?;
         if let Exit::Refused(reason) = &exit {

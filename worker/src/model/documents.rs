@@ -21,7 +21,7 @@ impl Documents {
         let mut segments = Vec::with_capacity(rows.len() * tokens);
         for starts in rows {
             let mut upcoming = starts.iter().map(|&start| start as usize).peekable();
-            let (mut segment, mut begin) = (0, 0);
+            let (mut segment, mut begin) = (0i64, 0);
             for token in 0..tokens {
                 while let Some(start) = upcoming.next_if(|&start| start <= token) {
                     segment += 1;

@@ -95,7 +95,7 @@ pub enum ModelError {
     },
     /// NaN or infinity among the weights.
     #[error(
-        "{path}: tensor `{tensor}` holds {count} values that are NaN or infinite; the weights are damaged"
+        "{path}: tensor `{tensor}` holds {count} values that are NaN or infinite; the weights are damaged: copy or download them again"
     )]
     NonFinite {
         /// The file.

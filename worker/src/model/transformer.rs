@@ -69,30 +69,11 @@ impl Transformer {
         self.head(params, &x_btd)
     }
 
-    /// Summed loss of a micro-batch, plus `z_loss` times the sum of squared log-normalizers. `stop` is asked before every
-    /// block; none if it said so.
-    pub fn loss_sum(
-        &self,
-        params: &Params,
-        input: &LossInput,
-        z_loss: f64,
-        stop: &dyn Fn() -> bool,
-    ) -> Option<LossSum> {
-        let plan = self.plan(params, &input.inputs_bt, input.documents.as_ref());
-        let mut x_btd = self.embed(params, &input.inputs_bt);
-        for layer in 0..self.config.layers {
-            if stop() {
-                return None;
-            }
-            x_btd = self.block(params, layer, &plan, &x_btd);
-        }
-        let logits_btv = self.head(params, &x_btd);
-        Some(loss::loss_sum(
-            &logits_btv,
-            &input.targets_bt,
-            &input.mask_bt,
-            z_loss,
-        ))
+    /// Summed loss of a micro-batch, plus `z_loss` times the sum of squared log-normalizers. Evaluation and tests use it;
+    /// training has [`crate::step`].
+    pub fn loss_sum(&self, params: &Params, input: &LossInput, z_loss: f64) -> LossSum {
+        let logits_btv = self.logits(params, &input.inputs_bt, input.documents.as_ref());
+        loss::loss_sum(&logits_btv, &input.targets_bt, &input.mask_bt, z_loss)
     }
 
     /// Reads a prompt: logits [B, T, V] of ids [B, T], and the state after them.
@@ -202,7 +183,7 @@ impl Transformer {
             &slopes_h,
             supra.chunk,
             tokens,
-            documents,
+            documents.map(|documents| &documents.segments_bt),
             (accumulate_kind(kind), device),
         ))
     }

@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use crate::model::ParamSpec;
+use crate::model::{ParamSpec, Params};
 
 /// One parameter's place.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,6 +70,12 @@ impl Layout {
     /// All parameters in flat order.
     pub fn slots(&self) -> &[Slot] {
         &self.slots
+    }
+
+    /// The parameters as parts of a flat buffer, by name, sharing its storage.
+    pub fn views(&self, flat: &Tensor) -> Params {
+        let view = |slot: &Slot| (slot.name.clone(), slot.view(flat));
+        Params::new(self.slots.iter().map(view).collect())
     }
 
     /// Elements of the first segment, which weight decay shrinks.

@@ -1,7 +1,8 @@
 //! One rank's copy of everything that training changes.
 //!
 //! fp32 masters, both moments and the gradient are flat buffers of one [`Layout`]. The model computes
-//! on *leaves*: views of the masters (fp32), or of a bf16 copy of them that each update refreshes.
+//! on views of the masters (fp32), or of a bf16 copy of them that each update refreshes, and adds its
+//! gradients to views of the gradient.
 
 use tch::{Device, Kind, Tensor};
 
@@ -26,8 +27,8 @@ pub struct Replica {
     pub updates: u64,
     /// The rounded masters, where the model does not compute in fp32.
     compute: Option<Tensor>,
-    leaves: Vec<Tensor>,
     params: Params,
+    gradients: Params,
 }
 
 impl Replica {
@@ -37,27 +38,17 @@ impl Replica {
         let masters = masters.to_device(device).to_kind(Kind::Float).contiguous();
         let zeros = || Tensor::zeros([layout.elements()], (Kind::Float, device));
         let compute = (precision != Kind::Float).then(|| masters.to_kind(precision));
-        let flat = compute.as_ref().unwrap_or(&masters);
-        let leaves: Vec<Tensor> = layout
-            .slots()
-            .iter()
-            .map(|slot| slot.view(flat).detach().set_requires_grad(true))
-            .collect();
-        let named = layout
-            .slots()
-            .iter()
-            .zip(&leaves)
-            .map(|(slot, leaf)| (slot.name.clone(), leaf.shallow_clone()));
+        let gradient = zeros();
         Replica {
-            params: Params::new(named.collect()),
+            params: layout.views(compute.as_ref().unwrap_or(&masters)),
+            gradients: layout.views(&gradient),
             exp_avg: zeros(),
             exp_avg_sq: zeros(),
-            gradient: zeros(),
+            gradient,
             updates: 0,
             layout,
             masters,
             compute,
-            leaves,
         }
     }
 
@@ -71,24 +62,14 @@ impl Replica {
         &self.params
     }
 
+    /// Where the model adds the gradient of each parameter: views of [`gradient`](Replica::gradient).
+    pub fn gradients(&self) -> &Params {
+        &self.gradients
+    }
+
     /// Forgets the gradient: a new step begins.
     pub fn zero_gradient(&mut self) {
         let _ = self.gradient.zero_();
-    }
-
-    /// Runs the backward pass of a summed loss and adds its gradient in fp32.
-    pub fn accumulate(&mut self, loss_sum: &Tensor) {
-        let gradients = Tensor::run_backward(&[loss_sum], &self.leaves, false, false);
-        tch::no_grad(|| {
-            for (slot, gradient) in self.layout.slots().iter().zip(gradients) {
-                // A parameter that the loss does not reach has no gradient at all.
-                if gradient.defined() {
-                    let _ = slot
-                        .view(&self.gradient)
-                        .g_add_(&gradient.to_kind(Kind::Float));
-                }
-            }
-        });
     }
 
     /// Replaces the gradient by its sum over all ranks. The result has the same bits on all.
@@ -107,7 +88,7 @@ impl Replica {
     /// Rounds the masters again for the model, after they changed.
     pub fn refresh(&mut self) {
         if let Some(compute) = &mut self.compute {
-            tch::no_grad(|| compute.copy_(&self.masters));
+            compute.copy_(&self.masters);
         }
     }
 
@@ -151,14 +132,11 @@ mod tests {
     }
 
     #[test]
-    fn gradients_add_up_and_unused_parameters_have_none() {
+    fn gradients_of_parameters_are_parts_of_the_flat_one() {
         let mut replica = replica();
-        for _ in 0..2 {
-            let loss = replica.params().get("a").square().sum(Kind::Float);
-            replica.accumulate(&loss);
-        }
+        let _ = replica.gradients().get("a").shallow_clone().fill_(2.0);
         let gradient = Vec::<f32>::try_from(&replica.gradient).unwrap();
-        assert_eq!(gradient, [0.0, 4.0, 8.0, 12.0, 0.0, 0.0, 0.0]);
+        assert_eq!(gradient, [2.0, 2.0, 2.0, 2.0, 0.0, 0.0, 0.0]);
         replica.zero_gradient();
         assert_eq!(replica.gradient_norm(), 0.0);
     }

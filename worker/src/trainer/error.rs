@@ -8,6 +8,7 @@ use thiserror::Error;
 use crate::{
     checkpoint::{CheckpointError, store::ProbeError},
     collective::DeviceCollectiveError,
+    kernels::KernelError,
     model::ModelError,
 };
 
@@ -35,13 +36,17 @@ pub enum TrainError {
     /// A checkpoint cannot be written or read.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The GPU's kernels cannot be compiled, loaded or launched.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
     /// Recipe, data, base or checkpoint do not fit each other.
     #[error("{0}")]
     Mismatch(String),
     /// Loss or gradient was not finite too often.
     #[error(
-        "loss or gradient was not finite in {steps} steps in a row, up to step {step} (loss sum {loss_sum}, gradient \
-         norm {grad_norm}). Look for broken samples or weights, or lower optimizer.lr; nonfinite.max allows more"
+        "loss or gradient was not finite in {steps} steps in a row, up to step {step} (loss sum {loss_sum} over \
+         {targets} targets, gradient norm {grad_norm}). Look for broken samples or weights, or lower optimizer.lr; \
+         documents of one token have no targets; nonfinite.max allows more"
     )]
     Diverged {
         /// Skipped steps in a row.
@@ -50,6 +55,8 @@ pub enum TrainError {
         step: u64,
         /// Its loss.
         loss_sum: f64,
+        /// What the loss is summed over.
+        targets: u64,
         /// Its gradient norm.
         grad_norm: f64,
     },
@@ -68,6 +75,7 @@ impl TrainError {
             TrainError::Void(_)
             | TrainError::Collective(_)
             | TrainError::Devices(_)
+            | TrainError::Kernel(_)
             | TrainError::NoBatch { .. } => FaultKind::Transient,
             TrainError::Checkpoint(error) => error.fault_kind(),
             TrainError::Data(_)

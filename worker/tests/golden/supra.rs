@@ -2,8 +2,11 @@
 
 use supra_worker::model::attention::decay::gammas;
 use supra_worker::model::norm::head_norm;
-use supra_worker::model::{Params, State, Transformer};
+use supra_worker::model::{LossInput, Params, State, Transformer};
+use supra_worker::step::Policy;
 use tch::{Device, Kind, Tensor};
+
+use crate::network::{self, leaves, map};
 
 use super::each;
 use super::fixture::{Family, Fixture};
@@ -332,52 +335,66 @@ fn golden_supra_gradients_fp32() {
 }
 
 fn check_gradients_of_all_forms(fixture: &Fixture, kind: Kind) {
+    let weights = fixture.params(kind);
     let tokens = fixture.get("input_ids").size()[1];
     let chunks = [1, 16, tokens].map(How::Chunks);
     for how in [How::Parallel, How::Recurrent].into_iter().chain(chunks) {
-        check_gradients(fixture, kind, how, tokens);
+        let gradients = autograd(fixture, &weights, how, tokens);
+        check_gradients(fixture, &format!("{how:?}"), &weights, &gradients);
+    }
+    for how in chunks {
+        let gradients = by_hand(fixture, &weights, how, tokens);
+        check_gradients(fixture, &format!("{how:?} by hand"), &weights, &gradients);
     }
 }
 
-fn check_gradients(fixture: &Fixture, kind: Kind, how: How, tokens: i64) {
-    let values = fixture.params(kind);
-    let leaf = |tensor: &Tensor| tensor.copy().set_requires_grad(true);
-    let params = Params::new(
-        values
-            .iter()
-            .map(|(name, tensor)| (name.to_owned(), leaf(tensor)))
-            .collect(),
-    );
-    mean_loss(fixture, &logits(fixture, &params, how, tokens - 1), false).backward();
+/// Gradients of the mean loss, by autograd.
+fn autograd(fixture: &Fixture, weights: &Params, how: How, tokens: i64) -> Params {
+    let leaves = leaves(weights);
+    mean_loss(fixture, &logits(fixture, &leaves, how, tokens - 1), false).backward();
+    map(&leaves, Tensor::grad)
+}
 
-    let mut verdict = Verdict::new(format!("{} {kind:?} {how:?}", fixture.name()));
+/// The same by the training step.
+fn by_hand(fixture: &Fixture, weights: &Params, how: How, tokens: i64) -> Params {
+    let (ids, pairs) = (fixture.get("input_ids"), tokens - 1);
+    let input = LossInput {
+        inputs_bt: ids.narrow(1, 0, pairs),
+        targets_bt: ids.narrow(1, 1, pairs),
+        mask_bt: Tensor::ones([ids.size()[0], pairs], (Kind::Bool, Device::Cpu)),
+        documents: fixture.documents(0, pairs),
+    };
+    let config = model(&fixture.config, how).config().clone();
+    let (_, gradients) = network::by_hand(&config, weights, &input, 0.0, Policy::Lean);
+    let targets = input.targets_bt.numel() as f64;
+    map(&gradients, |gradient| gradient / targets)
+}
+
+fn check_gradients(fixture: &Fixture, how: &str, weights: &Params, gradients: &Params) {
+    let kind = weights.kind();
+    let mut verdict = Verdict::new(format!("{} {kind:?} {how}", fixture.name()));
     let stored = fixture.names("grad.");
     assert!(!stored.is_empty());
     for name in &stored {
-        let (found, golden) = (
-            params.get(name).grad(),
-            fixture.get(&format!("grad.{name}")),
-        );
+        let (found, golden) = (gradients.get(name), fixture.get(&format!("grad.{name}")));
         match kind {
             Kind::Double => {
-                verdict.bound(&format!("grad.{name}"), max_relative(&found, &golden), 1e-6)
+                verdict.bound(&format!("grad.{name}"), max_relative(found, &golden), 1e-6)
             }
-            _ => verdict.bound(&format!("grad.{name}"), l2_relative(&found, &golden), 1e-4),
+            _ => verdict.bound(&format!("grad.{name}"), l2_relative(found, &golden), 1e-4),
         }
     }
     assert_eq!(
         fixture.names("grad_stats.").len(),
-        params.len(),
+        weights.len(),
         "gradient statistics of every tensor"
     );
-    for (name, weight) in params.iter().filter(|_| kind == Kind::Double) {
+    for (name, weight) in weights.iter().filter(|_| kind == Kind::Double) {
         let golden = Vec::<f64>::try_from(fixture.get(&format!("grad_stats.{name}"))).unwrap();
-        let gradient = weight.grad();
+        let gradient = gradients.get(name);
         let norm = gradient.norm().double_value(&[]);
-        let sum = (&gradient * weight.detach())
-            .sum(Kind::Double)
-            .double_value(&[]);
-        let scale = golden[0] * weight.detach().norm().double_value(&[]);
+        let sum = (gradient * weight).sum(Kind::Double).double_value(&[]);
+        let scale = golden[0] * weight.norm().double_value(&[]);
         verdict.bound(
             &format!("norm of grad.{name}"),
             relative(norm, golden[0]),

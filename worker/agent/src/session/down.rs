@@ -3,7 +3,9 @@
 use std::time::{Duration, Instant};
 
 use supra_proto::v1::coordinator_message::Body as Down;
-use supra_proto::v1::{CoordinatorMessage, FaultKind, LeftReason, Phase, PublishCheckpoint};
+use supra_proto::v1::{
+    CoordinatorMessage, FaultKind, LedgerHead, LeftReason, Phase, PublishCheckpoint,
+};
 
 use super::{Action, Actions, Current, Heartbeats, Session, Stage};
 use crate::place::Place;
@@ -57,7 +59,8 @@ impl Session {
             }
             Down::Stop(_) => self.on_stop(&run, generation, actions),
             Down::Publish(publish) if mine => self.on_publish(&publish, now, actions),
-            Down::Publish(_) => {}
+            Down::LedgerHead(head) if mine => self.on_ledger_head(&head, now, actions),
+            Down::Publish(_) | Down::LedgerHead(_) => {}
         }
     }
 
@@ -143,6 +146,16 @@ impl Session {
             .filter(|n| n.run == run && n.generation == generation)
         {
             next.stop = true;
+        }
+    }
+
+    fn on_ledger_head(&mut self, head: &LedgerHead, now: Instant, actions: &mut Actions) {
+        match head.hash.as_slice().try_into() {
+            Ok(hash) => actions.push(Action::TellLedgerHead(head.step, hash)),
+            Err(_) => {
+                let message = format!("was given a ledger head of {} bytes", head.hash.len());
+                self.fail(FaultKind::Transient, message, now, actions);
+            }
         }
     }
 

@@ -86,6 +86,8 @@ pub enum Action {
     },
     /// Tell the job that was started last that its checkpoint is published.
     TellPublished(u64),
+    /// Give the job that was started last the ledger's head behind a step.
+    TellLedgerHead(u64, [u8; 32]),
     /// End the worker: the training loop is idle.
     End(Exit),
     /// End the process: the training loop does not come back. With an exit when the worker was about

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use supra_proto::v1::worker_message::Body as Up;
-use supra_proto::v1::{CheckpointPublished, FaultKind, LeftReason, Phase};
+use supra_proto::v1::{CheckpointBegun, CheckpointPublished, FaultKind, LeftReason, Phase};
 
 use super::{Action, Actions, Session, Stage};
 use crate::job::Outcome;
@@ -27,6 +27,9 @@ impl Session {
             Report::Phase(phase, step) => self.set_phase(phase, step, now),
             Report::Formed(formed) => self.send_for_current(Up::Formed(formed), actions),
             Report::Step(step) => self.send_for_current(Up::Step(step), actions),
+            Report::CheckpointBegun(step) => {
+                self.send_for_current(Up::CheckpointBegun(CheckpointBegun { step }), actions);
+            }
             Report::CheckpointWritten(written) => {
                 current.written = Some(written.clone());
                 self.send_for_current(Up::CheckpointWritten(written), actions);

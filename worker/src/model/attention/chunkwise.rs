@@ -19,7 +19,6 @@
 use tch::{Device, Kind, Tensor};
 
 use super::decay::{ages, powers};
-use crate::model::Documents;
 
 /// The decay tables of a batch, shared by all blocks. `x` stands for 1 without documents, for B with them.
 #[derive(Debug)]
@@ -38,12 +37,13 @@ pub struct Chunkwise {
 }
 
 impl Chunkwise {
-    /// For rows of `tokens` tokens in chunks of `chunk`; computes in `kind`.
+    /// For rows of `tokens` tokens in chunks of `chunk`, with the segments [B, T] of documents if there are any; computes
+    /// in `kind`.
     pub fn new(
         slopes_h: &[f64],
         chunk: i64,
         tokens: i64,
-        documents: Option<&Documents>,
+        segments_bt: Option<&Tensor>,
         (kind, device): (Kind, Device),
     ) -> Chunkwise {
         let chunk = chunk.min(tokens);
@@ -69,16 +69,15 @@ impl Chunkwise {
             exit: table(&to_exit_nc).unsqueeze(-1).to_kind(kind),
             carry: table(&between).tril(0).to_kind(kind),
         };
-        match documents {
-            Some(documents) => tables.cut_at(documents),
+        match segments_bt {
+            Some(segments_bt) => tables.cut_at(segments_bt),
             None => tables,
         }
     }
 
     /// Takes out everything that would cross the start of a document.
-    fn cut_at(self, documents: &Documents) -> Chunkwise {
+    fn cut_at(self, segments_bt: &Tensor) -> Chunkwise {
         let (n, c) = (self.chunks, self.chunk);
-        let segments_bt = &documents.segments_bt;
         let b = segments_bt.size()[0];
         let last = segments_bt
             .narrow(1, self.tokens - 1, 1)
@@ -107,19 +106,44 @@ impl Chunkwise {
     /// o [B, H, T, e] of q, k [B, H, T, d] and v [B, H, T, e]; k already scaled.
     pub fn mix(&self, q_bhtd: &Tensor, k_bhtd: &Tensor, v_bhte: &Tensor) -> Tensor {
         let (q, k, v) = (self.cut(q_bhtd), self.cut(k_bhtd), self.cut(v_bhte));
-        let inside = self.inside(&q, &k, &v);
-        if self.chunks == 1 {
-            return self.join(inside);
+        let mut o = self.inside(&q, &k, &v);
+        if self.chunks > 1 {
+            let _ = o.g_add_(&(q * &self.entry).matmul(&self.states(&k, &v)));
         }
-        // The first chunk enters with nothing, and nobody reads what the last one leaves.
-        let between = self.chunks - 1;
-        let carry = self.carry.narrow(2, 1, between).narrow(3, 1, between);
-        let states = hand_on(&carry, &self.leave(&k, &v).narrow(2, 0, between));
-        let read = (q * &self.entry).narrow(2, 1, between).matmul(&states);
-        self.join(inside + read.constant_pad_nd([0, 0, 0, 0, 1, 0].as_slice()))
+        self.join(&o)
     }
 
-    /// The same, going on from the state S_0 [B, H, d, e] before the row; also returns the state after it.
+    /// Gradients of q, k, v from that of [`mix`](Chunkwise::mix)'s result, of the same shapes. With P = (Q K^T) * M_C,
+    /// dP = (dO V^T) * M_C, S the entry states, U what chunks leave, and their gradients dS and dU:
+    ///
+    ///     dQ = dP K   + diag(gamma^i) dO S^T
+    ///     dK = dP^T Q + diag(gamma^(C-i)) V dU^T
+    ///     dV = P^T dO + diag(gamma^(C-i)) K dU
+    ///     dS = (diag(gamma^i) Q)^T dO, handed back to dU as U was handed on to S.
+    pub fn mix_backward(
+        &self,
+        [q_bhtd, k_bhtd, v_bhte]: [&Tensor; 3],
+        do_bhte: &Tensor,
+    ) -> [Tensor; 3] {
+        let (q, k, v) = (self.cut(q_bhtd), self.cut(k_bhtd), self.cut(v_bhte));
+        let d_o = self.cut(do_bhte);
+        let weights = self.weights(&q, &k);
+        let dweights = self.weights(&d_o, &v);
+        let mut dq = dweights.matmul(&k);
+        let mut dk = dweights.transpose(-2, -1).matmul(&q);
+        let mut dv = weights.transpose(-2, -1).matmul(&d_o);
+        if self.chunks > 1 {
+            let states = self.states(&k, &v);
+            let dstates = (q * &self.entry).transpose(-2, -1).matmul(&d_o);
+            let dleft = hand_on(&self.to_entries().transpose(-2, -1), &dstates);
+            let _ = dq.addcmul_(&d_o.matmul(&states.transpose(-2, -1)), &self.entry);
+            let _ = dk.addcmul_(&v.matmul(&dleft.transpose(-2, -1)), &self.exit);
+            let _ = dv.g_add_(&(k * &self.exit).matmul(&dleft));
+        }
+        [dq, dk, dv].map(|x| self.join(&x))
+    }
+
+    /// [`mix`](Chunkwise::mix) going on from the state S_0 [B, H, d, e] before the row; also returns the state after it.
     pub fn mix_from(
         &self,
         q_bhtd: &Tensor,
@@ -132,7 +156,7 @@ impl Chunkwise {
         let states = hand_on(&self.carry, &left);
         let read = (&q * &self.entry).matmul(&states.narrow(2, 0, self.chunks));
         (
-            self.join(self.inside(&q, &k, &v) + read),
+            self.join(&(self.inside(&q, &k, &v) + read)),
             states.select(2, self.chunks),
         )
     }
@@ -151,13 +175,32 @@ impl Chunkwise {
     }
 
     /// [B, H, N, C, e] back to [B, H, T, e].
-    fn join(&self, o_bhnce: Tensor) -> Tensor {
+    fn join(&self, o_bhnce: &Tensor) -> Tensor {
         o_bhnce.flatten(2, 3).narrow(2, 0, self.tokens)
     }
 
     /// What tokens have of those in their own chunk: ((Q K^T) * M_C) V.
     fn inside(&self, q_bhncd: &Tensor, k_bhncd: &Tensor, v_bhnce: &Tensor) -> Tensor {
-        (q_bhncd.matmul(&k_bhncd.transpose(-2, -1)) * &self.within).matmul(v_bhnce)
+        self.weights(q_bhncd, k_bhncd).matmul(v_bhnce)
+    }
+
+    /// (Q K^T) * M_C: [B, H, N, C, C].
+    fn weights(&self, q_bhncd: &Tensor, k_bhncd: &Tensor) -> Tensor {
+        q_bhncd
+            .matmul(&k_bhncd.transpose(-2, -1))
+            .g_mul_(&self.within)
+    }
+
+    /// S [B, H, N, d, e]: the state on entry to each chunk. The first enters with nothing.
+    fn states(&self, k_bhncd: &Tensor, v_bhnce: &Tensor) -> Tensor {
+        hand_on(&self.to_entries(), &self.leave(k_bhncd, v_bhnce))
+    }
+
+    /// The part of `carry` that leads from what chunks leave to entry states: [x, H, N, N], strictly lower triangular.
+    fn to_entries(&self) -> Tensor {
+        self.carry
+            .narrow(2, 0, self.chunks)
+            .narrow(3, 1, self.chunks)
     }
 
     /// U [B, H, N, d, e]: what each chunk alone leaves in the state at its end.

@@ -44,9 +44,10 @@ pub fn queries_keys_values(
         .linear(params.in_proj, None::<&Tensor>)
         .split_with_sizes([h * d, kv * d, kv * d].as_slice(), -1);
     let [q, k, v] = [&projected[0], &projected[1], &projected[2]];
-    let v_bhte = repeat_heads(v, config);
+    let repeated = |x_btx: &Tensor| repeat_heads(&heads_first(x_btx, kv), h);
+    let v_bhte = repeated(v);
     let Some(features) = &params.features else {
-        let (q_bhtd, k_bhtd) = (heads_first(q, h), repeat_heads(k, config));
+        let (q_bhtd, k_bhtd) = (heads_first(q, h), repeated(k));
         return (
             rotary.rotate(&q_bhtd, 1.0),
             rotary.rotate(&k_bhtd, 1.0),
@@ -55,13 +56,11 @@ pub fn queries_keys_values(
     };
     let (q, k) = (features.query.apply(q), features.key.apply(k));
     let (q_bhtd, k_bhtd) = match features.norms {
-        None => (heads_first(&q, h), repeat_heads(&k, config)),
+        None => (heads_first(&q, h), repeated(&k)),
         // One norm over all H d channels of a token, keys already repeated.
         Some((query_gain, key_gain)) => {
             let (b, t) = (x_btd.size()[0], x_btd.size()[1]);
-            let k = repeat_heads(&k, config)
-                .transpose(1, 2)
-                .reshape([b, t, h * d]);
+            let k = repeated(&k).transpose(1, 2).reshape([b, t, h * d]);
             let norm =
                 |x: &Tensor, gain: &Tensor| heads_first(&rms_norm(x, gain, config.norm_eps), h);
             (norm(&q, query_gain), norm(&k, key_gain))
@@ -80,15 +79,15 @@ fn heads_first(x: &Tensor, heads: i64) -> Tensor {
     x.reshape([b, t, heads, -1]).transpose(1, 2)
 }
 
-/// [B, T, K d] to [B, H, T, d]: each key/value head once for every query head that reads it.
-fn repeat_heads(x: &Tensor, config: &ModelConfig) -> Tensor {
-    let x_bktd = heads_first(x, config.kv_heads);
-    if config.group() == 1 {
-        return x_bktd;
+/// [B, K, T, d] to [B, H, T, d]: each key/value head once for every query head that reads it.
+pub fn repeat_heads(x_bktd: &Tensor, heads: i64) -> Tensor {
+    let size = x_bktd.size();
+    let (b, kv, t, d) = (size[0], size[1], size[2], size[3]);
+    if kv == heads {
+        return x_bktd.shallow_clone();
     }
-    let (b, t, d) = (x_bktd.size()[0], x_bktd.size()[2], x_bktd.size()[3]);
-    let grouped = x_bktd
+    x_bktd
         .unsqueeze(2)
-        .expand([b, config.kv_heads, config.group(), t, d], false);
-    grouped.reshape([b, config.heads, t, d])
+        .expand([b, kv, heads / kv, t, d], false)
+        .reshape([b, heads, t, d])
 }

@@ -48,6 +48,11 @@ impl Rotary {
         }
     }
 
+    /// Cosines and sines as [x, T, d/2]: x is B, or 1 if one row serves all.
+    pub fn tables(&self) -> (Tensor, Tensor) {
+        (self.cos_b1tp.squeeze_dim(1), self.sin_b1tp.squeeze_dim(1))
+    }
+
     /// Turns queries or keys and multiplies them by `scale`, rounding once.
     pub fn rotate(&self, x_bhtd: &Tensor, scale: f64) -> Tensor {
         let halves = x_bhtd.to_kind(self.cos_b1tp.kind()).chunk(2, -1);

@@ -1,0 +1,153 @@
+//! How fast the training step is: forward and backward over random tokens, with random weights of a model's shape.
+//!
+//! Weights are drawn on the device: matrices from N(0, 0.02), norms' gains 1, biases 0. Tokens are fresh in every pass,
+//! since a GPU computes faster on numbers that it has seen, and much faster on zeros.
+
+use std::time::Instant;
+
+use rand::{SeedableRng, seq::index};
+use rand_chacha::ChaCha8Rng;
+use tch::{Device, Kind, Tensor};
+
+use crate::{
+    device::Place,
+    kernels::Kernels,
+    model::{Documents, LossInput, ModelConfig},
+    optim::{Layout, clip},
+    step::{Policy, Step, StepError},
+};
+
+/// Standard deviation of the entries of matrices.
+const SPREAD: f64 = 0.02;
+
+/// What is measured.
+#[derive(Clone, Debug)]
+pub struct StepBench {
+    /// Shape of the model.
+    pub config: ModelConfig,
+    /// Sequences of a micro-batch.
+    pub batch: i64,
+    /// Tokens of a sequence.
+    pub tokens: i64,
+    /// Documents in each sequence, beginning at random places; whole sequences if 1.
+    pub documents: i64,
+    /// What the forward pass keeps.
+    pub policy: Policy,
+    /// Number format of weights and activations.
+    pub precision: Kind,
+    /// Passes before the clock runs.
+    pub warmup: u32,
+    /// Passes that are timed.
+    pub passes: u32,
+    /// Seed of weights, tokens and documents.
+    pub seed: i64,
+}
+
+/// What came out.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Measured {
+    /// Parameters of the model.
+    pub parameters: i64,
+    /// Seconds of each timed pass, forward and backward of one micro-batch.
+    pub seconds: Vec<f64>,
+    /// Mean loss of the last pass, in nats per token.
+    pub loss: f64,
+    /// L2 norm of the gradient of the mean loss over all passes, the untimed ones too.
+    pub gradient_norm: f64,
+}
+
+impl Measured {
+    /// The median of the timed passes, in seconds.
+    pub fn median(&self) -> f64 {
+        let mut sorted = self.seconds.clone();
+        sorted.sort_by(f64::total_cmp);
+        sorted[sorted.len() / 2]
+    }
+}
+
+impl StepBench {
+    /// Draws weights and tokens and runs all passes, whose gradients add up in fp32 as in training.
+    pub fn run(&self, place: &Place, kernels: Box<dyn Kernels>) -> Result<Measured, StepError> {
+        let device = place.device;
+        tch::manual_seed(self.seed);
+        let layout = Layout::new(&self.config.params(), false);
+        let weights_flat = Tensor::zeros([layout.elements()], (self.precision, device));
+        let gradient_flat = Tensor::zeros([layout.elements()], (Kind::Float, device));
+        for slot in layout.slots() {
+            let mut weight = slot.view(&weights_flat);
+            let _ = match slot.shape.len() {
+                1 if slot.name.ends_with("norm.weight") => weight.fill_(1.0),
+                1 => weight.zero_(),
+                _ => weight.normal_(0.0, SPREAD),
+            };
+        }
+        let (weights, gradients) = (layout.views(&weights_flat), layout.views(&gradient_flat));
+        let documents = self.documents(device);
+        let mut step = Step::new(self.config.clone(), kernels, self.policy, device);
+        let mut measured = Measured {
+            parameters: layout.elements(),
+            seconds: Vec::new(),
+            loss: f64::NAN,
+            gradient_norm: f64::NAN,
+        };
+        for pass in 0..self.warmup + self.passes {
+            synchronize(device);
+            let clock = Instant::now();
+            let input = self.input(device, documents.as_ref());
+            step.accumulate(&weights, &gradients, &input, 0.0, &|| false)?;
+            synchronize(device);
+            if pass >= self.warmup {
+                measured.seconds.push(clock.elapsed().as_secs_f64());
+            }
+            measured.loss = step.take_loss().cross_entropy / self.targets();
+        }
+        let passes = f64::from(self.warmup + self.passes);
+        measured.gradient_norm = clip::norm(&gradient_flat) / (passes * self.targets());
+        Ok(measured)
+    }
+
+    fn targets(&self) -> f64 {
+        (self.batch * self.tokens) as f64
+    }
+
+    fn input(&self, device: Device, documents: Option<&Documents>) -> LossInput {
+        let ids = || {
+            Tensor::randint(
+                self.config.vocab,
+                [self.batch, self.tokens],
+                (Kind::Int64, device),
+            )
+        };
+        LossInput {
+            inputs_bt: ids(),
+            targets_bt: ids(),
+            mask_bt: Tensor::ones([self.batch, self.tokens], (Kind::Bool, device)),
+            documents: documents.map(|documents| documents.to_device(device)),
+        }
+    }
+
+    /// Where documents begin: at the first token and at other random ones.
+    fn documents(&self, device: Device) -> Option<Documents> {
+        if self.documents <= 1 {
+            return None;
+        }
+        let mut random = ChaCha8Rng::seed_from_u64(self.seed.cast_unsigned());
+        let (tokens, others) = (self.tokens as usize - 1, self.documents as usize - 1);
+        let rows: Vec<Vec<u32>> = (0..self.batch)
+            .map(|_| {
+                let inner = index::sample(&mut random, tokens, others.min(tokens));
+                let mut starts: Vec<u32> = inner.iter().map(|at| at as u32 + 1).collect();
+                starts.push(0);
+                starts.sort_unstable();
+                starts
+            })
+            .collect();
+        Some(Documents::from_starts(&rows, self.tokens as usize).to_device(device))
+    }
+}
+
+fn synchronize(device: Device) {
+    if let Device::Cuda(index) = device {
+        tch::Cuda::synchronize(index as i64);
+    }
+}

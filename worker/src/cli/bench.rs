@@ -1,0 +1,254 @@
+//! `supra-worker bench`: how fast things are on this machine.
+
+use std::error::Error;
+
+use clap::{Args, Subcommand, ValueEnum};
+use serde::Serialize;
+use supra_recipes::{plan::memory::ModelShape, schema::Attention};
+use supra_worker::{
+    bench::{Measured, StepBench},
+    device::Place,
+    failure::chain,
+    kernels,
+    model::{AttentionKind, ModelConfig, SupraConfig},
+    step::Policy,
+};
+
+use super::{
+    failure::Failure,
+    options::{DeviceOptions, Dtype},
+    out,
+};
+
+/// Measures speed with random weights and tokens.
+#[derive(Debug, Args)]
+pub struct Bench {
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Time forward and backward of a micro-batch
+    Step(Step),
+}
+
+/// Shapes of models that people know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Shape {
+    /// Mistral 7B: 32 query heads on 8 key/value heads
+    #[value(name = "mistral-7b")]
+    Mistral7b,
+    /// Llama 2 7B: 32 heads
+    #[value(name = "llama2-7b")]
+    Llama2_7b,
+}
+
+/// Times forward and backward of a micro-batch; gradients add up in fp32, as in training.
+#[derive(Debug, Args)]
+struct Step {
+    /// Shape of the model
+    #[arg(long, value_enum, default_value_t = Shape::Mistral7b)]
+    shape: Shape,
+    /// Blocks [default: those of the shape]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1024))]
+    layers: Option<u64>,
+    /// Attention of the model
+    #[arg(long, value_enum, default_value_t = Mixing::Supra)]
+    attention: Mixing,
+    /// Sequences of the micro-batch
+    #[arg(long, default_value_t = 4, value_name = "N", value_parser = clap::value_parser!(i64).range(1..=1 << 16))]
+    batch: i64,
+    /// Tokens of a sequence
+    #[arg(long, default_value_t = 2048, value_name = "TOKENS", value_parser = clap::value_parser!(i64).range(2..=1 << 20))]
+    sequence_length: i64,
+    /// Documents in each sequence, which do not see each other
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(i64).range(1..=1 << 20))]
+    documents: i64,
+    /// What the forward pass keeps for the backward pass
+    #[arg(long, value_enum, default_value_t = Keep::Lean)]
+    policy: Keep,
+    /// Number format to compute in
+    #[arg(long, value_enum, default_value_t = Dtype::Bf16)]
+    dtype: Dtype,
+    /// Timed passes, after three that are not
+    #[arg(long, default_value_t = 10, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    passes: u32,
+    /// Seed of weights and tokens
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    seed: u32,
+    /// Print one JSON object
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    device: DeviceOptions,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Mixing {
+    /// Linear attention
+    Supra,
+    /// Softmax attention
+    Softmax,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Keep {
+    /// Everything
+    Save,
+    /// Results of matrix products; elementwise work is done again
+    Lean,
+    /// Only the input of each block
+    Recompute,
+}
+
+/// Passes before the clock runs.
+const WARMUP: u32 = 3;
+/// Operations per second that utilization is of: an H100's and H200's matrix units in bf16, dense, by the datasheet.
+const PEAK: f64 = 989e12;
+
+/// The JSON answer.
+#[derive(Serialize)]
+struct Answer {
+    device: String,
+    parameters: i64,
+    layers: u64,
+    batch: i64,
+    sequence_length: i64,
+    documents: i64,
+    policy: Keep,
+    /// Median over the passes.
+    milliseconds: f64,
+    tokens_per_second: f64,
+    /// Of the matrix units' peak in bf16, recomputation not counted.
+    model_flops_utilization: f64,
+    /// Device memory that the process holds at the end, if the device is a GPU.
+    peak_bytes: Option<u64>,
+    loss: f64,
+    gradient_norm: f64,
+    seconds: Vec<f64>,
+}
+
+impl Bench {
+    /// Measures and prints.
+    pub fn execute(self) -> Result<(), Failure> {
+        match self.what {
+            What::Step(step) => step.execute(),
+        }
+    }
+}
+
+fn failed(error: &dyn Error) -> Failure {
+    Failure::failed(chain(error))
+}
+
+impl Step {
+    fn execute(self) -> Result<(), Failure> {
+        let place = self.device.open()?;
+        let precision = self.dtype.into();
+        let shape = self.model_shape();
+        let bench = StepBench {
+            config: self.config(&shape),
+            batch: self.batch,
+            tokens: self.sequence_length,
+            documents: self.documents,
+            policy: self.policy.into(),
+            precision,
+            warmup: WARMUP,
+            passes: self.passes,
+            seed: i64::from(self.seed),
+        };
+        let kernels = kernels::on(place.device, precision).map_err(|error| failed(&error))?;
+        let measured = bench.run(&place, kernels).map_err(|error| failed(&error))?;
+        let answer = self.answer(&shape, &measured, &place);
+        if self.json {
+            return out::json(&answer);
+        }
+        out::line(&format!(
+            "{:.1} ms, {:.0} tokens/s, {:.1} % of {:.0} TFLOP/s, {} on {}",
+            answer.milliseconds,
+            answer.tokens_per_second,
+            100.0 * answer.model_flops_utilization,
+            PEAK / 1e12,
+            answer.peak_bytes.map_or("host memory".to_owned(), |bytes| {
+                format!("{:.1} GB", bytes as f64 / 1e9)
+            }),
+            answer.device,
+        ))
+    }
+}
+
+impl Step {
+    fn model_shape(&self) -> ModelShape {
+        let shape = match self.shape {
+            Shape::Mistral7b => ModelShape::MISTRAL_7B,
+            Shape::Llama2_7b => ModelShape::LLAMA2_7B,
+        };
+        ModelShape {
+            layers: self.layers.unwrap_or(shape.layers),
+            ..shape
+        }
+    }
+
+    fn config(&self, shape: &ModelShape) -> ModelConfig {
+        let length =
+            |length: u64| i64::try_from(length).expect("invariant: a named shape is small");
+        ModelConfig {
+            vocab: length(shape.vocab),
+            dim: length(shape.dim),
+            layers: length(shape.layers),
+            heads: length(shape.heads),
+            kv_heads: length(shape.kv_heads),
+            head_dim: length(shape.head_dim()),
+            ffn: length(shape.ffn),
+            norm_eps: 1e-5,
+            rope_theta: 1e4,
+            tied: shape.tied,
+            attention: match self.attention {
+                Mixing::Supra => AttentionKind::Supra(SupraConfig::default()),
+                Mixing::Softmax => AttentionKind::Softmax,
+            },
+            max_positions: self.sequence_length,
+            sliding_window: None,
+            bos: None,
+            eos: Vec::new(),
+        }
+    }
+
+    fn answer(&self, shape: &ModelShape, measured: &Measured, place: &Place) -> Answer {
+        let attention = match self.attention {
+            Mixing::Supra => Attention::Supra,
+            Mixing::Softmax => Attention::Softmax,
+        };
+        let chunk = SupraConfig::DEFAULT_CHUNK.cast_unsigned();
+        let flops = shape.flops_per_token(attention, self.sequence_length.cast_unsigned(), chunk);
+        let tokens_per_second = (self.batch * self.sequence_length) as f64 / measured.median();
+        Answer {
+            device: place.model.clone(),
+            parameters: measured.parameters,
+            layers: shape.layers,
+            batch: self.batch,
+            sequence_length: self.sequence_length,
+            documents: self.documents,
+            policy: self.policy,
+            milliseconds: measured.median() * 1e3,
+            tokens_per_second,
+            model_flops_utilization: tokens_per_second * flops / PEAK,
+            peak_bytes: place.memory_in_use(),
+            loss: measured.loss,
+            gradient_norm: measured.gradient_norm,
+            seconds: measured.seconds.clone(),
+        }
+    }
+}
+
+impl From<Keep> for Policy {
+    fn from(keep: Keep) -> Policy {
+        match keep {
+            Keep::Save => Policy::Save,
+            Keep::Lean => Policy::Lean,
+            Keep::Recompute => Policy::Recompute,
+        }
+    }
+}

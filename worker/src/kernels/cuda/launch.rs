@@ -1,0 +1,277 @@
+//! The driver's side: one GPU, the kernels loaded on it, and their launches on the legacy default stream, which is the one
+//! that libtorch works on; so a launch comes after everything that libtorch was asked for before it.
+//!
+//! What makes a launch safe is checked by its callers: that pointers are of this GPU and what lies behind them is as long as
+//! the kernel believes. What can be checked here is: number and sizes of the arguments, against what the kernel declares.
+
+use std::{collections::HashMap, ffi::CString, mem::size_of, ptr};
+
+use cudarc::driver::{
+    result::{self, DriverError},
+    sys,
+};
+use tch::Tensor;
+
+use super::error::KernelError;
+
+/// Shared memory that a block gets without asking for more.
+const PLAIN_SHARED_BYTES: u32 = 48 << 10;
+
+/// One GPU's context, the one that libtorch uses, and the kernels loaded into it.
+pub struct Gpu {
+    index: usize,
+    context: sys::CUcontext,
+    processors: u32,
+    architecture: u32,
+    kernels: HashMap<&'static str, Kernel>,
+}
+
+struct Kernel {
+    function: sys::CUfunction,
+    /// Bytes of each argument.
+    arguments: Vec<usize>,
+}
+
+/// How many threads run a kernel. Axes that are not named have the length 1.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Grid {
+    /// Blocks along x and y.
+    pub blocks: (u32, u32),
+    /// Threads of a block along x and y.
+    pub threads: (u32, u32),
+    /// Dynamic shared memory of a block, in bytes.
+    pub shared_bytes: u32,
+}
+
+/// One argument of a kernel.
+#[derive(Clone, Copy, Debug)]
+pub struct Argument {
+    bits: u64,
+    bytes: usize,
+}
+
+impl Argument {
+    /// A null pointer: what is optional and not there.
+    pub const NULL: Argument = Argument {
+        bits: 0,
+        bytes: size_of::<u64>(),
+    };
+
+    /// Where a tensor begins.
+    pub fn pointer(tensor: &Tensor) -> Argument {
+        Argument {
+            bits: tensor.data_ptr() as u64,
+            ..Argument::NULL
+        }
+    }
+
+    /// A pointer so many bytes further on.
+    pub fn offset(self, bytes: i64) -> Argument {
+        Argument {
+            bits: self.bits + bytes.cast_unsigned(),
+            ..self
+        }
+    }
+}
+
+impl From<i32> for Argument {
+    fn from(number: i32) -> Argument {
+        Argument {
+            bits: u64::from(number.cast_unsigned()),
+            bytes: size_of::<i32>(),
+        }
+    }
+}
+
+impl From<i64> for Argument {
+    fn from(number: i64) -> Argument {
+        Argument {
+            bits: number.cast_unsigned(),
+            bytes: size_of::<i64>(),
+        }
+    }
+}
+
+impl From<f32> for Argument {
+    fn from(number: f32) -> Argument {
+        Argument {
+            bits: u64::from(number.to_bits()),
+            bytes: size_of::<f32>(),
+        }
+    }
+}
+
+impl From<f64> for Argument {
+    fn from(number: f64) -> Argument {
+        Argument {
+            bits: number.to_bits(),
+            bytes: size_of::<f64>(),
+        }
+    }
+}
+
+// SAFETY: context and functions are handles of the driver, which any thread may use; every launch makes the context
+// current on its own thread first.
+#[allow(unsafe_code)]
+unsafe impl Send for Gpu {}
+
+impl Gpu {
+    /// The GPU with this index, in the context that libtorch uses too.
+    #[allow(unsafe_code)]
+    pub fn open(index: usize) -> Result<Gpu, KernelError> {
+        // SAFETY: the driver's library is made to be loaded so. cudarc panics where it is missing, so it is asked first.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(KernelError::NoDriver);
+        }
+        let opened = || -> Result<Gpu, DriverError> {
+            use sys::CUdevice_attribute::{
+                CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
+                CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
+                CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as PROCESSORS,
+            };
+            result::init()?;
+            let device = result::device::get(i32::try_from(index).unwrap_or(i32::MAX))?;
+            // SAFETY: the device is the driver's own answer.
+            let attribute = |name| unsafe { result::device::get_attribute(device, name) };
+            // SAFETY: likewise. The context is never released: libtorch keeps it for the life of the process anyway.
+            let context = unsafe { result::primary_ctx::retain(device) }?;
+            Ok(Gpu {
+                index,
+                context,
+                processors: attribute(PROCESSORS)?.cast_unsigned(),
+                architecture: (attribute(MAJOR)? * 10 + attribute(MINOR)?).cast_unsigned(),
+                kernels: HashMap::new(),
+            })
+        };
+        opened().map_err(|error| refused(index, "open the GPU".to_owned(), &error))
+    }
+
+    /// Multiprocessors.
+    pub fn processors(&self) -> u32 {
+        self.processors
+    }
+
+    /// What to compile for, as `sm_90a`: with all that this very architecture has, where it has such things.
+    pub fn architecture(&self) -> Result<String, KernelError> {
+        match self.architecture {
+            ..80 => Err(KernelError::Architecture {
+                device: self.index,
+                architecture: self.architecture,
+            }),
+            80..90 => Ok(format!("sm_{}", self.architecture)),
+            90.. => Ok(format!("sm_{}a", self.architecture)),
+        }
+    }
+
+    /// Loads machine code and finds `names` in it.
+    #[allow(unsafe_code)]
+    pub fn load(&mut self, cubin: &[u8], names: &[&'static str]) -> Result<(), KernelError> {
+        let index = self.index;
+        let refused =
+            |what: &str, error: DriverError| refused(index, format!("load {what}"), &error);
+        // SAFETY: the context is retained for ever.
+        unsafe { result::ctx::set_current(self.context) }
+            .map_err(|error| refused("kernels", error))?;
+        // SAFETY: the bytes are a whole cubin, from NVRTC or out of the cache with its hash right; the driver copies
+        // them. The module is never unloaded, so functions of it stay valid.
+        let module = unsafe { result::module::load_data(cubin.as_ptr().cast()) }
+            .map_err(|error| refused("kernels", error))?;
+        for &name in names {
+            let c_name = CString::new(name).expect("invariant: kernels' names hold no NUL");
+            // SAFETY: the module is loaded.
+            let function = unsafe { result::module::get_function(module, c_name) }
+                .map_err(|error| refused(name, error))?;
+            let kernel = Kernel {
+                function,
+                arguments: declared(function),
+            };
+            self.kernels.insert(name, kernel);
+        }
+        Ok(())
+    }
+
+    /// Launches a kernel that was loaded.
+    #[allow(unsafe_code)]
+    pub fn launch(
+        &self,
+        name: &'static str,
+        grid: Grid,
+        arguments: &[Argument],
+    ) -> Result<(), KernelError> {
+        let kernel = self
+            .kernels
+            .get(name)
+            .expect("invariant: what is launched is in a source's list of kernels");
+        let given: Vec<usize> = arguments.iter().map(|argument| argument.bytes).collect();
+        if given != kernel.arguments {
+            return Err(KernelError::Arguments {
+                kernel: name,
+                declared: kernel.arguments.clone(),
+                given,
+            });
+        }
+        let mut pointers: Vec<_> = arguments
+            .iter()
+            .map(|argument| ptr::from_ref(&argument.bits).cast_mut().cast())
+            .collect();
+        let (blocks, threads) = (grid.blocks, grid.threads);
+        // SAFETY: context and function are never given up. The kernel's arguments are as many and as long as it declares,
+        // and the driver copies them before it returns. What they point to was checked by the caller.
+        let launched = unsafe {
+            result::ctx::set_current(self.context)
+                .and_then(|()| allow_shared(kernel.function, grid.shared_bytes))
+                .and_then(|()| {
+                    result::launch_kernel(
+                        kernel.function,
+                        (blocks.0, blocks.1, 1),
+                        (threads.0, threads.1, 1),
+                        grid.shared_bytes,
+                        ptr::null_mut(),
+                        &mut pointers,
+                    )
+                })
+        };
+        launched.map_err(|error| refused(self.index, format!("launch {name} as {grid:?}"), &error))
+    }
+}
+
+/// Bytes of each argument that a kernel declares.
+#[allow(unsafe_code)]
+fn declared(function: sys::CUfunction) -> Vec<usize> {
+    let argument = |place| {
+        let (mut offset, mut bytes) = (0, 0);
+        // SAFETY: the function is loaded; a place beyond the last argument is answered with an error.
+        unsafe { sys::cuFuncGetParamInfo(function, place, &mut offset, &mut bytes) }
+            .result()
+            .ok()?;
+        Some(bytes)
+    };
+    (0..).map_while(argument).collect()
+}
+
+/// Lets a kernel have more shared memory than every one gets.
+///
+/// # Safety
+///
+/// The function is loaded, and its context current.
+#[allow(unsafe_code)]
+unsafe fn allow_shared(function: sys::CUfunction, bytes: u32) -> Result<(), DriverError> {
+    use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as SHARED;
+    if bytes <= PLAIN_SHARED_BYTES {
+        return Ok(());
+    }
+    // SAFETY: the caller vouches for it.
+    unsafe { result::function::set_function_attribute(function, SHARED, bytes.cast_signed()) }
+}
+
+fn refused(device: usize, what: String, error: &DriverError) -> KernelError {
+    let cause = error.error_string().map_or_else(
+        |_| error.to_string(),
+        |text| text.to_string_lossy().into_owned(),
+    );
+    KernelError::Driver {
+        device,
+        what,
+        cause,
+    }
+}

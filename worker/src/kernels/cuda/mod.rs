@@ -1,0 +1,225 @@
+//! The contract on NVIDIA GPUs, in bf16: CUDA C++ compiled at run time, launched on libtorch's tensors and stream.
+//!
+//! Sources lie beside the Rust files that launch them. [`compile`] makes machine code of them, [`launch`] runs it, and in
+//! between every tensor is checked; so the kernels themselves check nothing. Sums over tokens come in two stages of fixed
+//! order, and no two blocks write to one place: the same inputs give the same bits.
+
+mod attention;
+mod compile;
+mod cross_entropy;
+mod embedding;
+mod error;
+mod head_norm;
+mod heads;
+mod launch;
+mod norm;
+mod nvrtc;
+mod optimizer;
+mod reduce;
+mod swiglu;
+mod tensors;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    cell::RefCell,
+    path::{Path, PathBuf},
+};
+
+use tch::{Device, Kind, Tensor};
+
+use self::{attention::Decays, compile::Source, launch::Gpu, nvrtc::Nvrtc, tensors::Tensors};
+pub use self::{
+    error::KernelError,
+    optimizer::{Clip, Shard, Update},
+};
+use super::{DecayTables, Delta, HeadsGrad, HeadsIn, Kernels, NormOut, Twin};
+use crate::device;
+
+/// Everything that is compiled.
+const SOURCES: [Source; 9] = [
+    norm::SOURCE,
+    heads::SOURCE,
+    head_norm::SOURCE,
+    swiglu::SOURCE,
+    attention::SOURCE,
+    cross_entropy::SOURCE,
+    embedding::SOURCE,
+    optimizer::SOURCE,
+    reduce::SOURCE,
+];
+
+/// The kernels, loaded on one GPU.
+///
+/// The methods of [`Kernels`] have no result of their own, as nothing of theirs fails once shapes are right; what does fail
+/// is kept, and [`check`](Kernels::check) tells it.
+pub struct CudaKernels {
+    gpu: Gpu,
+    tensors: Tensors,
+    scratch: RefCell<Tensor>,
+    decays: RefCell<Option<Decays>>,
+    failure: RefCell<Option<KernelError>>,
+}
+
+impl CudaKernels {
+    /// Compiles all kernels for the GPU with this index, or takes them from the cache, and loads them. The device has been
+    /// opened by [`device::open`].
+    pub fn new(index: usize) -> Result<CudaKernels, KernelError> {
+        let mut gpu = Gpu::open(index)?;
+        let architecture = gpu.architecture()?;
+        let nvrtc = Nvrtc::open(&cuda_libraries())?;
+        let cache = compile::cache_folder();
+        for source in &SOURCES {
+            let cubin = compile::cubin(&nvrtc, source, &architecture, cache.as_deref())?;
+            gpu.load(&cubin, source.kernels)?;
+        }
+        let device = Device::Cuda(index);
+        Ok(CudaKernels {
+            gpu,
+            tensors: Tensors { device },
+            scratch: RefCell::new(Tensor::empty([0], (Kind::Uint8, device))),
+            decays: RefCell::new(None),
+            failure: RefCell::new(None),
+        })
+    }
+
+    fn note(&self, result: Result<(), KernelError>) {
+        if let Err(error) = result {
+            self.failure.borrow_mut().get_or_insert(error);
+        }
+    }
+}
+
+/// Where the CUDA wheels put their libraries: beside the libtorch in use.
+fn cuda_libraries() -> PathBuf {
+    device::loaded_libtorch()
+        .and_then(|library| Some(library.parent()?.join("../../nvidia/cu13/lib")))
+        .unwrap_or_else(|| Path::new("nvidia/cu13/lib").to_owned())
+}
+
+impl Kernels for CudaKernels {
+    fn add_rms_norm(
+        &self,
+        x_nd: &Tensor,
+        delta: Option<Delta<'_>>,
+        gain_d: &Tensor,
+        eps: f64,
+        out: NormOut<'_>,
+    ) {
+        self.note(self.try_add_rms_norm(x_nd, delta, gain_d, eps, out));
+    }
+
+    fn rms_norm_again(
+        &self,
+        x_nd: &Tensor,
+        rstd_n: &Tensor,
+        gain_d: &Tensor,
+        normed_nd: &mut Tensor,
+    ) {
+        self.note(self.try_rms_norm_again(x_nd, rstd_n, gain_d, normed_nd));
+    }
+
+    fn rms_norm_backward(
+        &self,
+        dnormed_nd: &Tensor,
+        x_nd: &Tensor,
+        rstd_n: &Tensor,
+        gain_d: &Tensor,
+        dx_nd_sum: &mut Tensor,
+        dgain_d_sum: &mut Tensor,
+    ) {
+        self.note(self.try_rms_norm_backward(
+            dnormed_nd,
+            x_nd,
+            rstd_n,
+            gain_d,
+            dx_nd_sum,
+            dgain_d_sum,
+        ));
+    }
+
+    fn heads(
+        &self,
+        input: &HeadsIn<'_>,
+        q_bhtd: &mut Tensor,
+        k_bktd: &mut Tensor,
+        v_bktd: &mut Tensor,
+    ) {
+        self.note(self.try_heads(input, q_bhtd, k_bktd, v_bktd));
+    }
+
+    fn heads_backward(
+        &self,
+        input: &HeadsIn<'_>,
+        dq_bhtd: &Tensor,
+        dk_bktd: &Tensor,
+        dv_bktd: &Tensor,
+        out: HeadsGrad<'_>,
+    ) {
+        self.note(self.try_heads_backward(input, dq_bhtd, dk_bktd, dv_bktd, out));
+    }
+
+    fn linear_attention(
+        &self,
+        decay: &DecayTables,
+        q_bhtd: &Tensor,
+        k_bktd: &Tensor,
+        v_bktd: &Tensor,
+        o_bhtd: &mut Tensor,
+    ) {
+        if attention::takes(q_bhtd) {
+            self.note(self.try_linear_attention(decay, q_bhtd, k_bktd, v_bktd, o_bhtd));
+        } else {
+            Twin.linear_attention(decay, q_bhtd, k_bktd, v_bktd, o_bhtd);
+        }
+    }
+
+    fn linear_attention_backward(
+        &self,
+        decay: &DecayTables,
+        qkv: [&Tensor; 3],
+        do_bhtd: &Tensor,
+        dqkv: [&mut Tensor; 3],
+    ) {
+        if attention::takes(do_bhtd) {
+            self.note(self.try_linear_attention_backward(decay, qkv, do_bhtd, dqkv));
+        } else {
+            Twin.linear_attention_backward(decay, qkv, do_bhtd, dqkv);
+        }
+    }
+
+    fn head_norm(&self, o_bhtd: &Tensor, out_nx: &mut Tensor) {
+        self.note(self.try_head_norm(o_bhtd, out_nx));
+    }
+
+    fn head_norm_backward(&self, dout_nx: &Tensor, o_bhtd: &Tensor, do_bhtd: &mut Tensor) {
+        self.note(self.try_head_norm_backward(dout_nx, o_bhtd, do_bhtd));
+    }
+
+    fn swiglu(&self, gate_up_nx: &Tensor, out_nf: &mut Tensor) {
+        self.note(self.try_swiglu(gate_up_nx, out_nf));
+    }
+
+    fn swiglu_backward(&self, gate_up_nx: &mut Tensor, dout_nf: &Tensor) {
+        self.note(self.try_swiglu_backward(gate_up_nx, dout_nf));
+    }
+
+    fn cross_entropy(
+        &self,
+        logits_cv: &mut Tensor,
+        targets_c: &Tensor,
+        mask_c: &Tensor,
+        z_loss: f64,
+        loss_2_sum: &mut Tensor,
+    ) {
+        self.note(self.try_cross_entropy(logits_cv, targets_c, mask_c, z_loss, loss_2_sum));
+    }
+
+    fn embedding_backward(&self, dx_nd: &Tensor, ids_n: &Tensor, dembedding_vd_sum: &mut Tensor) {
+        self.note(self.try_embedding_backward(dx_nd, ids_n, dembedding_vd_sum));
+    }
+
+    fn check(&self) -> Result<(), KernelError> {
+        self.failure.take().map_or(Ok(()), Err)
+    }
+}

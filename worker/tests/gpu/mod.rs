@@ -1,0 +1,24 @@
+//! Tests that need an NVIDIA GPU. Where there is none, each says so and passes.
+
+mod attention;
+mod bench;
+mod kernels;
+mod optimizer;
+
+use std::path::Path;
+
+use supra_worker::{
+    device::{self, DeviceName},
+    kernels::cuda::CudaKernels,
+};
+
+/// The kernels on the first GPU. With a driver in the system they have to work; without one the test is skipped.
+pub fn gpu(test: &str) -> Option<CudaKernels> {
+    let driver = ["/proc/driver/nvidia/version", "/dev/nvidiactl"];
+    if !driver.iter().any(|path| Path::new(path).exists()) {
+        println!("skipped: {test} needs an NVIDIA GPU, and this machine has no driver for one");
+        return None;
+    }
+    device::open(DeviceName::Cuda(0), 4).unwrap_or_else(|error| panic!("{error}"));
+    Some(CudaKernels::new(0).unwrap_or_else(|error| panic!("{error}")))
+}
