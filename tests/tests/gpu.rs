@@ -12,9 +12,10 @@ use crate::{LIMIT, Stage};
 const RECOVERY: Duration = Duration::from_secs(5);
 
 fn gpu_is_missing() -> bool {
-    let missing = !Path::new("/dev/nvidiactl").exists();
+    let driver = ["/proc/driver/nvidia/version", "/dev/nvidiactl"];
+    let missing = !driver.iter().any(|path| Path::new(path).exists());
     if missing {
-        println!("skipped: no GPU");
+        println!("skipped: this machine has no driver for an NVIDIA GPU");
     }
     missing
 }
