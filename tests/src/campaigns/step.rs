@@ -13,13 +13,13 @@ use serde_json::Value;
 use crate::failure::{Failure, Result, While};
 use crate::process;
 use crate::programs::{Programs, repository};
-use crate::report::{Row, rounded};
+use crate::report::{Row, rounded, table};
 
 /// What the report says above its table.
 pub const ABOUT: &str = "Forward and backward of one micro-batch of Mistral-7B-SUPRA (7.81 B parameters, bf16) on one GPU, random \
     weights, fresh random tokens: `supra-worker bench step`, whose gradients always add up in fp32, beside `tests/peer/step.py`, \
     which is compiled PyTorch with flash-linear-attention's kernels, as it is (gradients in bf16) and with fp32 accumulation \
-    (`main-grad`). Processes run in turns, twice each; a figure is the mean of the two medians. `mfu` is of 989 TFLOP/s, \
+    (`main-grad`). Processes run in turns, twice each; a figure is the mean of the two medians of ten passes. `mfu` is of 989 TFLOP/s, \
     nothing computed twice counted. `peak_gb` counts everything the process holds, `peer_peak_gb` only what PyTorch's allocator \
     handed out; `activations_gb` and `peer_activations_gb` are the same without weights and gradients.";
 
@@ -27,54 +27,114 @@ pub const ABOUT: &str = "Forward and backward of one micro-batch of Mistral-7B-S
 const AGREEMENT: f64 = 0.01;
 /// Compiling the peer takes minutes.
 const LIMIT: Duration = Duration::from_secs(500);
-/// Parameters of the model that is timed.
-const PARAMETERS: f64 = 7_812_321_280.0;
 const TURNS: usize = 2;
 
-/// What is compared, at 32 blocks.
+/// A micro-batch of a whole model, and what the peer does beside it.
 #[derive(Clone, Copy, Debug)]
 struct Contest {
+    shape: &'static str,
     batch: u32,
     sequence_length: u32,
     documents: u32,
     policy: &'static str,
-    /// Whether the peer accumulates in fp32.
-    main_grad: bool,
+    peer: Peer,
 }
 
-const CONTESTS: [Contest; 3] = [
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Peer {
+    /// Gradients in bf16.
+    Plain,
+    /// Gradients added in fp32, as ours always are.
+    MainGrad,
+    /// Does not run: our figure stands alone.
+    Absent,
+}
+
+impl Peer {
+    fn name(self) -> &'static str {
+        match self {
+            Peer::Plain => "compiled",
+            Peer::MainGrad => "compiled, main-grad",
+            Peer::Absent => "not run",
+        }
+    }
+
+    /// Bytes per parameter of weights and gradients.
+    fn bytes(self) -> f64 {
+        match self {
+            Peer::MainGrad => 6.0,
+            _ => 4.0,
+        }
+    }
+}
+
+const MISTRAL: Contest = Contest {
+    shape: "mistral-7b",
+    batch: 4,
+    sequence_length: 2048,
+    documents: 1,
+    policy: "save",
+    peer: Peer::Plain,
+};
+
+/// Those that make the claim, the first of which is the quick one.
+const CONTESTS: [Contest; 2] = [
+    MISTRAL,
     Contest {
-        batch: 4,
-        sequence_length: 2048,
-        documents: 1,
-        policy: "save",
-        main_grad: false,
-    },
-    Contest {
-        batch: 4,
-        sequence_length: 2048,
-        documents: 1,
         policy: "lean",
-        main_grad: true,
-    },
-    Contest {
-        batch: 4,
-        sequence_length: 2048,
-        documents: 4,
-        policy: "save",
-        main_grad: false,
+        peer: Peer::MainGrad,
+        ..MISTRAL
     },
 ];
 
-/// Runs the comparison; the first contest only if `quick`.
+/// Other shapes, without the peer.
+const ALONE: [Contest; 6] = [
+    Contest {
+        documents: 4,
+        ..MISTRAL
+    },
+    Contest {
+        batch: 2,
+        ..MISTRAL
+    },
+    Contest {
+        batch: 8,
+        policy: "lean",
+        ..MISTRAL
+    },
+    Contest {
+        batch: 1,
+        sequence_length: 8192,
+        ..MISTRAL
+    },
+    Contest {
+        batch: 1,
+        sequence_length: 32768,
+        policy: "recompute",
+        ..MISTRAL
+    },
+    Contest {
+        shape: "llama2-7b",
+        ..MISTRAL
+    },
+];
+
+/// Runs the comparison, and our step alone at other shapes; the first contest only if `quick`.
 ///
 /// # Errors
 /// When there is no GPU, the peer cannot run, or the two do not compute the same.
 pub fn run(programs: &Programs, directory: &Path, quick: bool) -> Result<Vec<Row>> {
     agree(programs, directory)?;
-    let contests = if quick { &CONTESTS[..1] } else { &CONTESTS };
-    contests
+    if quick {
+        return Ok(vec![CONTESTS[0].run(programs)?]);
+    }
+    let alone = ALONE.map(|contest| Contest {
+        peer: Peer::Absent,
+        ..contest
+    });
+    CONTESTS
         .iter()
+        .chain(&alone)
         .map(|contest| contest.run(programs))
         .collect()
 }
@@ -116,47 +176,41 @@ impl Contest {
     fn run(&self, programs: &Programs) -> Result<Row> {
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         for _ in 0..TURNS {
-            theirs.push(self.peer()?);
+            if self.peer != Peer::Absent {
+                theirs.push(self.peer()?);
+            }
             ours.push(self.ours(programs)?);
         }
-        let mean = |answers: &[Value], key| -> Result<f64> {
-            let numbers: Result<Vec<f64>> =
-                answers.iter().map(|answer| number(answer, key)).collect();
-            Ok(numbers?.iter().sum::<f64>() / answers.len() as f64)
-        };
-        let (tok_s, peer_tok_s) = (mean(&ours, "tokens_per_second")?, mean(&theirs, "tok_s")?);
-        let peak_gb = mean(&ours, "peak_bytes")? / 1e9;
+        let tok_s = mean(&ours, "tokens_per_second")?.unwrap_or(f64::NAN);
+        let peer_tok_s = mean(&theirs, "tok_s")?;
+        let peak_gb = mean(&ours, "peak_bytes")?.map(|bytes| bytes / 1e9);
         let peer_peak_gb = mean(&theirs, "peak_gb")?;
-        let peer_bytes = if self.main_grad { 6.0 } else { 4.0 };
-        Ok(Row::new()
-            .with("shape", "mistral-7b")
+        let parameters = mean(&ours, "parameters")?.unwrap_or(f64::NAN) / 1e9;
+        let activations =
+            |gb: Option<f64>, bytes: f64| gb.map(|gb| rounded(gb - bytes * parameters, 1));
+        let cut = |number: Option<f64>, digits| number.map(|number| rounded(number, digits));
+        let row = Row::new()
+            .with("shape", self.shape)
             .with("batch", self.batch)
             .with("seq", self.sequence_length)
             .with("documents", self.documents)
             .with("policy", self.policy)
-            .with(
-                "peer_variant",
-                if self.main_grad {
-                    "compiled, main-grad"
-                } else {
-                    "compiled"
-                },
-            )
+            .with("peer_variant", self.peer.name())
             .with("tok_s", tok_s.round())
-            .with("peer_tok_s", peer_tok_s.round())
-            .with("ratio", rounded(tok_s / peer_tok_s, 3))
-            .with("mfu", rounded(mean(&ours, "model_flops_utilization")?, 3))
-            .with("peer_mfu", rounded(mean(&theirs, "mfu")?, 3))
-            .with("peak_gb", rounded(peak_gb, 1))
-            .with("peer_peak_gb", rounded(peer_peak_gb, 1))
-            .with(
-                "activations_gb",
-                rounded(peak_gb - 6.0 * PARAMETERS / 1e9, 1),
-            )
+            .with("peer_tok_s", cut(peer_tok_s, 0))
+            .with("ratio", cut(peer_tok_s.map(|peer| tok_s / peer), 3))
+            .with("mfu", cut(mean(&ours, "model_flops_utilization")?, 3))
+            .with("peer_mfu", cut(mean(&theirs, "mfu")?, 3))
+            .with("peak_gb", cut(peak_gb, 1))
+            .with("peer_peak_gb", cut(peer_peak_gb, 1))
+            .with("activations_gb", activations(peak_gb, 6.0))
             .with(
                 "peer_activations_gb",
-                rounded(peer_peak_gb - peer_bytes * PARAMETERS / 1e9, 1),
-            ))
+                activations(peer_peak_gb, self.peer.bytes()),
+            );
+        // A long campaign is followed, and what a later failure would lose is on the screen.
+        print!("{}", table(std::slice::from_ref(&row)));
+        Ok(row)
     }
 
     fn ours(&self, programs: &Programs) -> Result<Value> {
@@ -170,7 +224,7 @@ impl Contest {
             "--policy",
             self.policy,
         ]);
-        command.args(["--batch", &self.batch.to_string()]);
+        command.args(["--shape", self.shape, "--batch", &self.batch.to_string()]);
         command.args(["--sequence-length", &self.sequence_length.to_string()]);
         command.args(["--documents", &self.documents.to_string()]);
         answer(command).while_doing("supra-worker bench step")
@@ -193,7 +247,7 @@ impl Contest {
             &seq,
         ];
         arguments.extend(["--docs", &documents]);
-        if self.main_grad {
+        if self.peer == Peer::MainGrad {
             arguments.push("--main-grad");
         }
         peer(&arguments)
@@ -219,6 +273,13 @@ fn answer(command: Command) -> Result<Value> {
     let output = process::run(command, LIMIT)?.expect_code(0)?;
     let last = output.stdout.lines().last().unwrap_or_default();
     serde_json::from_str(last).while_doing(format_args!("reading {last:?}"))
+}
+
+/// The mean of what several runs say; none if there were none.
+fn mean(answers: &[Value], key: &str) -> Result<Option<f64>> {
+    let numbers: Result<Vec<f64>> = answers.iter().map(|answer| number(answer, key)).collect();
+    let numbers = numbers?;
+    Ok((!numbers.is_empty()).then(|| numbers.iter().sum::<f64>() / numbers.len() as f64))
 }
 
 fn number(answer: &Value, key: &str) -> Result<f64> {
