@@ -13,7 +13,7 @@ mod units;
 
 pub use recipe::{
     Attention, Base, Batch, Budget, Checkpoint, Data, Decay, Model, NonFinite, Optimizer,
-    Precision, Recipe, ReplicaCheck, RopeFrequencies, Weights, Workers, json_schema,
+    Precision, Recipe, Reduction, ReplicaCheck, RopeFrequencies, Weights, Workers, json_schema,
 };
 pub use report::RecipeError;
 pub use units::{Fraction, RunName, Tokens, UnitError, Warmup};

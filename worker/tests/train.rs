@@ -301,20 +301,18 @@ fn a_gpu_trains_like_the_processor() {
                 ..Generation::new(&recipe, &gpu_root)
             };
             // First, before anything asks about CUDA.
-            let gpu = on_gpu().run(2);
+            let gpu = on_gpu().run(1);
             let cpu = Generation::new(&recipe, &cpu_root).run(1);
-            assert_eq!(gpu[1].outcome, Outcome::Finished);
-            assert_eq!(final_hash(&gpu[0]), final_hash(&gpu[1]));
-            let told = |rank: &Rank| {
-                rank.logs
-                    .iter()
-                    .any(|line| line.contains("no multiple of 16"))
-            };
-            let expected = [precision == Precision::Bf16, false];
+            assert_eq!(gpu[0].outcome, Outcome::Finished);
+            let told = gpu[0]
+                .logs
+                .iter()
+                .any(|line| line.contains("no multiple of 16"));
             assert_eq!(
-                [told(&gpu[0]), told(&gpu[1])],
-                expected,
-                "{name}: kernels of ours do not take heads of 8 channels"
+                told,
+                precision == Precision::Bf16,
+                "{name}: {:?}",
+                gpu[0].logs
             );
             for (mine, reference) in losses(&gpu[0].steps).iter().zip(losses(&cpu[0].steps)) {
                 assert!(
