@@ -107,11 +107,6 @@ impl From<f32> for Argument {
     }
 }
 
-// SAFETY: context and functions are handles of the driver, which any thread may use; every launch makes the context
-// current on its own thread first.
-#[allow(unsafe_code)]
-unsafe impl Send for Gpu {}
-
 impl Gpu {
     /// The GPU with this index, in the context that libtorch uses too.
     #[allow(unsafe_code)]
