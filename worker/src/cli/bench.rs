@@ -4,7 +4,7 @@ use std::error::Error;
 
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
-use supra_recipes::{plan::memory::ModelShape, schema::Attention};
+use supra_recipes::{plan::ModelShape, schema::Attention};
 use supra_worker::{
     bench::{Measured, StepBench},
     device::Place,
