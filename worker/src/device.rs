@@ -85,6 +85,17 @@ pub enum DeviceError {
         /// GPUs that libtorch sees.
         count: i64,
     },
+    /// It is unknown how much of its memory is free.
+    #[error(
+        "{device}: cannot learn how much of its memory is free ({cause}). Check with `nvidia-smi` that the GPU answers and \
+         that other programs leave some of its memory"
+    )]
+    NoMemory {
+        /// The device asked for.
+        device: DeviceName,
+        /// The words of libtorch or of the driver.
+        cause: String,
+    },
     /// The environment turns TF32 on, and fp32 has to mean fp32.
     #[error(
         "{device}: TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set, which makes fp32 matrix products inexact. Unset it"
@@ -104,6 +115,9 @@ pub struct Place {
     pub threads: u32,
     /// GPU model, or the processor's architecture and vector instructions.
     pub model: String,
+    /// Bytes of the GPU's memory that were free when it was opened; none on the processor. Later the driver's answer says
+    /// less: libtorch gives nothing back, and fills what it keeps again.
+    pub free_memory: Option<u64>,
 }
 
 impl Place {
@@ -135,11 +149,27 @@ pub fn open(name: DeviceName, threads: u32) -> Result<Place, DeviceError> {
         DeviceName::Cpu => processor_model(),
         DeviceName::Cuda(_) => gpu_model(),
     };
+    let free_memory = match device {
+        tch::Device::Cuda(_) => Some(free_memory(name, device)?),
+        _ => None,
+    };
     Ok(Place {
         device,
         threads,
         model,
+        free_memory,
     })
+}
+
+fn free_memory(name: DeviceName, device: tch::Device) -> Result<u64, DeviceError> {
+    let unknown = |error: &dyn std::error::Error| DeviceError::NoMemory {
+        device: name,
+        cause: chain(error),
+    };
+    // The driver speaks of the GPU whose context is current. libtorch's is, from its first tensor on.
+    let _first = tch::Tensor::f_zeros([1], (tch::Kind::Float, device)).map_err(|e| unknown(&e))?;
+    let (free, _) = cudarc::driver::result::mem_get_info().map_err(|e| unknown(&e))?;
+    Ok(free as u64)
 }
 
 fn open_cuda(device: DeviceName, index: usize) -> Result<tch::Device, DeviceError> {
