@@ -171,7 +171,9 @@ impl Journal {
         let thread = thread::Builder::new()
             .name("journal".into())
             .spawn(move || {
-                if let Err(error) = serve(store, &inbox)
+                // Outlives the failure's note: whoever waits has to find the cause when woken.
+                let mut waiting = Vec::new();
+                if let Err(error) = serve(store, &inbox, &mut waiting)
                     && let Ok(mut slot) = slot.lock()
                 {
                     *slot = Some(error.to_string());
@@ -250,10 +252,13 @@ impl Drop for Journal {
     }
 }
 
-/// The writing thread: gathers facts, commits them together.
-fn serve(mut store: Store, inbox: &mpsc::Receiver<Command>) -> Result<(), JournalError> {
+/// The writing thread: gathers facts, commits them together, and tells those in `waiting`.
+fn serve(
+    mut store: Store,
+    inbox: &mpsc::Receiver<Command>,
+    waiting: &mut Vec<oneshot::Sender<()>>,
+) -> Result<(), JournalError> {
     let mut pending: Vec<Fact> = Vec::new();
-    let mut waiting: Vec<oneshot::Sender<()>> = Vec::new();
     let mut since = Instant::now();
     loop {
         let patience = if pending.is_empty() {

@@ -70,7 +70,7 @@ impl Default for Limits {
             leave: Duration::from_secs(10),
             farewell: Duration::from_secs(30),
             grace: Duration::from_secs(1),
-            rejoin: Duration::from_secs(5),
+            rejoin: Duration::from_secs(3),
             failures: 3,
         }
     }

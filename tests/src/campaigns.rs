@@ -3,4 +3,5 @@
 pub mod curves;
 pub mod kills;
 pub mod plot;
+pub mod step;
 pub mod worlds;

@@ -76,10 +76,16 @@ impl Cluster {
 
     /// The command that starts a worker for this cluster.
     pub fn worker_command(&self, name: &str) -> Command {
+        self.worker_command_on("cpu", name)
+    }
+
+    /// The same, on another device. Workers that share a GPU are hosts of their own for NCCL.
+    pub fn worker_command_on(&self, device: &str, name: &str) -> Command {
         let mut command = self.programs.worker();
         command.args(["run", "--coordinator", &self.url, "--name", name]);
         // One thread: many ranks share few cores here, and bits must not depend on how many.
-        command.args(["--device", "cpu", "--threads", "1"]);
+        command.args(["--device", device, "--threads", "1"]);
+        command.env("NCCL_HOSTID", name);
         command
     }
 

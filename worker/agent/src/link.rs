@@ -172,7 +172,8 @@ impl Link {
         self.job
     }
 
-    pub(crate) fn abort_handle(&self) -> AbortHandle {
+    /// What ends the collectives of this generation when it becomes void.
+    pub fn abort_handle(&self) -> AbortHandle {
         self.shared.abort.clone()
     }
 }

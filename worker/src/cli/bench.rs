@@ -1,18 +1,22 @@
 //! `supra-worker bench`: how fast things are on this machine.
 
-use std::error::Error;
+use std::{
+    error::Error,
+    path::{Path, PathBuf},
+};
 
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
 use supra_recipes::{plan::ModelShape, schema::Attention};
 use supra_worker::{
-    bench::{Measured, StepBench},
+    bench::{Given, Measured, StepBench},
     device::Place,
     failure::chain,
     kernels,
-    model::{AttentionKind, ModelConfig, SupraConfig},
+    model::{AttentionKind, ModelConfig, NewWeights, SupraConfig, load_params},
     step::Policy,
 };
+use tch::{Kind, Tensor};
 
 use super::{
     failure::Failure,
@@ -71,6 +75,12 @@ struct Step {
     /// Number format to compute in
     #[arg(long, value_enum, default_value_t = Dtype::Bf16)]
     dtype: Dtype,
+    /// Model directory to take in place of random weights of a shape, with --tokens
+    #[arg(long, value_name = "DIR", requires = "tokens", conflicts_with_all = ["shape", "layers", "attention", "documents"])]
+    model: Option<PathBuf>,
+    /// Safetensors file with `inputs` and `targets`, i64 [B, T], to take in place of random tokens, with --model
+    #[arg(long, value_name = "FILE", requires = "model", conflicts_with_all = ["batch", "sequence_length"])]
+    tokens: Option<PathBuf>,
     /// Timed passes, after three that are not
     #[arg(long, default_value_t = 10, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     passes: u32,
@@ -113,7 +123,7 @@ const PEAK: f64 = 989e12;
 struct Answer {
     device: String,
     parameters: i64,
-    layers: u64,
+    layers: i64,
     batch: i64,
     sequence_length: i64,
     documents: i64,
@@ -147,21 +157,33 @@ impl Step {
     fn execute(self) -> Result<(), Failure> {
         let place = self.device.open()?;
         let precision = self.dtype.into();
-        let shape = self.model_shape();
+        let (config, given) = match (&self.model, &self.tokens) {
+            (Some(model), Some(tokens)) => {
+                let config = ModelConfig::load(model)?;
+                let given = given(model, &config, tokens)?;
+                (config, Some(given))
+            }
+            _ => (self.config(), None),
+        };
+        let rows = given.as_ref().map_or_else(
+            || vec![self.batch, self.sequence_length],
+            |given| given.inputs_bt.size(),
+        );
         let bench = StepBench {
-            config: self.config(&shape),
-            batch: self.batch,
-            tokens: self.sequence_length,
+            config,
+            batch: rows[0],
+            tokens: rows[1],
             documents: self.documents,
             policy: self.policy.into(),
             precision,
             warmup: WARMUP,
             passes: self.passes,
             seed: i64::from(self.seed),
+            given,
         };
         let kernels = kernels::on(place.device, precision).map_err(|error| failed(&error))?;
         let measured = bench.run(&place, kernels).map_err(|error| failed(&error))?;
-        let answer = self.answer(&shape, &measured, &place);
+        let answer = self.answer(&bench, &measured, &place);
         if self.json {
             return out::json(&answer);
         }
@@ -180,24 +202,17 @@ impl Step {
 }
 
 impl Step {
-    fn model_shape(&self) -> ModelShape {
+    /// The model of random weights.
+    fn config(&self) -> ModelConfig {
         let shape = match self.shape {
             Shape::Mistral7b => ModelShape::MISTRAL_7B,
             Shape::Llama2_7b => ModelShape::LLAMA2_7B,
         };
-        ModelShape {
-            layers: self.layers.unwrap_or(shape.layers),
-            ..shape
-        }
-    }
-
-    fn config(&self, shape: &ModelShape) -> ModelConfig {
-        let length =
-            |length: u64| i64::try_from(length).expect("invariant: a named shape is small");
+        let length = u64::cast_signed;
         ModelConfig {
             vocab: length(shape.vocab),
             dim: length(shape.dim),
-            layers: length(shape.layers),
+            layers: length(self.layers.unwrap_or(shape.layers)),
             heads: length(shape.heads),
             kv_heads: length(shape.kv_heads),
             head_dim: length(shape.head_dim()),
@@ -216,31 +231,75 @@ impl Step {
         }
     }
 
-    fn answer(&self, shape: &ModelShape, measured: &Measured, place: &Place) -> Answer {
-        let attention = match self.attention {
-            Mixing::Supra => Attention::Supra,
-            Mixing::Softmax => Attention::Softmax,
-        };
-        let chunk = SupraConfig::DEFAULT_CHUNK.cast_unsigned();
-        let flops = shape.flops_per_token(attention, self.sequence_length.cast_unsigned(), chunk);
-        let tokens_per_second = (self.batch * self.sequence_length) as f64 / measured.median();
+    fn answer(&self, bench: &StepBench, measured: &Measured, place: &Place) -> Answer {
+        let tokens_per_second = (bench.batch * bench.tokens) as f64 / measured.median();
         Answer {
             device: place.model.clone(),
             parameters: measured.parameters,
-            layers: shape.layers,
-            batch: self.batch,
-            sequence_length: self.sequence_length,
-            documents: self.documents,
+            layers: bench.config.layers,
+            batch: bench.batch,
+            sequence_length: bench.tokens,
+            documents: bench.documents,
             policy: self.policy,
             milliseconds: measured.median() * 1e3,
             tokens_per_second,
-            model_flops_utilization: tokens_per_second * flops / PEAK,
+            model_flops_utilization: tokens_per_second * flops_per_token(bench) / PEAK,
             peak_bytes: place.memory_in_use(),
             loss: measured.loss,
             gradient_norm: measured.gradient_norm,
             seconds: measured.seconds.clone(),
         }
     }
+}
+
+fn flops_per_token(bench: &StepBench) -> f64 {
+    let config = &bench.config;
+    let shape = ModelShape {
+        vocab: config.vocab.cast_unsigned(),
+        dim: config.dim.cast_unsigned(),
+        layers: config.layers.cast_unsigned(),
+        heads: config.heads.cast_unsigned(),
+        kv_heads: config.kv_heads.cast_unsigned(),
+        ffn: config.ffn.cast_unsigned(),
+        tied: config.tied,
+    };
+    let attention = match config.attention {
+        AttentionKind::Supra(_) => Attention::Supra,
+        AttentionKind::Softmax => Attention::Softmax,
+    };
+    let chunk = SupraConfig::DEFAULT_CHUNK.cast_unsigned();
+    shape.flops_per_token(attention, bench.tokens.cast_unsigned(), chunk)
+}
+
+/// Weights and tokens that were written by another program.
+fn given(model: &Path, config: &ModelConfig, tokens: &Path) -> Result<Given, Failure> {
+    let (weights, _) = load_params(model, config, NewWeights::Refuse)?;
+    let wrong = |cause: &str| {
+        let path = tokens.display();
+        Failure::input(format!(
+            "{path}: {cause}. Needed are `inputs` and `targets`, i64 of one shape [B, T], below the vocabulary of {}",
+            config.vocab
+        ))
+    };
+    let named = Tensor::read_safetensors(tokens).map_err(|error| wrong(&error.to_string()))?;
+    let ids = |name: &str| {
+        let found = named.iter().find(|(there, _)| there == name);
+        let (_, ids) = found.ok_or_else(|| wrong(&format!("no tensor `{name}`")))?;
+        let fits = ids.kind() == Kind::Int64 && ids.dim() == 2 && ids.numel() > 0;
+        if !fits || ids.min().int64_value(&[]) < 0 || ids.max().int64_value(&[]) >= config.vocab {
+            return Err(wrong(&format!("`{name}` does not fit")));
+        }
+        Ok(ids.shallow_clone())
+    };
+    let (inputs_bt, targets_bt) = (ids("inputs")?, ids("targets")?);
+    if inputs_bt.size() != targets_bt.size() {
+        return Err(wrong("`inputs` and `targets` differ in shape"));
+    }
+    Ok(Given {
+        weights,
+        inputs_bt,
+        targets_bt,
+    })
 }
 
 impl From<Keep> for Policy {

@@ -7,7 +7,9 @@ use tch::Kind;
 /// Where to compute.
 #[derive(Debug, Args)]
 pub struct DeviceOptions {
-    /// Device to compute on: cpu or cuda:N. It is used or the command fails; nothing else is taken in its place
+    /// Device to compute on: cpu, cuda:N, or cuda for the GPU of this process's local rank (SLURM_LOCALID, else
+    /// LOCAL_RANK, else 0; the only visible one, where it is). It is used or the command fails; nothing else is taken
+    /// in its place
     #[arg(long, default_value = "cpu", value_name = "DEVICE")]
     pub device: DeviceName,
     /// Threads of one operation on the processor [default: cores divided by local workers]

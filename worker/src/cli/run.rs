@@ -72,13 +72,14 @@ impl Run {
             .map(Token::from_file)
             .transpose()?;
         let place = self.device.open()?;
-        tracing::info!(device = %self.device.device, model = %place.model, threads = place.threads, "device is open");
+        let device = place.name();
+        tracing::info!(%device, nccl = ?place.nccl, model = %place.model, threads = place.threads, "device is open");
         let options = WorkerOptions {
             name: self.name,
             advertise: self.advertise,
             token,
             birth,
-            ..WorkerOptions::new(self.coordinator, self.device.device.to_string(), BUILD)
+            ..WorkerOptions::new(self.coordinator, device.to_string(), BUILD)
         };
         let exit = run_worker(options, |job| {
             supra_worker::trainer::train(job, &place, BUILD)

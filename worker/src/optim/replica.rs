@@ -4,11 +4,13 @@
 //! on views of the masters (fp32), or of a bf16 copy of them that each update refreshes, and adds its
 //! gradients to views of the gradient.
 
-use supra_agent::{Collective, CollectiveError};
 use tch::{Device, Kind, Tensor};
 
 use super::{Layout, chunks, clip};
-use crate::model::Params;
+use crate::{
+    collective::{DeviceCollective, DeviceCollectiveError},
+    model::Params,
+};
 
 /// Parameters, optimizer state and gradient of one rank.
 pub struct Replica {
@@ -70,19 +72,12 @@ impl Replica {
         let _ = self.gradient.zero_();
     }
 
-    /// Replaces the gradient by its sum over all ranks, through host memory. The result has the same bits on all.
+    /// Replaces the gradient by its sum over all ranks. The result has the same bits on all.
     pub fn reduce_gradient(
         &mut self,
-        collective: &mut dyn Collective,
-    ) -> Result<(), CollectiveError> {
-        if collective.world() == 1 {
-            return Ok(());
-        }
-        let mut host = vec![0f32; self.gradient.numel()];
-        self.gradient.copy_data(&mut host, self.gradient.numel());
-        collective.all_reduce_f32(&mut host)?;
-        self.gradient.copy_(&Tensor::from_slice(&host));
-        Ok(())
+        collective: &mut dyn DeviceCollective,
+    ) -> Result<(), DeviceCollectiveError> {
+        collective.all_reduce(&mut self.gradient)
     }
 
     /// L2 norm of the gradient sum.

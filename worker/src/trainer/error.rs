@@ -10,6 +10,7 @@ use thiserror::Error;
 
 use crate::{
     checkpoint::{CheckpointError, store::ProbeError},
+    collective::DeviceCollectiveError,
     kernels::KernelError,
     model::ModelError,
 };
@@ -23,6 +24,9 @@ pub enum TrainError {
     /// A peer is gone.
     #[error(transparent)]
     Collective(#[from] CollectiveError),
+    /// The ranks' devices cannot work together.
+    #[error(transparent)]
+    Devices(#[from] DeviceCollectiveError),
     /// The dataset cannot be read.
     #[error(transparent)]
     Data(#[from] DataError),
@@ -87,6 +91,7 @@ impl TrainError {
         match self {
             TrainError::Void(_)
             | TrainError::Collective(_)
+            | TrainError::Devices(_)
             | TrainError::Kernel(_)
             | TrainError::NoBatch { .. } => FaultKind::Transient,
             TrainError::Checkpoint(error) => error.fault_kind(),

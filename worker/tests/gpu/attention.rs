@@ -192,7 +192,7 @@ fn quadratic(case: &Case, tables: &DecayTables, inputs: &[Tensor; 4]) -> [Tensor
         if let Some(segments_bt) = &tables.segments_bt {
             let segments_t = segments_bt.select(0, b);
             let same_tj = segments_t.unsqueeze(1).eq_tensor(&segments_t.unsqueeze(0));
-            mask_htj = mask_htj * same_tj;
+            mask_htj *= same_tj;
         }
         let scores_htj = q.matmul(&k.transpose(-2, -1)) * &mask_htj;
         let dscores_htj = d_o.matmul(&v.transpose(-2, -1)) * mask_htj;

@@ -157,7 +157,7 @@ impl Family {
         })
     }
 
-    /// Starts a program. Its stdout and stderr are appended to `LOGS/NAME.log`.
+    /// Starts a program, with `environment` added to ours. Its stdout and stderr are appended to `LOGS/NAME.log`.
     ///
     /// # Errors
     /// When the log cannot be opened or the program cannot be started.
@@ -166,6 +166,7 @@ impl Family {
         name: &str,
         program: &Path,
         arguments: &[String],
+        environment: Option<(&'static str, String)>,
     ) -> Result<(), Failure> {
         let path = self.logs.join(format!("{name}.log"));
         let open = || -> std::io::Result<(File, File, u64)> {
@@ -180,6 +181,7 @@ impl Family {
         })?;
         let started = Command::new(program)
             .args(arguments)
+            .envs(environment)
             .env("SUPRA_PARENT_PIPE", "1")
             .env("NO_COLOR", "1")
             // Loopback asks for no token, whatever other coordinator the user's environment is for.
@@ -382,7 +384,7 @@ mod tests {
         let mut family = Family::new(directory.path().to_owned()).expect("a family");
         let script = ["-c".to_owned(), "echo of today; exit 3".to_owned()];
         family
-            .spawn("worker-0", Path::new("/bin/sh"), &script)
+            .spawn("worker-0", Path::new("/bin/sh"), &script, None)
             .expect("starts");
         let end = family.next_end().await;
         assert!(
@@ -400,7 +402,7 @@ mod tests {
         let mut family = Family::new(directory.path().to_owned()).expect("a family");
         let script = ["-c".to_owned(), "trap '' TERM; cat; exit 0".to_owned()];
         family
-            .spawn("worker-0", Path::new("/bin/sh"), &script)
+            .spawn("worker-0", Path::new("/bin/sh"), &script, None)
             .expect("starts");
         assert!(
             timeout(Duration::from_millis(200), family.next_end())

@@ -4,9 +4,10 @@ use std::net::SocketAddr;
 use std::num::NonZero;
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use supra_recipes::Recipe;
 
+use super::device::{Device, visible_gpus};
 use crate::cli::failure::Failure;
 use crate::cli::format;
 use crate::cli::runs::Json;
@@ -19,11 +20,12 @@ pub struct Up {
     /// coordinator and workers serve until Ctrl-C
     #[arg(value_name = "RECIPE")]
     pub(super) recipe: Option<PathBuf>,
-    /// Worker processes to start
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
-    pub(super) workers: u32,
-    /// Where workers compute; with cuda, worker i takes GPU i
-    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    /// Worker processes to start [default: one; with --device cuda, one for every visible GPU]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    workers: Option<u32>,
+    /// Where workers compute: cpu; cuda, where worker i takes GPU i; or cuda:N, where all share GPU N, which is for
+    /// tests and never fast
+    #[arg(long, default_value_t = Device::Cpu, value_name = "DEVICE")]
     device: Device,
     /// State directory: journal, checkpoints, logs; made when absent
     #[arg(long, value_name = "DIR", default_value = "supra-state")]
@@ -41,35 +43,31 @@ pub struct Up {
     pub(super) json: Json,
 }
 
-/// Where workers compute.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Device {
-    Cpu,
-    Cuda,
-}
-
-impl Device {
-    fn name(self) -> &'static str {
-        match self {
-            Device::Cpu => "cpu",
-            Device::Cuda => "cuda",
-        }
-    }
-}
-
 /// Checks what clap cannot.
 ///
 /// # Errors
-/// An address that other machines reach.
+/// An address that other machines reach, or too few GPUs.
 pub(super) fn check(command: &Up) -> Result<(), Failure> {
-    if command.listen.ip().is_loopback() {
-        return Ok(());
+    if !command.listen.ip().is_loopback() {
+        return Err(Failure::input(format!(
+            "`supra up` serves this machine only and listens on a loopback address, not on {}. To let workers of other \
+             machines in, start `supra-coordinator run` and `supra-worker run` by themselves.",
+            command.listen
+        )));
     }
-    Err(Failure::input(format!(
-        "`supra up` serves this machine only and listens on a loopback address, not on {}. To let workers of other \
-         machines in, start `supra-coordinator run` and `supra-worker run` by themselves.",
-        command.listen
-    )))
+    let (workers, gpus) = (command.workers(), visible_gpus());
+    match command.device {
+        Device::Cuda if gpus == 0 => Err(Failure::failed(
+            "--device cuda: this machine shows no GPU to count. Check that `nvidia-smi` lists one and that \
+             CUDA_VISIBLE_DEVICES does not hide it; name it with --device cuda:0, or give --device cpu.",
+        )),
+        Device::Cuda if workers > gpus => Err(Failure::input(format!(
+            "--workers is {workers} and this machine shows {}. Give --workers {gpus} or fewer; for a test, several \
+             workers may share a GPU with --device cuda:0.",
+            format::counted(u64::from(gpus), "GPU")
+        ))),
+        _ => Ok(()),
+    }
 }
 
 /// Checks that the recipe's generations can form.
@@ -78,17 +76,25 @@ pub(super) fn check(command: &Up) -> Result<(), Failure> {
 /// Fewer workers than the recipe needs.
 pub(super) fn check_workers(command: &Up, recipe: &Recipe) -> Result<(), Failure> {
     let needed = recipe.workers.min;
-    if command.workers >= needed {
+    let workers = command.workers();
+    if workers >= needed {
         return Ok(());
     }
     Err(Failure::input(format!(
-        "the recipe needs at least {needed} workers (workers.min) and --workers is {}: it would wait for ever. Give \
-         --workers {needed}, or lower workers.min.",
-        command.workers
+        "the recipe needs at least {needed} workers (workers.min) and {workers} would start: it would wait for ever. \
+         Give --workers {needed}, or lower workers.min."
     )))
 }
 
 impl Up {
+    /// Worker processes to start.
+    pub(super) fn workers(&self) -> u32 {
+        self.workers.unwrap_or_else(|| match self.device {
+            Device::Cuda => visible_gpus().max(1),
+            Device::Cpu | Device::OneGpu(_) => 1,
+        })
+    }
+
     /// The command that goes on with this run.
     pub(super) fn again(&self) -> String {
         let program = std::env::args()
@@ -104,8 +110,8 @@ impl Up {
                 .as_ref()
                 .map(|recipe| quoted(&recipe.display().to_string())),
         );
-        words.push(format!("--workers {}", self.workers));
-        words.push(format!("--device {}", self.device.name()));
+        words.push(format!("--workers {}", self.workers()));
+        words.push(format!("--device {}", self.device));
         words.extend(self.threads.map(|threads| format!("--threads {threads}")));
         words.push(format!(
             "--state {}",
@@ -116,9 +122,9 @@ impl Up {
 
     /// `2 workers on cpu with 1 thread each`.
     pub(super) fn what_starts(&self) -> String {
-        let workers = format::counted(u64::from(self.workers), "worker");
+        let workers = format::counted(u64::from(self.workers()), "worker");
         let threads = format::counted(u64::from(self.threads_each()), "thread");
-        format!("{workers} on {} with {threads} each", self.device.name())
+        format!("{workers} on {} with {threads} each", self.device)
     }
 
     /// Arguments of `supra-coordinator`.
@@ -137,10 +143,7 @@ impl Up {
 
     /// Arguments of the worker of this number.
     pub(super) fn worker_arguments(&self, number: u32, url: &str) -> Vec<String> {
-        let device = match self.device {
-            Device::Cpu => "cpu".to_owned(),
-            Device::Cuda => format!("cuda:{number}"),
-        };
+        let device = self.device.of_worker(number).to_string();
         let (name, threads) = (format!("worker-{number}"), self.threads_each().to_string());
         [
             "run",
@@ -157,12 +160,19 @@ impl Up {
         .into()
     }
 
+    /// Environment of the worker of this number. NCCL refuses two ranks of one host on one GPU; where they share one on
+    /// purpose, each is a host of its own.
+    pub(super) fn worker_environment(&self, number: u32) -> Option<(&'static str, String)> {
+        let shared = matches!(self.device, Device::OneGpu(_)) && self.workers() > 1;
+        shared.then(|| ("NCCL_HOSTID", format!("supra-worker-{number}")))
+    }
+
     fn threads_each(&self) -> u32 {
         self.threads.unwrap_or_else(|| {
             let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
             u32::try_from(cores)
                 .unwrap_or(u32::MAX)
-                .div_euclid(self.workers)
+                .div_euclid(self.workers())
                 .max(1)
         })
     }
@@ -209,6 +219,17 @@ mod tests {
             arguments,
             "run --coordinator http://127.0.0.1:1 --name worker-1 --device cuda:1 --threads 3"
         );
+        assert_eq!(up.worker_environment(1), None);
+    }
+
+    #[test]
+    fn workers_that_share_a_gpu_are_hosts_of_their_own() {
+        let up = parse(&["--workers", "2", "--device", "cuda:1"]);
+        let arguments = up.worker_arguments(0, "http://127.0.0.1:1").join(" ");
+        assert!(arguments.contains("--device cuda:1 "), "{arguments}");
+        let hosts = [0, 1].map(|number| up.worker_environment(number));
+        assert!(hosts[0].is_some() && hosts[0] != hosts[1], "{hosts:?}");
+        assert_eq!(parse(&["--device", "cuda:1"]).worker_environment(0), None);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Aborting a blocked collective from another thread.
 
+use std::fmt;
 use std::net::{Shutdown, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -17,22 +18,46 @@ pub struct AbortHandle {
 #[derive(Debug, Default)]
 struct Shared {
     aborted: AtomicBool,
-    /// Sockets on which a call may be blocked. Weak, so that dropping the collective closes them.
-    sockets: Mutex<Vec<Weak<TcpStream>>>,
+    blocked: Mutex<Blocked>,
     wake: Condvar,
+}
+
+/// What an abort has to free.
+#[derive(Default)]
+struct Blocked {
+    /// Sockets on which a call may be blocked. Weak, so that dropping the collective closes them.
+    sockets: Vec<Weak<TcpStream>>,
+    /// How whatever else may be blocked is freed.
+    actions: Vec<Box<dyn FnOnce() + Send>>,
 }
 
 impl AbortHandle {
     /// Aborts. Repeats do nothing.
     pub fn abort(&self) {
-        let mut sockets = self.sockets();
-        // Set under the lock, so that no socket is registered after the last look at the list.
-        self.shared.aborted.store(true, Ordering::SeqCst);
-        for socket in sockets.drain(..).filter_map(|socket| socket.upgrade()) {
+        let Blocked { sockets, actions } = {
+            let mut blocked = self.blocked();
+            // Set under the lock, so that nothing is registered after the last look at the lists.
+            self.shared.aborted.store(true, Ordering::SeqCst);
+            std::mem::take(&mut *blocked)
+        };
+        for socket in sockets.into_iter().filter_map(|socket| socket.upgrade()) {
             // A socket that is closed already needs no shutdown.
             socket.shutdown(Shutdown::Both).ok();
         }
+        actions.into_iter().for_each(|action| action());
         self.shared.wake.notify_all();
+    }
+
+    /// Has `action` run once by an abort, also by one that has already happened. It runs on the thread
+    /// that aborts, which has others to tell: it must not wait for anything.
+    pub fn on_abort(&self, action: impl FnOnce() + Send + 'static) {
+        let mut blocked = self.blocked();
+        if self.aborted() {
+            drop(blocked);
+            action();
+        } else {
+            blocked.actions.push(Box::new(action));
+        }
     }
 
     /// Whether it was aborted.
@@ -51,28 +76,55 @@ impl AbortHandle {
 
     /// Has `socket` shut down by an abort, also by one that has already happened.
     pub(super) fn register(&self, socket: &Arc<TcpStream>) {
-        let mut sockets = self.sockets();
-        sockets.retain(|socket| socket.strong_count() > 0);
+        let mut blocked = self.blocked();
+        blocked.sockets.retain(|socket| socket.strong_count() > 0);
         if self.aborted() {
             socket.shutdown(Shutdown::Both).ok();
         } else {
-            sockets.push(Arc::downgrade(socket));
+            blocked.sockets.push(Arc::downgrade(socket));
         }
     }
 
     /// Sleeps, but wakes for an abort.
     pub(super) fn sleep(&self, duration: Duration) {
-        let sockets = self.sockets();
+        let blocked = self.blocked();
         if !self.aborted() {
             // Whatever ends the wait, the caller looks again.
-            let _woken = self.shared.wake.wait_timeout(sockets, duration);
+            let _woken = self.shared.wake.wait_timeout(blocked, duration);
         }
     }
 
-    fn sockets(&self) -> MutexGuard<'_, Vec<Weak<TcpStream>>> {
+    fn blocked(&self) -> MutexGuard<'_, Blocked> {
         self.shared
-            .sockets
+            .blocked
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Blocked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (sockets, actions) = (self.sockets.len(), self.actions.len());
+        write!(f, "{sockets} sockets and {actions} actions")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use super::*;
+
+    #[test]
+    fn an_action_runs_once_also_after_the_abort() {
+        let abort = AbortHandle::default();
+        let (ran, runs) = channel();
+        let early = ran.clone();
+        abort.on_abort(move || early.send("early").unwrap());
+        assert!(runs.try_recv().is_err());
+        abort.abort();
+        abort.abort();
+        abort.on_abort(move || ran.send("late").unwrap());
+        assert_eq!(runs.iter().collect::<Vec<_>>(), ["early", "late"]);
     }
 }

@@ -17,9 +17,8 @@
 // what the state brings from a boundary, or leaves something in it, only where both are of one segment; a boundary's
 // segment is that of the token before it, 0 before the row.
 //
-// q, o and their gradients are [B, H, T, d], k, v and theirs [B, K, T, d], segments i64 [B, T] or null. bf16 in and out;
-// products of bf16 are summed in fp32, as are the states, which are kept in bf16 between kernels.
-// d is 64 or 128.
+// q, o and their gradients are [B, H, T, d], k, v and theirs [B, K, T, d], segments i64 [B, T] or null; d is 64 or 128.
+// bf16 in and out; products of bf16 are summed in fp32, as are the states, which are kept in bf16 between kernels.
 
 #include "warp.cuh"
 
@@ -73,7 +72,7 @@ __device__ __forceinline__ void load_left(unsigned (&a)[4], Tile tile, unsigned 
     load_matrices(a, tile.at(row + lane % 16, column / VECTOR, lane / 16));
 }
 
-// The 16 x 16 at (row, column) of the tile, or of its transpose, as two right operands of 8 columns.
+// The 16 x 16 at (row, column) of the tile, or of its transpose, as two right operands: of 8 columns each.
 template <bool TRANSPOSED, class Tile>
 __device__ __forceinline__ void load_right(unsigned (&b)[4], Tile tile, unsigned row, unsigned column) {
     const unsigned lane = threadIdx.x % WARP;
@@ -81,6 +80,17 @@ __device__ __forceinline__ void load_right(unsigned (&b)[4], Tile tile, unsigned
         load_matrices(b, tile.at(column + lane / 16 * 8 + lane % 8, row / VECTOR, lane / 8 % 2));
     } else {
         load_matrices_transposed(b, tile.at(row + lane % 16, column / VECTOR, lane / 16));
+    }
+}
+
+// The 32 x 8 at (row, column) of a state, or of its transpose, as two right operands: of 16 rows each.
+template <bool TRANSPOSED, unsigned D>
+__device__ __forceinline__ void load_right_tall(unsigned (&b)[4], State<D> state, unsigned row, unsigned column) {
+    const unsigned lane = threadIdx.x % WARP;
+    if (TRANSPOSED) {
+        load_matrices(b, state.at(column + lane % 8, row / VECTOR, lane / 8));
+    } else {
+        load_matrices_transposed(b, state.at(row + lane, column / VECTOR, 0));
     }
 }
 
@@ -165,7 +175,7 @@ __device__ __forceinline__ void states(const bf16 *left, const bf16 *right, cons
         end_copies();
     };
 
-    // The weight, at the boundary this piece leads to, of its token threadIdx.x, and that of the other boundary's state.
+    // Weights at the boundary that a piece leads to: of its token threadIdx.x, and of the state at the other boundary.
     const float log2_gamma = log2_gamma_h[head % heads];
     const float own_power = exp2f(log2_gamma * (BACK ? threadIdx.x : PIECE - min(threadIdx.x, PIECE)));
     const float piece_power = exp2f(log2_gamma * PIECE);
@@ -261,7 +271,7 @@ __device__ __forceinline__ void load_rows(unsigned (&x)[D / 16][4], Chunk<D> til
     }
 }
 
-// out += ((X Y^T) * M) Z for 16 rows X of a chunk, from `row`. M has tokens see earlier ones, or, with LATER, later ones.
+// out += ((X Y^T) * M) Z for 16 rows X of a chunk, from `row`. Tokens see earlier ones, or, with LATER, later ones.
 template <unsigned D, bool LATER>
 __device__ __forceinline__ void attend(float (&out)[D / 8][4], const unsigned (&x)[D / 16][4], Chunk<D> y, Chunk<D> z,
                                        const float *powers, bool documents, const long long *segments,
@@ -303,20 +313,28 @@ __device__ __forceinline__ void attend(float (&out)[D / 8][4], const unsigned (&
 template <unsigned D, bool TRANSPOSED>
 __device__ __forceinline__ void add_state(float (&out)[D / 8][4], const unsigned (&x)[D / 16][4], State<D> state,
                                           const float (&scales)[2]) {
+    // How many 8 columns at once: with 128 channels there are no registers for more than one.
+    constexpr unsigned SIDE = D == 128 ? 1 : 2;
 #pragma unroll
-    for (unsigned n = 0; n < D / 8; n += 2) {
-        float part[2][4] = {};
+    for (unsigned n = 0; n < D / 8; n += SIDE) {
+        float part[SIDE][4] = {};
 #pragma unroll
-        for (unsigned k = 0; k < D / 16; k++) {
+        for (unsigned k = 0; k < D / 16; k += 2 / SIDE) {
             unsigned b[4];
-            load_right<TRANSPOSED>(b, state, k * 16, n * 8);
+            if (SIDE == 1) {
+                load_right_tall<TRANSPOSED>(b, state, k * 16, n * 8);
+            } else {
+                load_right<TRANSPOSED>(b, state, k * 16, n * 8);
+            }
             multiply_add(part[0], x[k], b[0], b[1]);
-            multiply_add(part[1], x[k], b[2], b[3]);
+            multiply_add(part[SIDE - 1], x[k + 2 / SIDE - 1], b[2], b[3]);
         }
 #pragma unroll
-        for (unsigned c = 0; c < 4; c++) {
-            out[n][c] += scales[c / 2] * part[0][c];
-            out[n + 1][c] += scales[c / 2] * part[1][c];
+        for (unsigned i = 0; i < SIDE; i++) {
+#pragma unroll
+            for (unsigned c = 0; c < 4; c++) {
+                out[n + i][c] += scales[c / 2] * part[i][c];
+            }
         }
     }
 }
@@ -337,7 +355,7 @@ __device__ __forceinline__ void store_rows(bf16 *to, const float (&out)[D / 8][4
             transpose_in_group(pairs);
             const unsigned own = row + g + half * 8;
             if (own < rows) {
-                *reinterpret_cast<uint4*>(to + own * D + (n + t) * 8) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+                store(to + own * D + (n + t) * 8, make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
             }
         }
     }
@@ -528,17 +546,17 @@ __device__ __forceinline__ void key_value_gradients(const bf16 *q_bhtd, const bf
         unsigned tokens, unsigned heads) {                                                                             \
         states<D, true>(q, d_o, log2_gamma, segments, kept, tokens, heads, heads);                                     \
     }                                                                                                                  \
-    ENTRY __launch_bounds__(2 * CHUNK, 128 / CHUNK) attention_outputs_##D(                                                             \
+    ENTRY __launch_bounds__(2 * CHUNK, 128 / CHUNK) attention_outputs_##D(                                             \
         const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *kept, const float *log2_gamma,                        \
         const long long *segments, bf16 *o, unsigned tokens, unsigned heads, unsigned kv_heads) {                      \
         outputs<D, false>(q, k, v, kept, log2_gamma, segments, o, tokens, heads, kv_heads);                            \
     }                                                                                                                  \
-    ENTRY __launch_bounds__(2 * CHUNK, 128 / CHUNK) attention_query_gradients_##D(                                                     \
+    ENTRY __launch_bounds__(2 * CHUNK, 128 / CHUNK) attention_query_gradients_##D(                                     \
         const bf16 *d_o, const bf16 *v, const bf16 *k, const bf16 *kept, const float *log2_gamma,                      \
         const long long *segments, bf16 *dq, unsigned tokens, unsigned heads, unsigned kv_heads) {                     \
         outputs<D, true>(d_o, v, k, kept, log2_gamma, segments, dq, tokens, heads, kv_heads);                          \
     }                                                                                                                  \
-    ENTRY __launch_bounds__(4 * CHUNK, 128 / CHUNK) attention_key_value_gradients_##D(                                                 \
+    ENTRY __launch_bounds__(4 * CHUNK, 128 / CHUNK) attention_key_value_gradients_##D(                                 \
         const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *d_o, const bf16 *kept, const float *log2_gamma,       \
         const long long *segments, bf16 *dk, bf16 *dv, unsigned tokens, unsigned heads, unsigned kv_heads) {           \
         key_value_gradients<D>(q, k, v, d_o, kept, log2_gamma, segments, dk, dv, tokens, heads, kv_heads);             \

@@ -62,10 +62,8 @@ const PIECE: i64 = 64;
 const STAGES: i64 = 3;
 const COLUMNS: i64 = 64;
 
-/// Bytes of a bf16, of an fp32 and of a segment's number.
+/// Bytes of a bf16.
 const BF16: i64 = 2;
-const FLOAT: i64 = 4;
-const SEGMENT: i64 = 8;
 
 /// How many blocks a grid may have along y.
 const MAX_BLOCKS_Y: i64 = 65_535;
@@ -144,27 +142,22 @@ impl Lengths {
     /// For either direction of the walk along a row.
     fn states_grid(&self) -> Grid {
         let [batch, heads, _, d] = self.q_bhtd;
-        let piece = PIECE * (d + COLUMNS) * BF16 + PIECE * SEGMENT;
-        grid(
-            (batch * heads, d / COLUMNS),
-            128,
-            STAGES * piece + PIECE * FLOAT,
-        )
+        let shared = STAGES * PIECE * (d + COLUMNS) * BF16;
+        grid((batch * heads, d / COLUMNS), 128, shared)
     }
 
     fn outputs_grid(&self) -> Grid {
-        self.chunks_grid(2 * CHUNK, 3, CHUNK)
+        self.chunks_grid(2 * CHUNK, 3)
     }
 
     fn key_value_gradients_grid(&self) -> Grid {
-        self.chunks_grid(4 * CHUNK, 4, CHUNK + 1)
+        self.chunks_grid(4 * CHUNK, 4)
     }
 
-    /// A block for each chunk of each key and value head, with room for so many tiles of a chunk's rows, a state, the
-    /// chunk's segments and so many powers of the decay.
-    fn chunks_grid(&self, threads: i64, tiles: i64, powers: i64) -> Grid {
+    /// A block for each chunk of each key and value head, with room for so many tiles of a chunk's rows, and a state.
+    fn chunks_grid(&self, threads: i64, tiles: i64) -> Grid {
         let [batch, kv_heads, _, d] = self.k_bktd;
-        let shared = (tiles * CHUNK * d + d * d) * BF16 + CHUNK * SEGMENT + powers * FLOAT;
+        let shared = (tiles * CHUNK * d + d * d) * BF16;
         grid((batch * kv_heads, self.chunks), threads, shared)
     }
 }

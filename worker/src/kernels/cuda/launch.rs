@@ -10,11 +10,15 @@ use cudarc::driver::{
     result::{self, DriverError},
     sys,
 };
+use sys::CUfunction_attribute_enum::{
+    CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as DYNAMIC_SHARED,
+    CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES as STATIC_SHARED,
+};
 use tch::Tensor;
 
 use super::error::KernelError;
 
-/// Shared memory that a block gets without asking for more.
+/// Shared memory that a block gets without asking for more, the kernel's own arrays included.
 const PLAIN_SHARED_BYTES: u32 = 48 << 10;
 
 /// One GPU's context, the one that libtorch uses, and the kernels loaded into it.
@@ -28,6 +32,8 @@ pub struct Gpu {
 
 struct Kernel {
     function: sys::CUfunction,
+    /// Shared memory of the arrays that it declares.
+    static_shared_bytes: u32,
     /// Bytes of each argument.
     arguments: Vec<usize>,
 }
@@ -181,8 +187,12 @@ impl Gpu {
             // SAFETY: the module is loaded.
             let function = unsafe { result::module::get_function(module, c_name) }
                 .map_err(|error| refused(name, error))?;
+            // SAFETY: likewise.
+            let own = unsafe { result::function::get_function_attribute(function, STATIC_SHARED) }
+                .map_err(|error| refused(name, error))?;
             let kernel = Kernel {
                 function,
+                static_shared_bytes: own.cast_unsigned(),
                 arguments: declared(function),
             };
             self.kernels.insert(name, kernel);
@@ -219,7 +229,7 @@ impl Gpu {
         // and the driver copies them before it returns. What they point to was checked by the caller.
         let launched = unsafe {
             result::ctx::set_current(self.context)
-                .and_then(|()| allow_shared(kernel.function, grid.shared_bytes))
+                .and_then(|()| allow_shared(kernel, grid.shared_bytes))
                 .and_then(|()| {
                     result::launch_kernel(
                         kernel.function,
@@ -255,13 +265,13 @@ fn declared(function: sys::CUfunction) -> Vec<usize> {
 ///
 /// The function is loaded, and its context current.
 #[allow(unsafe_code)]
-unsafe fn allow_shared(function: sys::CUfunction, bytes: u32) -> Result<(), DriverError> {
-    use sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as SHARED;
-    if bytes <= PLAIN_SHARED_BYTES {
+unsafe fn allow_shared(kernel: &Kernel, bytes: u32) -> Result<(), DriverError> {
+    if kernel.static_shared_bytes + bytes <= PLAIN_SHARED_BYTES {
         return Ok(());
     }
+    let (function, bytes) = (kernel.function, bytes.cast_signed());
     // SAFETY: the caller vouches for it.
-    unsafe { result::function::set_function_attribute(function, SHARED, bytes.cast_signed()) }
+    unsafe { result::function::set_function_attribute(function, DYNAMIC_SHARED, bytes) }
 }
 
 fn refused(device: usize, what: String, error: &DriverError) -> KernelError {

@@ -1,0 +1,125 @@
+//! How the ranks of a generation add and share what lies on their devices.
+//!
+//! Small things (tallies, hashes, barriers) go over the agent's [`Collective`] whatever the device is.
+//! Flat tensors go the device's own way: through host memory between CPUs, over NCCL between GPUs. A
+//! GPU never takes the way through host memory; what NCCL needs and does not find is an error.
+
+mod host;
+mod nccl;
+mod ordered;
+
+use supra_agent::{Collective, CollectiveError, Link};
+use supra_recipes::schema::Reduction;
+use tch::{Device, Kind, Tensor};
+use thiserror::Error;
+
+pub use self::nccl::Nccl;
+pub use host::Host;
+
+use crate::device::{DeviceError, Place};
+
+/// What the ranks do together with flat tensors: contiguous, fp32 or bf16, on the rank's own device.
+///
+/// All ranks call the same operations with the same sizes in the same order. A GPU does its part later, in the order
+/// of libtorch's stream. After an error it is of no more use: drop it and leave the generation.
+///
+/// Where parts are spoken of, `flat` is cut into as many equal ones as there are ranks, and part `r` is rank `r`'s.
+pub trait DeviceCollective {
+    /// The collective for what lies in host memory.
+    fn host(&mut self) -> &mut dyn Collective;
+
+    /// Replaces `flat` by its sum over all ranks: same bits on every rank.
+    fn all_reduce(&mut self, flat: &mut Tensor) -> Result<(), DeviceCollectiveError>;
+
+    /// Replaces this rank's part of `flat` by its sum over all ranks. What the other parts hold afterwards is not said.
+    fn reduce_scatter(&mut self, flat: &mut Tensor) -> Result<(), DeviceCollectiveError>;
+
+    /// Replaces every part of `flat` by that of the rank whose it is.
+    fn all_gather(&mut self, flat: &mut Tensor) -> Result<(), DeviceCollectiveError>;
+
+    /// Ends it in order: returns when all ranks have called this and everything is done.
+    fn finish(self: Box<Self>) -> Result<(), DeviceCollectiveError>;
+}
+
+/// Why ranks cannot do something together.
+#[derive(Debug, Error)]
+pub enum DeviceCollectiveError {
+    /// In host memory, or before the devices came into it.
+    #[error(transparent)]
+    Host(#[from] CollectiveError),
+    /// Between GPUs.
+    #[error("between GPUs: {0}")]
+    Nccl(#[from] ::nccl::Error),
+    /// The device is not what it was when it was opened.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The tensor is none that ranks can exchange.
+    #[error(
+        "cannot exchange a tensor of {elements} x {kind:?} on {device:?} among {world} ranks: {problem}"
+    )]
+    Unsuitable {
+        /// Its elements.
+        elements: usize,
+        /// Their type.
+        kind: Kind,
+        /// Where it lies.
+        device: Device,
+        /// Number of ranks.
+        world: u32,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+}
+
+/// The device collective of a generation whose ranks `host` has connected. `reduction` says how GPUs add. A generation
+/// that becomes void aborts it, from `link`'s other end.
+///
+/// # Errors
+///
+/// Between GPUs: NCCL's own, and that a rank does not come in time.
+pub fn connect(
+    host: Box<dyn Collective>,
+    place: &Place,
+    reduction: Reduction,
+    link: &Link,
+) -> Result<Box<dyn DeviceCollective>, DeviceCollectiveError> {
+    match &place.nccl {
+        // Alone there is nothing to exchange.
+        Some(library) if host.world() > 1 => Ok(Box::new(Nccl::connect(
+            host,
+            library,
+            place.device,
+            reduction,
+            &link.abort_handle(),
+        )?)),
+        _ => Ok(Box::new(Host::new(host))),
+    }
+}
+
+/// Refuses what is not flat, fp32 or bf16, and on `device`; with `parts`, also what cannot be cut among the ranks.
+fn check(
+    flat: &Tensor,
+    device: Device,
+    world: u32,
+    parts: bool,
+) -> Result<Kind, DeviceCollectiveError> {
+    let kind = flat.kind();
+    let problem = if !matches!(kind, Kind::Float | Kind::BFloat16) {
+        "only fp32 and bf16 can be added"
+    } else if !flat.is_contiguous() {
+        "it is not contiguous"
+    } else if flat.device() != device {
+        "it is on another device than this rank"
+    } else if parts && !flat.numel().is_multiple_of(world as usize) {
+        "it has no equal parts"
+    } else {
+        return Ok(kind);
+    };
+    Err(DeviceCollectiveError::Unsuitable {
+        elements: flat.numel(),
+        kind,
+        device: flat.device(),
+        world,
+        problem,
+    })
+}
