@@ -10,14 +10,14 @@ use serde::Serialize;
 
 use super::sizes::{BF16, FP32, Sizes};
 use super::{ModelShape, Policy};
-use crate::schema::{Precision, Recipe};
+use crate::schema::{Precision, Recipe, Reduction};
 
 /// Logits that exist at a time: the loss is made for so many tokens at once that there are no more.
 pub const LOGITS: u64 = 1 << 28;
 
 /// CUDA's context, the workspaces of its libraries, loaded kernels, their partial sums, the optimizer's temporaries and
 /// what the allocator rounds up. Measured on an H200: what the process held beyond the tensors counted here was 0.7 to
-/// 0.8 GB, whatever the policy and the number of layers.
+/// 0.8 GB, whatever the policy and the number of layers. What NCCL takes between several GPUs is not in it: unmeasured.
 const CONTEXT: u128 = 800_000_000;
 
 /// GPUs by the memory they are sold with.
@@ -80,6 +80,14 @@ impl Memory {
             ("fp32 gradients", FP32 * parameters),
             ("fp32 first moments", FP32 * parameters),
             ("fp32 second moments", FP32 * parameters),
+            // All other ranks' gradients of this rank's part, and their sum: as much as all gradients of one.
+            (
+                "gradients of other ranks",
+                match recipe.reduction {
+                    Reduction::Ordered if world > 1 => FP32 * parameters,
+                    Reduction::Ordered | Reduction::Nccl => 0,
+                },
+            ),
             ("activations, per block", sizes.per_block(policy)),
             ("activations, shared", sizes.shared(policy)),
             ("their gradients", sizes.gradients()),
@@ -249,6 +257,17 @@ mod tests {
     fn a_rank_needs_no_room_for_samples_that_it_never_sees() {
         let recipe = recipe("batch: { tokens: 16Ki, sequence_length: 2048, micro_batch: 4 }");
         assert_eq!([1, 2, 4, 8].map(|world| rows(&recipe, world)), [4, 4, 2, 1]);
+    }
+
+    #[test]
+    fn adding_in_rank_order_takes_as_much_as_the_gradients() {
+        let ordered = recipe("reduction: ordered");
+        let more = |world| {
+            let shape = &ModelShape::MISTRAL_7B;
+            let memory = Memory::new(&ordered, shape, world, Policy::Lean);
+            part(&memory, "gradients of other ranks")
+        };
+        assert_eq!([more(1), more(2)], [0, 4 * 7_812_321_280]);
     }
 
     #[test]
