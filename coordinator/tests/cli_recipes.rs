@@ -106,11 +106,22 @@ fn the_mistral_recipe_is_planned_with_its_memory() {
         "{parameters}"
     );
     assert_eq!(plan["budget_tokens"], 100_000_000_000_u64);
+    assert_eq!(plan["activations"], "auto");
+    let memory = &plan["needs"]["memory_per_rank"];
+    assert_eq!(memory[0]["policy"], "save");
+    assert!(memory[0]["bytes"].as_u64() > memory[1]["bytes"].as_u64());
+    assert_eq!(memory[2]["components"][2]["name"], "fp32 gradients");
+    assert_eq!(memory[2]["components"][2]["bytes"], 4 * parameters);
+    let cards = &plan["needs"]["cards"];
+    assert!(cards[0]["name"] == "80 GB" && cards[0]["policy"].is_null());
+    assert!(cards[1]["name"] == "141 GB" && cards[1]["policy"] == "recompute");
     let text = run(&["plan", recipe, "--base", base, "--gpus", "8"])
         .expect_code(0)
         .stdout;
     for part in [
-        "memory per worker",
+        "Memory per GPU",
+        "card of 141 GB (140 GiB)",
+        "taken",
         "GiB",
         "fp32 master parameters",
         "with 8 workers",

@@ -3,15 +3,22 @@
 
 mod digest;
 pub mod memory;
+mod needs;
 mod order;
+mod policy;
 mod probe;
 mod shape;
+mod sizes;
 
 use std::ops::Range;
 
 pub use digest::Digest;
+pub use memory::Memory;
+pub use needs::{Fit, Needs};
 pub use order::Pool;
+pub use policy::Policy;
 pub use probe::probe;
+pub use shape::{ModelShape, ShapeError};
 
 use crate::schema::Recipe;
 use order::Order;

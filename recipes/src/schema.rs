@@ -12,8 +12,9 @@ mod syntax;
 mod units;
 
 pub use recipe::{
-    Attention, Base, Batch, Budget, Checkpoint, Data, Decay, Model, NonFinite, Optimizer,
-    Precision, Recipe, Reduction, ReplicaCheck, RopeFrequencies, Weights, Workers, json_schema,
+    Activations, Attention, Base, Batch, Budget, Checkpoint, Data, Decay, Model, NonFinite,
+    Optimizer, Precision, Recipe, Reduction, ReplicaCheck, RopeFrequencies, Weights, Workers,
+    json_schema,
 };
 pub use report::RecipeError;
 pub use units::{Fraction, RunName, Tokens, UnitError, Warmup};

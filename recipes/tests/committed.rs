@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use supra_recipes::plan::{ModelShape, Needs};
 use supra_recipes::{Plan, Recipe, json_schema};
 
 fn directory() -> &'static Path {
@@ -55,6 +56,27 @@ fn every_header_states_the_tokens_and_steps_that_are_planned() {
             digits.contains(&format!("Tokens:  {budget}")),
             "{}: the header lacks {budget}",
             path.display()
+        );
+    }
+}
+
+#[test]
+fn headers_of_7b_recipes_state_the_memory_that_is_planned() {
+    for (file, shape) in [
+        ("mistral-7b.yaml", ModelShape::MISTRAL_7B),
+        ("llama2-7b.yaml", ModelShape::LLAMA2_7B),
+    ] {
+        let path = directory().join(file);
+        let needs = Needs::new(&Recipe::load(&path).unwrap(), &shape, 8).unwrap();
+        let [_, fit] = needs.cards;
+        let mut plans = needs.memory_per_rank.iter();
+        let plan = plans.find(|plan| fit.policy == Some(plan.policy)).unwrap();
+        let gib = plan.bytes as f64 / f64::from(1 << 30);
+        let expected = format!("{} (H200) per worker: {gib:.0} GiB", fit.card.name);
+        let header = std::fs::read_to_string(&path).unwrap();
+        assert!(
+            header.contains(&expected),
+            "{file}: the header lacks `{expected}`"
         );
     }
 }

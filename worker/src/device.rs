@@ -95,6 +95,16 @@ pub enum DeviceError {
         /// GPUs that libtorch sees.
         count: i64,
     },
+    /// It is unknown how much of its memory is free.
+    #[error(
+        "{device}: the driver does not say how much memory is free: {cause}. Check with `nvidia-smi` that it works"
+    )]
+    NoMemory {
+        /// The device.
+        device: DeviceName,
+        /// What it says instead.
+        cause: String,
+    },
     /// A variable of the environment that should hold the local rank does not.
     #[error(
         "{device}: {variable} is {value:?}, which is no local rank. Name the GPU: --device cuda:N"
@@ -146,6 +156,9 @@ pub struct Place {
     pub threads: u32,
     /// GPU model, or the processor's architecture and vector instructions.
     pub model: String,
+    /// Bytes of the GPU's memory that were free when it was opened; none on the processor. Later the driver's answer says
+    /// less: libtorch gives nothing back, and fills what it keeps again.
+    pub free_memory: Option<u64>,
 }
 
 impl Place {
@@ -182,15 +195,15 @@ fn name(device: tch::Device) -> DeviceName {
 
 /// Opens a device, or says what to install. Must run before anything else asks libtorch about CUDA.
 pub fn open(asked: DeviceName, threads: u32) -> Result<Place, DeviceError> {
-    let (device, nccl, model) = match asked {
-        DeviceName::Cpu => (tch::Device::Cpu, None, processor_model()),
+    let (device, nccl, model, free_memory) = match asked {
+        DeviceName::Cpu => (tch::Device::Cpu, None, processor_model(), None),
         DeviceName::Cuda(_) | DeviceName::LocalCuda => {
             let device = open_cuda(asked)?;
             let nccl = nccl::Library::load(None).map_err(|cause| DeviceError::NoNccl {
                 device: asked,
                 cause,
             })?;
-            (device, Some(nccl), gpu_model())
+            (device, Some(nccl), gpu_model(), Some(free_memory(device)?))
         }
     };
     tch::set_num_threads(threads.try_into().unwrap_or(i32::MAX));
@@ -199,7 +212,21 @@ pub fn open(asked: DeviceName, threads: u32) -> Result<Place, DeviceError> {
         nccl,
         threads,
         model,
+        free_memory,
     })
+}
+
+/// Bytes of a GPU's memory that are free.
+fn free_memory(device: tch::Device) -> Result<u64, DeviceError> {
+    // The driver speaks of the GPU whose context is current.
+    make_current(device)?;
+    match cudarc::driver::result::mem_get_info() {
+        Ok((free, _)) => Ok(free as u64),
+        Err(error) => Err(DeviceError::NoMemory {
+            device: name(device),
+            cause: chain(&error),
+        }),
+    }
 }
 
 fn open_cuda(asked: DeviceName) -> Result<tch::Device, DeviceError> {

@@ -7,6 +7,7 @@
 
 mod error;
 mod micro;
+mod policy;
 mod start;
 mod tally;
 
@@ -35,7 +36,7 @@ use crate::{
     kernels::{self, Choice, Kernels},
     model::ModelConfig,
     optim::{AdamW, Replica, clip},
-    step::{Policy, Step, StepError},
+    step::{Step, StepError},
 };
 
 /// Steps whose samples are read ahead.
@@ -53,15 +54,6 @@ pub fn train(job: Job, place: &Place, build: &str) -> Outcome {
             kind: error.fault_kind(),
             message: chain(&error),
         },
-    }
-}
-
-/// Memory is scarce on a GPU; on the processor, keeping all that the backward pass reads is some 3 % faster.
-fn policy(device: tch::Device) -> Policy {
-    if device.is_cuda() {
-        Policy::Lean
-    } else {
-        Policy::Save
     }
 }
 
@@ -125,6 +117,7 @@ impl Trainer {
             plan,
             reader,
             config,
+            policy,
             replica,
             step,
             notes,
@@ -154,12 +147,7 @@ impl Trainer {
         Ok(Trainer {
             batches: Prefetch::start(loader, step + 1, job.rank, job.world, READ_AHEAD),
             adamw: AdamW::new(&job.recipe.optimizer),
-            passes: Step::new(
-                config.clone(),
-                kernels.clone(),
-                policy(place.device),
-                place.device,
-            ),
+            passes: Step::new(config.clone(), kernels.clone(), policy, place.device),
             config,
             kernels,
             place: place.clone(),

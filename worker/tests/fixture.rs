@@ -164,7 +164,10 @@ pub struct Rank {
     pub formed: Option<Formed>,
     pub steps: Vec<StepReport>,
     pub checkpoints: Vec<CheckpointWritten>,
-    pub logs: Vec<String>,
+    /// Log lines of level WARN.
+    pub warnings: Vec<String>,
+    /// Log lines of level INFO.
+    pub notes: Vec<String>,
 }
 
 /// One generation to run.
@@ -177,6 +180,8 @@ pub struct Generation<'a> {
     /// The generation is voided when this step is reported.
     pub void_after: Option<u64>,
     pub device: DeviceName,
+    /// Memory that the device is said to have, instead of its own.
+    pub free_memory: Option<u64>,
 }
 
 impl<'a> Generation<'a> {
@@ -188,6 +193,7 @@ impl<'a> Generation<'a> {
             stop_after: None,
             void_after: None,
             device: DeviceName::Cpu,
+            free_memory: None,
         }
     }
 
@@ -231,9 +237,10 @@ impl<'a> Generation<'a> {
             link,
             Box::new(collective),
         );
-        let device = self.device;
+        let (device, free_memory) = (self.device, self.free_memory);
         let compute = thread::spawn(move || {
-            let place = device::open(device, 1).unwrap();
+            let mut place = device::open(device, 1).unwrap();
+            place.free_memory = free_memory.or(place.free_memory);
             trainer::train(job, &place, BUILD)
         });
         let mut rank = Rank {
@@ -241,7 +248,8 @@ impl<'a> Generation<'a> {
             formed: None,
             steps: vec![],
             checkpoints: vec![],
-            logs: vec![],
+            warnings: vec![],
+            notes: vec![],
         };
         while let Some(report) = reports.recv() {
             match report {
@@ -262,7 +270,8 @@ impl<'a> Generation<'a> {
                     control.published(written.step);
                     rank.checkpoints.push(written);
                 }
-                Report::Log(line) => rank.logs.push(line.text),
+                Report::Log(line) if line.level == "INFO" => rank.notes.push(line.text),
+                Report::Log(line) => rank.warnings.push(line.text),
                 Report::Phase(..) | Report::Done(_) => {}
             }
         }

@@ -4,7 +4,7 @@ use supra_agent::{FaultKind, Outcome};
 use supra_data::Reader;
 use supra_recipes::{
     Digest, Plan,
-    schema::{Attention, Budget, Decay, Precision, Tokens, Weights},
+    schema::{Activations, Attention, Budget, Decay, Precision, Tokens, Weights},
 };
 use supra_worker::device::DeviceName;
 
@@ -95,6 +95,52 @@ fn what_is_reported_is_what_the_plan_says() {
 }
 
 #[test]
+fn what_the_forward_pass_keeps_is_reported_and_changes_no_bit() {
+    let world = World::new(120);
+    let mut recipe = world.recipe("");
+    let everything = &Generation::new(&recipe, &world.checkpoints("auto")).run(1)[0];
+    assert_eq!(everything.notes.len(), 1, "{:?}", everything.notes);
+    assert!(everything.notes[0].starts_with("activations: save"));
+    for (activations, name) in [
+        (Activations::Lean, "lean"),
+        (Activations::Recompute, "recompute"),
+    ] {
+        recipe.batch.activations = activations;
+        let rank = &Generation::new(&recipe, &world.checkpoints(name)).run(1)[0];
+        assert!(rank.notes[0].contains(name), "{:?}", rank.notes);
+        assert_eq!(final_hash(rank), final_hash(everything), "{name}");
+    }
+}
+
+#[test]
+fn a_gpu_with_too_little_memory_is_refused_before_training() {
+    let world = World::new(120);
+    let recipe = world.recipe("");
+    let root = world.checkpoints("a");
+    let small = Generation {
+        free_memory: Some(1 << 20),
+        ..Generation::new(&recipe, &root)
+    };
+    let rank = &small.run(1)[0];
+    assert!(rank.formed.is_none());
+    assert!(matches!(
+        rank.outcome,
+        Outcome::Fault {
+            kind: FaultKind::Input,
+            ..
+        }
+    ));
+    let message = fault(rank);
+    for part in [
+        "0.0 GiB free",
+        "CUDA and its libraries 0.7 GiB",
+        "micro_batch",
+    ] {
+        assert!(message.contains(part), "{part} is not in {message}");
+    }
+}
+
+#[test]
 fn an_interrupted_run_ends_with_the_same_bits() {
     let world = World::new(120);
     let recipe = world.recipe("");
@@ -130,7 +176,7 @@ fn an_interrupted_run_ends_with_the_same_bits() {
         .chain(losses(&second[0].steps))
         .collect();
     assert_eq!(interrupted, losses(&whole[0].steps));
-    assert!(second[0].logs.is_empty(), "{:?}", second[0].logs);
+    assert!(second[0].warnings.is_empty(), "{:?}", second[0].warnings);
 }
 
 #[test]
@@ -152,9 +198,9 @@ fn a_resume_with_fewer_ranks_goes_on_and_says_that_bits_differ() {
         assert!((mine - before).abs() < 1e-5);
     }
     assert!(
-        resumed[0].logs[0].contains("workers 2 -> 1"),
+        resumed[0].warnings[0].contains("workers 2 -> 1"),
         "{:?}",
-        resumed[0].logs
+        resumed[0].warnings
     );
 }
 
@@ -305,14 +351,14 @@ fn a_gpu_trains_like_the_processor() {
             let cpu = Generation::new(&recipe, &cpu_root).run(1);
             assert_eq!(gpu[0].outcome, Outcome::Finished);
             let told = gpu[0]
-                .logs
+                .warnings
                 .iter()
                 .any(|line| line.contains("no multiple of 16"));
             assert_eq!(
                 told,
                 precision == Precision::Bf16,
                 "{name}: {:?}",
-                gpu[0].logs
+                gpu[0].warnings
             );
             for (mine, reference) in losses(&gpu[0].steps).iter().zip(losses(&cpu[0].steps)) {
                 assert!(
@@ -330,9 +376,9 @@ fn a_gpu_trains_like_the_processor() {
                 .run(1);
             assert_eq!(moved[0].outcome, Outcome::Finished);
             assert!(
-                moved[0].logs[0].contains("device cpu -> cuda"),
+                moved[0].warnings[0].contains("device cpu -> cuda"),
                 "{:?}",
-                moved[0].logs
+                moved[0].warnings
             );
         }
     }

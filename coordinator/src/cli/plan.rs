@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::Serialize;
 use supra_data::Manifest;
-use supra_recipes::plan::memory::{ModelShape, Needs};
+use supra_recipes::plan::{ModelShape, Needs};
+use supra_recipes::schema::Activations;
 use supra_recipes::{Plan as Order, Recipe};
 
 use super::failure::{Exit, Failure, chain};
@@ -44,6 +45,8 @@ struct Preview {
     workers: u32,
     samples_per_worker: u64,
     micro_batch: u32,
+    /// What the forward pass keeps for the backward pass.
+    activations: Activations,
     schedule: Vec<Point>,
     checkpoints: u64,
     first_checkpoint_step: u64,
@@ -137,6 +140,7 @@ impl Preview {
             workers,
             samples_per_worker: share.end - share.start,
             micro_batch: recipe.batch.micro_batch,
+            activations: recipe.batch.activations,
             schedule: schedule(recipe, &order),
             checkpoints: (1..=order.steps).filter(due).count() as u64,
             first_checkpoint_step: (1..=order.steps).find(due).unwrap_or(order.steps),
@@ -165,6 +169,7 @@ impl Preview {
         text.push_str(&table.render());
         if let Some(needs) = &self.needs {
             text.push_str(&format!("\nNeeds\n{}", needs_table(needs).render()));
+            text.push_str(&format!("\n{}", memory_table(needs).render()));
         }
         if !self.notes.is_empty() {
             text.push('\n');
@@ -265,21 +270,6 @@ fn needs_table(needs: &Needs) -> Table {
     );
     fact("parameters", format!("{parameters}, {new} of them new"));
     fact(
-        "memory per worker",
-        format::bytes(needs.memory_per_rank_bytes),
-    );
-    for component in &needs.memory_per_rank {
-        let about = if component.estimate {
-            " (estimate)"
-        } else {
-            ""
-        };
-        fact(
-            &format!("  {}", component.name),
-            format!("{}{about}", format::bytes(component.bytes)),
-        );
-    }
-    fact(
         "sent per worker",
         format!(
             "{} a step",
@@ -299,6 +289,37 @@ fn needs_table(needs: &Needs) -> Table {
         "operations",
         format!("{:.3e} a token, {all:.3e} in all", needs.flops_per_token),
     );
+    table
+}
+
+/// What the GPU of a worker holds, by item, for each choice of activations; and what cards of usual sizes make of it.
+fn memory_table(needs: &Needs) -> Table {
+    let plans = &needs.memory_per_rank;
+    let mut table = Table::new(&["Memory per GPU", ">SAVE", ">LEAN", ">RECOMPUTE", ""]);
+    let mut row = |name: String, [save, lean, recompute]: [String; 3], about: &str| {
+        table.row([format!("  {name}"), save, lean, recompute, about.to_owned()]);
+    };
+    for (item, component) in plans[0].components.iter().enumerate() {
+        let sizes = plans
+            .each_ref()
+            .map(|plan| format::bytes(plan.components[item].bytes));
+        let about = if component.estimate { "estimate" } else { "" };
+        row(component.name.to_owned(), sizes, about);
+    }
+    let sums = plans.each_ref().map(|plan| format::bytes(plan.bytes));
+    row("in all".to_owned(), sums, "");
+    for fit in &needs.cards {
+        let verdicts = plans.each_ref().map(|plan| {
+            let verdict = match fit.policy {
+                Some(policy) if policy == plan.policy => "taken",
+                _ if plan.bytes <= fit.card.bytes => "fits",
+                _ => "too large",
+            };
+            verdict.to_owned()
+        });
+        let size = format::bytes(fit.card.bytes);
+        row(format!("card of {} ({size})", fit.card.name), verdicts, "");
+    }
     table
 }
 

@@ -228,6 +228,21 @@ impl Budget {
     }
 }
 
+/// What the forward pass keeps for the backward pass; the rest is computed again, to the bit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Activations {
+    /// The first of `save`, `lean` and `recompute` that fits the memory of a worker's GPU; on a processor `save`.
+    #[default]
+    Auto,
+    /// Everything.
+    Save,
+    /// What matrix products and attention made: elementwise work is done again.
+    Lean,
+    /// Each block's input: the whole block is computed again.
+    Recompute,
+}
+
 /// What one optimizer step takes.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -238,6 +253,8 @@ pub struct Batch {
     #[serde(deserialize_with = "bounds::counting")]
     #[schemars(range(min = 1))]
     pub micro_batch: u32,
+    /// What the forward pass keeps for the backward pass; changes memory and speed only.
+    pub activations: Activations,
     /// Tokens per sample.
     #[serde(deserialize_with = "bounds::counting")]
     #[schemars(range(min = 1))]
@@ -256,6 +273,7 @@ impl Default for Batch {
         Batch {
             tokens: Tokens(2 << 20),
             micro_batch: 4,
+            activations: Activations::default(),
             sequence_length: 2048,
         }
     }

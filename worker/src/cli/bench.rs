@@ -7,7 +7,7 @@ use std::{
 
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
-use supra_recipes::{plan::memory::ModelShape, schema::Attention};
+use supra_recipes::{plan::ModelShape, schema::Attention};
 use supra_worker::{
     bench::{Given, Measured, StepBench},
     device::Place,

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use supra_recipes::plan::ModelShape;
 // A recipe chooses among these, so the recipe's types are the model's.
 pub use supra_recipes::schema::{Decay, RopeFrequencies};
 
@@ -119,6 +120,19 @@ impl ModelConfig {
         match &self.attention {
             AttentionKind::Supra(supra) => Some(supra),
             AttentionKind::Softmax => None,
+        }
+    }
+
+    /// The dimensions that a plan counts with.
+    pub fn shape(&self) -> ModelShape {
+        ModelShape {
+            vocab: self.vocab.cast_unsigned(),
+            dim: self.dim.cast_unsigned(),
+            layers: self.layers.cast_unsigned(),
+            heads: self.heads.cast_unsigned(),
+            kv_heads: self.kv_heads.cast_unsigned(),
+            ffn: self.ffn.cast_unsigned(),
+            tied: self.tied,
         }
     }
 

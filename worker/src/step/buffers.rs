@@ -1,5 +1,7 @@
-//! Every tensor that forward and backward fill, allocated once for rows of one shape.
+//! Every tensor that forward and backward fill, allocated once for rows of one shape. `supra_recipes::plan::memory` counts
+//! them beforehand.
 
+use supra_recipes::plan::memory::LOGITS;
 use tch::{Device, Kind, Tensor};
 
 use super::{Policy, qk_norm::QkNorm};
@@ -7,9 +9,6 @@ use crate::{
     kernels::HeadShape,
     model::{ModelConfig, accumulate_kind},
 };
-
-/// Logits that exist at a time: the loss is made for so many tokens at once that there are no more.
-const LOGITS: i64 = 1 << 28;
 
 /// All buffers of a step over micro-batches of one shape.
 pub struct Buffers {
@@ -303,12 +302,128 @@ impl New<'_> {
 
     fn head(&self) -> HeadBuffers {
         let (dim, vocab) = (self.config.dim, self.config.vocab);
-        let rows = (LOGITS / vocab).clamp(1, self.tokens());
+        let rows = (LOGITS.cast_signed() / vocab).clamp(1, self.tokens());
         HeadBuffers {
             x_nd: self.wide(dim),
             rstd_n: self.per_token(),
             normed_nd: self.wide(dim),
             logits_cv: Tensor::empty([rows, vocab], self.options),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use supra_recipes::{
+        Recipe,
+        plan::Memory,
+        schema::{Attention, Precision},
+    };
+
+    use super::*;
+    use crate::model::{AttentionKind, SupraConfig, config::tests::small};
+
+    /// Bytes of tensors, each memory once.
+    #[derive(Default)]
+    struct Held(BTreeMap<usize, usize>);
+
+    impl Held {
+        fn hold<'a>(&mut self, tensors: impl IntoIterator<Item = &'a Tensor>) {
+            for x in tensors {
+                let bytes = x.numel() * x.kind().elt_size_in_bytes();
+                self.0.insert(x.data_ptr() as usize, bytes);
+            }
+        }
+
+        fn hold_projected(&mut self, x: &Projected, maps: bool) {
+            self.hold([&x.qkv_nx]);
+            if maps {
+                self.hold([&x.pre_q_nx, &x.pre_k_nx]);
+            }
+        }
+
+        fn hold_norm(&mut self, norm: Option<&QkNorm>) {
+            if let Some(x) = norm {
+                self.hold([&x.q_nx, &x.k_nx, &x.v_nx, &x.rstd_q_n, &x.rstd_k_n]);
+                self.hold([&x.normed_q_nx, &x.normed_k_nx]);
+            }
+        }
+
+        fn hold_all(&mut self, buffers: &Buffers, maps: bool) {
+            for x in &buffers.blocks {
+                self.hold([&x.x_in_nd, &x.rstd_in_n, &x.normed_in_nd]);
+                self.hold([&x.q_bhtd, &x.k_bktd, &x.v_bktd, &x.o_bhtd, &x.o_nx]);
+                self.hold([&x.x_mid_nd, &x.rstd_mid_n, &x.normed_mid_nd]);
+                self.hold([&x.gate_up_nx, &x.act_nf]);
+                self.hold_projected(&x.projected, maps);
+                self.hold_norm(x.qk_norm.as_ref());
+            }
+            let x = &buffers.scratch;
+            self.hold([&x.work_nd, &x.dx_nd, &x.dact_nf, &x.do_bhtd]);
+            self.hold([&x.dq_bhtd, &x.dk_bktd, &x.dv_bktd]);
+            self.hold_projected(&x.dprojected, maps);
+            self.hold_norm(x.dqk_norm.as_ref());
+            let x = &buffers.head;
+            self.hold([&x.x_nd, &x.rstd_n, &x.normed_nd, &x.logits_cv]);
+        }
+    }
+
+    /// What the plan counts for the same, [3, 7] being the rows.
+    fn planned(config: &ModelConfig, precision: Precision, policy: Policy) -> usize {
+        let text = "name: t\nbase: { path: b }\ndata: { train: d }\nbudget: { tokens: 1B }\n\
+                    batch: { tokens: 700, micro_batch: 3, sequence_length: 7 }\n";
+        let mut recipe = Recipe::parse(text, "t.yaml").unwrap();
+        recipe.model.precision = precision;
+        match config.supra() {
+            Some(supra) => recipe.model.qk_norm = supra.qk_norm,
+            None => recipe.attention = Attention::Softmax,
+        }
+        let memory = Memory::new(&recipe, &config.shape(), 1, policy);
+        let buffers = [
+            "activations, per block",
+            "activations, shared",
+            "their gradients",
+            "last norm and logits",
+        ];
+        let parts = memory.components.iter();
+        let parts = parts.filter(|part| buffers.contains(&part.name));
+        parts.map(|part| part.bytes as usize).sum()
+    }
+
+    #[test]
+    fn the_plan_counts_all_buffers_to_the_byte() {
+        let supra = |qk_norm| {
+            AttentionKind::Supra(SupraConfig {
+                qk_norm,
+                ..SupraConfig::default()
+            })
+        };
+        for attention in [AttentionKind::Softmax, supra(false), supra(true)] {
+            // Of so many logits only some tokens' fit at a time.
+            let wide = ModelConfig {
+                vocab: 1 << 25,
+                ..small(attention)
+            };
+            for config in [small(attention), wide] {
+                for policy in Policy::ALL {
+                    for (precision, kind) in [
+                        (Precision::Bf16, Kind::BFloat16),
+                        (Precision::Fp32, Kind::Float),
+                    ] {
+                        let buffers = Buffers::new(&config, (3, 7), policy, (kind, Device::Cpu));
+                        let mut held = Held::default();
+                        held.hold_all(&buffers, config.supra().is_some());
+                        assert_eq!(
+                            held.0.values().sum::<usize>(),
+                            planned(&config, precision, policy),
+                            "{attention:?}, {policy}, {kind:?}, {} tokens",
+                            config.vocab
+                        );
+                    }
+                }
+            }
         }
     }
 }

@@ -8,7 +8,6 @@
 mod block;
 mod buffers;
 mod linear;
-mod policy;
 mod qk_norm;
 mod softmax;
 mod tables;
@@ -19,7 +18,8 @@ use tch::{Device, Kind, Tensor};
 
 use block::Block;
 use buffers::Buffers;
-pub use policy::Policy;
+// The memory plan chooses among these, so the plan's type is the step's.
+pub use supra_recipes::plan::Policy;
 use tables::Tables;
 
 use crate::{

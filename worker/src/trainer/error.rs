@@ -2,7 +2,10 @@
 
 use supra_agent::{CollectiveError, FaultKind, Voided};
 use supra_data::DataError;
-use supra_recipes::PlanError;
+use supra_recipes::{
+    PlanError,
+    plan::{Memory, Policy, memory::gib},
+};
 use thiserror::Error;
 
 use crate::{
@@ -39,6 +42,20 @@ pub enum TrainError {
     /// The GPU's kernels cannot be compiled, loaded or launched.
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    /// The step does not fit the GPU. Nothing has been allocated.
+    #[error(
+        "the GPU has {} free, and training takes {}. Lower batch.micro_batch (it is {micro_batch}) or \
+         batch.sequence_length{}, or take a GPU with more memory; `supra plan` shows what fits",
+        gib(*.free), .smallest, remedy(.smallest.policy)
+    )]
+    NoRoom {
+        /// Bytes that were free.
+        free: u64,
+        /// The plan that takes least, of those that the recipe allows.
+        smallest: Box<Memory>,
+        /// Samples of a micro-batch.
+        micro_batch: u32,
+    },
     /// Recipe, data, base or checkpoint do not fit each other.
     #[error("{0}")]
     Mismatch(String),
@@ -81,9 +98,18 @@ impl TrainError {
             TrainError::Data(_)
             | TrainError::Plan(_)
             | TrainError::Model(_)
+            | TrainError::NoRoom { .. }
             | TrainError::Mismatch(_) => FaultKind::Input,
             TrainError::Diverged { .. } => FaultKind::Diverged,
         }
+    }
+}
+
+/// What else helps where not everything is recomputed yet.
+fn remedy(policy: Policy) -> &'static str {
+    match policy {
+        Policy::Recompute => "",
+        Policy::Lean | Policy::Save => ", write batch.activations: auto",
     }
 }
 

@@ -1,4 +1,4 @@
-//! Where training starts: dataset, plan, and the state of the base or of a checkpoint.
+//! Where training starts: dataset, plan, what the device has room for, and the state of the base or of a checkpoint.
 
 use std::{fs, path::Path};
 
@@ -6,12 +6,12 @@ use supra_agent::Job;
 use supra_data::{Manifest, Reader};
 use supra_recipes::{
     Plan,
-    plan::VERSION,
+    plan::{Policy, VERSION},
     schema::{self, Attention, Precision, Recipe, Weights},
 };
 use tch::{Kind, Tensor};
 
-use super::TrainError;
+use super::{TrainError, policy};
 use crate::{
     checkpoint::{self, CheckpointError, Environment},
     device::Place,
@@ -27,6 +27,8 @@ pub struct Start {
     pub reader: Reader,
     /// The model that is trained.
     pub config: ModelConfig,
+    /// What its forward pass keeps.
+    pub policy: Policy,
     /// Its state.
     pub replica: Replica,
     /// Step that this state is behind.
@@ -43,6 +45,9 @@ impl Start {
         let plan = Plan::new(recipe, reader.windows(), reader.manifest().hash())?;
         let config = trained_config(recipe)?;
         check_data(reader.manifest(), &config, &recipe.base.path).map_err(TrainError::Mismatch)?;
+        // Before anything is on the device.
+        let (policy, why) = policy::choose(recipe, &config.shape(), job.world, place.free_memory)?;
+        job.link.log("INFO", why);
         let layout = Layout::new(&config.params(), recipe.optimizer.decay_norms_and_biases);
         let precision = match recipe.model.precision {
             Precision::Bf16 => Kind::BFloat16,
@@ -74,6 +79,7 @@ impl Start {
             plan,
             reader,
             config,
+            policy,
             replica,
             step,
             notes,

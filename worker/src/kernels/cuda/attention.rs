@@ -321,7 +321,49 @@ impl CudaKernels {
 
 #[cfg(test)]
 mod tests {
+    use supra_recipes::{
+        Recipe,
+        plan::{Memory, ModelShape, Policy},
+    };
+    use tch::Device;
+
     use super::*;
+
+    #[test]
+    fn the_plan_counts_the_states() {
+        let (heads, kv_heads) = (4, 2);
+        for (tokens, d) in [(300, 64), (384, 128), (128, 64)] {
+            let options = (Kind::BFloat16, Device::Cpu);
+            let decay = DecayTables::new(vec![0.5; 4], 64, tokens, None, options);
+            let [q_bhtd, k_bktd] =
+                [heads, kv_heads].map(|heads| Tensor::empty([3, heads, tokens, d], options));
+            let lengths = Lengths::new(&decay, &q_bhtd, &k_bktd).unwrap();
+
+            let text = format!(
+                "name: t\nbase: {{ path: b }}\ndata: {{ train: d }}\nbudget: {{ tokens: 100M }}\n\
+                 batch: {{ tokens: {}, micro_batch: 3, sequence_length: {tokens} }}\n",
+                3 * tokens
+            );
+            let recipe = Recipe::parse(&text, "t.yaml").unwrap();
+            let shape = ModelShape {
+                vocab: 50,
+                dim: (heads * d).cast_unsigned(),
+                layers: 2,
+                heads: heads.cast_unsigned(),
+                kv_heads: kv_heads.cast_unsigned(),
+                ffn: 96,
+                tied: false,
+            };
+            let plan = Memory::new(&recipe, &shape, 1, Policy::Lean);
+            let mut parts = plan.components.iter();
+            let states = parts.find(|part| part.name == "states of attention");
+            assert_eq!(
+                states.unwrap().bytes,
+                lengths.states_bytes().cast_unsigned(),
+                "{tokens} tokens, {d} channels"
+            );
+        }
+    }
 
     #[test]
     fn launches_and_source_agree_on_what_a_block_does() {

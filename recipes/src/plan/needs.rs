@@ -1,0 +1,208 @@
+//! What a run needs: parameters, memory per rank, bytes on the wire, checkpoint size, arithmetic.
+
+use serde::Serialize;
+
+use super::memory::{self, CARDS, Card, Memory};
+use super::{ModelShape, Plan, PlanError, Policy};
+use crate::schema::{Attention, Recipe};
+
+const FP32: u64 = 4;
+
+/// What a recipe needs on a model of a given shape, with a given number of workers.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Needs {
+    /// Parameters of the trained model.
+    pub parameters: u64,
+    /// Those that the softmax base does not have.
+    pub new_parameters: u64,
+    /// Tokens that are trained: the budget cut to whole samples.
+    pub tokens: u64,
+    /// Tokens of the budget that no whole sample takes.
+    pub tokens_left_over: u64,
+    /// Samples of `sequence_length` tokens.
+    pub samples: u64,
+    /// Tokens per sample.
+    pub sequence_length: u64,
+    /// Optimizer steps.
+    pub steps: u64,
+    /// Tokens per full step.
+    pub tokens_per_step: u64,
+    /// Tokens of the last step.
+    pub tokens_in_last_step: u64,
+    /// Tokens of warm-up.
+    pub warmup_tokens: u64,
+    /// Workers that share a step.
+    pub world: u32,
+    /// Forward and backward passes per step on the busiest rank.
+    pub micro_batches_per_rank: u64,
+    /// Memory of one rank, for every policy.
+    pub memory_per_rank: [Memory; 3],
+    /// What the recipe's choice of activations comes to on GPUs of usual sizes.
+    pub cards: [Fit; 2],
+    /// Bytes that one rank sends per step: a ring all-reduce of fp32 gradients.
+    pub wire_bytes_per_rank_per_step: u64,
+    /// Checkpoints written in the whole run.
+    pub checkpoints: u64,
+    /// Bytes of one checkpoint: fp32 masters and two fp32 moments.
+    pub checkpoint_bytes: u64,
+    /// Bytes of disk for the checkpoints kept, and the one being written.
+    pub checkpoint_disk_bytes: u64,
+    /// Floating-point operations per token, forward and backward, without recomputation.
+    pub flops_per_token: f64,
+}
+
+/// Whether a rank fits a GPU, and how.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Fit {
+    /// The GPU.
+    #[serde(flatten)]
+    pub card: Card,
+    /// The policy that is taken on it; none: nothing that the recipe allows fits.
+    pub policy: Option<Policy>,
+}
+
+impl Needs {
+    /// Evaluates `recipe` on `shape` for `world` workers.
+    ///
+    /// # Errors
+    /// When the budget is smaller than one sample.
+    pub fn new(recipe: &Recipe, shape: &ModelShape, world: u32) -> Result<Needs, PlanError> {
+        // How much there is to train does not depend on the data, so any dataset that is large enough serves.
+        let plan = Plan::new(recipe, u64::MAX, [0; 32])?;
+        let world = world.max(1);
+        let parameters = shape.parameters(recipe.attention, recipe.model.qk_norm);
+        let checkpoint_bytes = 3 * FP32 * parameters;
+        let rank_samples = plan.rank_samples(1, 0, world);
+        let micro_batch = memory::rows(recipe, world);
+        let memory_per_rank = Memory::of_all(recipe, shape, world);
+        let cards = CARDS.map(|card| Fit {
+            card,
+            policy: memory::fitting(&memory_per_rank, recipe, card.bytes).map(|plan| plan.policy),
+        });
+        let checkpoints = checkpoints(&plan, recipe.checkpoint.every_tokens.0);
+        let kept = checkpoints.min(u64::from(recipe.checkpoint.keep) + 1);
+        Ok(Needs {
+            parameters,
+            new_parameters: parameters - shape.parameters(Attention::Softmax, false),
+            tokens: plan.tokens_after(plan.steps),
+            tokens_left_over: recipe.budget.tokens() % plan.sequence_length,
+            samples: plan.samples,
+            sequence_length: plan.sequence_length,
+            steps: plan.steps,
+            tokens_per_step: plan.batch_samples * plan.sequence_length,
+            tokens_in_last_step: plan.tokens_after(plan.steps) - plan.tokens_after(plan.steps - 1),
+            warmup_tokens: plan.warmup_tokens,
+            world,
+            micro_batches_per_rank: rank_samples.end.div_ceil(micro_batch),
+            memory_per_rank,
+            cards,
+            wire_bytes_per_rank_per_step: 2 * FP32 * parameters * u64::from(world - 1)
+                / u64::from(world),
+            checkpoints,
+            checkpoint_bytes,
+            checkpoint_disk_bytes: checkpoint_bytes * kept,
+            flops_per_token: shape.flops_per_token(
+                recipe.attention,
+                u64::from(recipe.batch.sequence_length),
+                u64::from(recipe.model.chunk),
+            ),
+        })
+    }
+}
+
+/// Steps at which [`Plan::checkpoint_due`] holds: one per multiple of `every`, at most one per step, and the last.
+fn checkpoints(plan: &Plan, every: u64) -> u64 {
+    let step_tokens = plan.batch_samples * plan.sequence_length;
+    if every <= step_tokens {
+        return plan.steps;
+    }
+    plan.tokens_after(plan.steps - 1) / every + 1
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn recipe(text: &str) -> Recipe {
+        let head = "name: t\nbase: { path: b }\ndata: { train: d }\n";
+        Recipe::parse(&format!("{head}{text}"), "t.yaml").unwrap()
+    }
+
+    #[test]
+    fn each_card_is_told_what_it_holds() {
+        let taken = |text: &str| {
+            let needs = Needs::new(&recipe(text), &ModelShape::MISTRAL_7B, 1).unwrap();
+            needs.cards.map(|fit| fit.policy)
+        };
+        let budget = "budget: { tokens: 20B }\n";
+        assert_eq!(taken(budget), [None, Some(Policy::Recompute)]);
+        assert_eq!(
+            taken(&format!("{budget}batch: {{ activations: save }}")),
+            [None; 2]
+        );
+    }
+
+    #[test]
+    fn steps_and_tokens_are_the_plans() {
+        let needs = Needs::new(
+            &recipe("budget: { pretraining_tokens: 2T }"),
+            &ModelShape::MISTRAL_7B,
+            128,
+        )
+        .unwrap();
+        assert_eq!(needs.tokens + needs.tokens_left_over, 100_000_000_000);
+        assert_eq!((needs.steps, needs.samples), (47_684, 48_828_125));
+        assert_eq!(needs.tokens_in_last_step, needs.tokens - 47_683 * (2 << 20));
+        assert_eq!(
+            (needs.micro_batches_per_rank, needs.new_parameters),
+            (2, 570_589_184)
+        );
+    }
+
+    #[test]
+    fn the_checkpoints_counted_are_those_that_are_due() {
+        for every in ["1k", "8Ki", "10k", "100k", "1B"] {
+            let text = format!(
+                "budget: {{ tokens: 300k }}\nbatch: {{ tokens: 8Ki }}\noptimizer: {{ warmup: 1 step }}\ncheckpoint: {{ every_tokens: {every} }}"
+            );
+            let recipe = recipe(&text);
+            let plan = Plan::new(&recipe, u64::MAX, [0; 32]).unwrap();
+            let due = (1..=plan.steps)
+                .filter(|step| plan.checkpoint_due(*step))
+                .count() as u64;
+            assert_eq!(
+                Needs::new(&recipe, &ModelShape::MISTRAL_7B, 1)
+                    .unwrap()
+                    .checkpoints,
+                due,
+                "every {every}"
+            );
+        }
+    }
+
+    #[test]
+    fn supra_on_mistral_takes_46_gflop_per_token() {
+        let needs = Needs::new(
+            &recipe("budget: { tokens: 20B }"),
+            &ModelShape::MISTRAL_7B,
+            1,
+        )
+        .unwrap();
+        assert!(
+            (needs.flops_per_token - 46.4e9).abs() < 0.05e9,
+            "{}",
+            needs.flops_per_token
+        );
+    }
+
+    #[test]
+    fn a_ring_of_one_sends_nothing_and_a_long_ring_twice_the_gradients() {
+        let recipe = recipe("budget: { tokens: 20B }");
+        let sent = |world| {
+            Needs::new(&recipe, &ModelShape::MISTRAL_7B, world)
+                .unwrap()
+                .wire_bytes_per_rank_per_step
+        };
+        assert_eq!((sent(1), sent(2)), (0, 4 * 7_812_321_280));
+    }
+}
