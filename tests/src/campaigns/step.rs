@@ -175,11 +175,13 @@ fn agree(programs: &Programs, directory: &Path) -> Result<()> {
 impl Contest {
     fn run(&self, programs: &Programs) -> Result<Row> {
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
-        for _ in 0..TURNS {
-            if self.peer != Peer::Absent {
-                theirs.push(self.peer()?);
-            }
+        if self.peer == Peer::Absent {
             ours.push(self.ours(programs)?);
+        } else {
+            for _ in 0..TURNS {
+                theirs.push(self.peer()?);
+                ours.push(self.ours(programs)?);
+            }
         }
         let tok_s = mean(&ours, "tokens_per_second")?.unwrap_or(f64::NAN);
         let peer_tok_s = mean(&theirs, "tok_s")?;
