@@ -160,7 +160,7 @@ fn git(arguments: &[&str]) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-/// Processor, cores and memory, in words.
+/// Processor, cores, memory and GPUs, in words.
 fn machine() -> String {
     let field = |file: &str, key: &str| {
         let text = fs::read_to_string(file).unwrap_or_default();
@@ -174,7 +174,14 @@ fn machine() -> String {
     let memory = field("/proc/meminfo", "MemTotal")
         .and_then(|value| value.split_whitespace().next()?.parse::<u64>().ok())
         .map_or_else(String::new, |kib| format!(", {} GiB", kib / (1 << 20)));
-    format!("{cores} cores of {model}{memory}")
+    let gpus: String = fs::read_dir("/proc/driver/nvidia/gpus")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|gpu| field(&gpu.path().join("information").to_string_lossy(), "Model"))
+        .map(|gpu| format!(", {gpu}"))
+        .collect();
+    format!("{cores} cores of {model}{memory}{gpus}")
 }
 
 #[cfg(test)]
