@@ -2,7 +2,7 @@
 
 use bytemuck::Pod;
 use half::bf16;
-use supra_agent::{Collective, CollectiveError};
+use supra_agent::Collective;
 use tch::{Device, Kind, Tensor};
 
 use super::{DeviceCollective, DeviceCollectiveError, check};
@@ -17,16 +17,6 @@ impl Host {
     pub fn new(collective: Box<dyn Collective>) -> Host {
         Host { collective }
     }
-
-    /// False where nothing has to be done, because there are no peers.
-    fn busy(&self, flat: &Tensor, parts: bool) -> Result<bool, DeviceCollectiveError> {
-        let world = self.collective.world();
-        if world == 1 {
-            return Ok(false);
-        }
-        check(flat, Device::Cpu, world, parts)?;
-        Ok(true)
-    }
 }
 
 impl DeviceCollective for Host {
@@ -35,10 +25,11 @@ impl DeviceCollective for Host {
     }
 
     fn all_reduce(&mut self, flat: &mut Tensor) -> Result<(), DeviceCollectiveError> {
-        if !self.busy(flat, false)? {
+        let world = self.collective.world();
+        if world == 1 {
             return Ok(());
         }
-        if flat.kind() == Kind::Float {
+        if check(flat, Device::Cpu, world)? == Kind::Float {
             let mut values = values::<f32>(flat);
             self.collective.all_reduce_f32(&mut values)?;
             replace(flat, &values);
@@ -46,42 +37,6 @@ impl DeviceCollective for Host {
             let mut values = values::<bf16>(flat);
             self.collective.all_reduce_bf16(&mut values)?;
             replace(flat, &values);
-        }
-        Ok(())
-    }
-
-    fn reduce_scatter(&mut self, flat: &mut Tensor) -> Result<(), DeviceCollectiveError> {
-        if self.busy(flat, true)? {
-            // The other parts cost time, and are not worth an operation of their own between CPUs.
-            self.all_reduce(flat)?;
-        }
-        Ok(())
-    }
-
-    fn all_gather(&mut self, flat: &mut Tensor) -> Result<(), DeviceCollectiveError> {
-        if !self.busy(flat, true)? {
-            return Ok(());
-        }
-        let (world, rank) = (self.collective.world(), self.collective.rank());
-        let mut parts = flat.view([-1]).chunk(i64::from(world), 0);
-        let elements = flat.numel() / world as usize;
-        let mut mine = vec![0; elements * flat.kind().elt_size_in_bytes()];
-        parts[rank as usize].copy_data_u8(&mut mine, elements);
-        let all = self.collective.all_gather(&mine)?;
-        for ((part, bytes), rank) in parts.iter_mut().zip(all).zip(0..) {
-            if bytes.len() != mine.len() {
-                return Err(CollectiveError::Peer {
-                    rank,
-                    address: "in this generation".to_owned(),
-                    cause: format!(
-                        "sent a part of {} bytes where {} were due",
-                        bytes.len(),
-                        mine.len()
-                    ),
-                }
-                .into());
-            }
-            part.copy_(&Tensor::from_data_size(&bytes, &part.size(), part.kind()));
         }
         Ok(())
     }
@@ -152,25 +107,6 @@ mod tests {
     }
 
     #[test]
-    fn a_scattered_sum_gathered_again_is_the_whole_sum() {
-        for kind in [Kind::Float, Kind::BFloat16] {
-            let gathered = ranks(2, |rank, host| {
-                let mut flat = (Tensor::arange(6, (Kind::Float, Device::Cpu))
-                    * f64::from(rank + 1))
-                .to_kind(kind);
-                host.reduce_scatter(&mut flat).unwrap();
-                let other = i64::from(1 - rank) * 3;
-                let _ = flat.narrow(0, other, 3).fill_(-1.0);
-                host.all_gather(&mut flat).unwrap();
-                floats(&flat)
-            });
-            for whole in gathered {
-                assert_eq!(whole, [0.0, 3.0, 6.0, 9.0, 12.0, 15.0], "{kind:?}");
-            }
-        }
-    }
-
-    #[test]
     fn a_matrix_is_reduced_in_its_place() {
         let sums = ranks(2, |_, host| {
             let mut matrix = Tensor::ones([2, 3], (Kind::Float, Device::Cpu));
@@ -187,19 +123,13 @@ mod tests {
             let cpu = Device::Cpu;
             let mut double = Tensor::ones([2], (Kind::Double, cpu));
             let mut turned = Tensor::ones([2, 3], (Kind::Float, cpu)).tr();
-            let mut odd = Tensor::ones([3], (Kind::Float, cpu));
-            [
-                host.all_reduce(&mut double),
-                host.all_reduce(&mut turned),
-                host.all_gather(&mut odd),
-            ]
-            .map(|result| result.unwrap_err().to_string())
+            [host.all_reduce(&mut double), host.all_reduce(&mut turned)]
+                .map(|result| result.unwrap_err().to_string())
         });
-        for ([double, turned, odd], _) in refused.into_iter().zip(0..) {
+        for ([double, turned], _) in refused.into_iter().zip(0..) {
+            assert!(double.contains("2 x Double"), "{double}");
             assert!(double.contains("only fp32 and bf16"), "{double}");
             assert!(turned.contains("not contiguous"), "{turned}");
-            assert!(odd.contains("3 x Float"), "{odd}");
-            assert!(odd.contains("no equal parts"), "{odd}");
         }
     }
 
@@ -208,8 +138,6 @@ mod tests {
         let mut host: Box<dyn DeviceCollective> = Box::new(Host::new(Box::new(Solo)));
         let mut flat = Tensor::arange(3, (Kind::Float, Device::Cpu));
         host.all_reduce(&mut flat).unwrap();
-        host.reduce_scatter(&mut flat).unwrap();
-        host.all_gather(&mut flat).unwrap();
         assert_eq!(floats(&flat), [0.0, 1.0, 2.0]);
         host.finish().unwrap();
     }

@@ -22,20 +22,12 @@ use crate::device::{DeviceError, Place};
 ///
 /// All ranks call the same operations with the same sizes in the same order. A GPU does its part later, in the order
 /// of libtorch's stream. After an error it is of no more use: drop it and leave the generation.
-///
-/// Where parts are spoken of, `flat` is cut into as many equal ones as there are ranks, and part `r` is rank `r`'s.
 pub trait DeviceCollective {
     /// The collective for what lies in host memory.
     fn host(&mut self) -> &mut dyn Collective;
 
     /// Replaces `flat` by its sum over all ranks: same bits on every rank.
     fn all_reduce(&mut self, flat: &mut Tensor) -> Result<(), DeviceCollectiveError>;
-
-    /// Replaces this rank's part of `flat` by its sum over all ranks. What the other parts hold afterwards is not said.
-    fn reduce_scatter(&mut self, flat: &mut Tensor) -> Result<(), DeviceCollectiveError>;
-
-    /// Replaces every part of `flat` by that of the rank whose it is.
-    fn all_gather(&mut self, flat: &mut Tensor) -> Result<(), DeviceCollectiveError>;
 
     /// Ends it in order: returns when all ranks have called this and everything is done.
     fn finish(self: Box<Self>) -> Result<(), DeviceCollectiveError>;
@@ -96,13 +88,8 @@ pub fn connect(
     }
 }
 
-/// Refuses what is not flat, fp32 or bf16, and on `device`; with `parts`, also what cannot be cut among the ranks.
-fn check(
-    flat: &Tensor,
-    device: Device,
-    world: u32,
-    parts: bool,
-) -> Result<Kind, DeviceCollectiveError> {
+/// Refuses what is not flat, fp32 or bf16, and on `device`.
+fn check(flat: &Tensor, device: Device, world: u32) -> Result<Kind, DeviceCollectiveError> {
     let kind = flat.kind();
     let problem = if !matches!(kind, Kind::Float | Kind::BFloat16) {
         "only fp32 and bf16 can be added"
@@ -110,8 +97,6 @@ fn check(
         "it is not contiguous"
     } else if flat.device() != device {
         "it is on another device than this rank"
-    } else if parts && !flat.numel().is_multiple_of(world as usize) {
-        "it has no equal parts"
     } else {
         return Ok(kind);
     };

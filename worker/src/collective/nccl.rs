@@ -73,9 +73,8 @@ pub(super) fn slice(
     flat: &Tensor,
     device: Device,
     world: u32,
-    parts: bool,
 ) -> Result<DeviceSliceMut, DeviceCollectiveError> {
-    let data_type = match check(flat, device, world, parts)? {
+    let data_type = match check(flat, device, world)? {
         Kind::Float => DataType::F32,
         _ => DataType::Bf16,
     };
@@ -91,7 +90,7 @@ impl DeviceCollective for Nccl {
     }
 
     fn all_reduce(&mut self, flat: &mut Tensor) -> Result<(), DeviceCollectiveError> {
-        let mut slice = slice(flat, self.device, self.comm.world(), false)?;
+        let mut slice = slice(flat, self.device, self.comm.world())?;
         match self.reduction {
             Reduction::Nccl => {
                 self.comm
@@ -100,23 +99,6 @@ impl DeviceCollective for Nccl {
             Reduction::Ordered => ordered::all_reduce(&mut self.comm, flat)?,
         }
         Ok(())
-    }
-
-    fn reduce_scatter(&mut self, flat: &mut Tensor) -> Result<(), DeviceCollectiveError> {
-        let mut slice = slice(flat, self.device, self.comm.world(), true)?;
-        match self.reduction {
-            Reduction::Nccl => {
-                self.comm
-                    .reduce_scatter_in_place(&mut slice, Op::Sum, Stream::DEFAULT)?;
-            }
-            Reduction::Ordered => ordered::reduce_scatter(&mut self.comm, flat)?,
-        }
-        Ok(())
-    }
-
-    fn all_gather(&mut self, flat: &mut Tensor) -> Result<(), DeviceCollectiveError> {
-        let mut flat = slice(flat, self.device, self.comm.world(), true)?;
-        Ok(self.comm.all_gather_in_place(&mut flat, Stream::DEFAULT)?)
     }
 
     fn finish(self: Box<Self>) -> Result<(), DeviceCollectiveError> {

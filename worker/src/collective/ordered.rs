@@ -22,7 +22,7 @@ pub fn all_reduce(comm: &mut Comm, flat: &Tensor) -> Result<(), DeviceCollective
 }
 
 /// Replaces this rank's part of `flat` by its sum over all ranks, rounded once.
-pub fn reduce_scatter(comm: &mut Comm, flat: &Tensor) -> Result<(), DeviceCollectiveError> {
+fn reduce_scatter(comm: &mut Comm, flat: &Tensor) -> Result<(), DeviceCollectiveError> {
     let rank = comm.rank() as usize;
     let parts = parts(flat, comm.world());
     // What each rank has of this rank's part; its own stays where it is.
@@ -59,6 +59,6 @@ fn slices(parts: &[Tensor]) -> Result<Vec<DeviceSliceMut>, DeviceCollectiveError
     let world = parts.len() as u32;
     parts
         .iter()
-        .map(|part| slice(part, part.device(), world, false))
+        .map(|part| slice(part, part.device(), world))
         .collect()
 }
