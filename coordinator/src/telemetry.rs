@@ -25,13 +25,13 @@ const MAX_METRICS: u64 = 100_000;
 /// Longest text of a log line, bytes.
 const MAX_TEXT: usize = 8192;
 
-const FORMAT: i64 = 1;
+const FORMAT: i64 = 2;
 
 const TABLES: &str = "
     CREATE TABLE metrics (
         run INTEGER NOT NULL, step INTEGER NOT NULL, generation INTEGER NOT NULL, tokens INTEGER NOT NULL,
         loss REAL, grad_norm REAL, learning_rate REAL, skipped INTEGER NOT NULL,
-        seconds REAL, data_seconds REAL, comm_seconds REAL,
+        seconds REAL, data_seconds REAL, exposed_comm_ms REAL,
         PRIMARY KEY (run, step)
     ) WITHOUT ROWID;
     CREATE TABLE strides (run INTEGER PRIMARY KEY, stride INTEGER NOT NULL);
@@ -72,11 +72,18 @@ impl Telemetry {
         connection.pragma_update(None, "journal_mode", "WAL")?;
         connection.pragma_update(None, "synchronous", "NORMAL")?;
         let version: i64 = connection.pragma_query_value(None, "user_version", |row| row.get(0))?;
-        if version == 0 {
-            connection.execute_batch(&format!(
-                "BEGIN; {TABLES} PRAGMA user_version = {FORMAT}; COMMIT;"
-            ))?;
-        }
+        let steps = match version {
+            0 => TABLES,
+            // Then all of the communication was exposed.
+            1 => {
+                "ALTER TABLE metrics RENAME COLUMN comm_seconds TO exposed_comm_ms;
+                 UPDATE metrics SET exposed_comm_ms = 1000 * exposed_comm_ms;"
+            }
+            _ => "",
+        };
+        connection.execute_batch(&format!(
+            "BEGIN; {steps} PRAGMA user_version = {FORMAT}; COMMIT;"
+        ))?;
         let writer = Writer::new(connection, max_metrics)?;
         let (items, inbox) = mpsc::channel();
         let thread = thread::Builder::new()
@@ -194,6 +201,23 @@ mod tests {
         assert_eq!(reader.newest(1).unwrap().unwrap().step, 4);
         assert_eq!(reader.newest(9).unwrap(), None);
         assert_eq!(reader.logs(1).unwrap(), [line("hello")]);
+    }
+
+    #[tokio::test]
+    async fn the_seconds_of_an_older_store_are_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let connection = Connection::open(directory.path().join("telemetry.db")).unwrap();
+        let old = TABLES.replace("exposed_comm_ms", "comm_seconds");
+        let row = "INSERT INTO metrics VALUES (1, 1, 1, 10, 2.0, 1.0, 0.1, 0, 0.5, 0.0, 0.25)";
+        connection
+            .execute_batch(&format!("{old} {row}; PRAGMA user_version = 1;"))
+            .unwrap();
+        drop(connection);
+        for _ in 0..2 {
+            let telemetry = Telemetry::open(directory.path()).unwrap();
+            let newest = telemetry.reader().unwrap().newest(1).unwrap().unwrap();
+            assert_eq!((newest.seconds, newest.exposed_comm_ms), (0.5, 250.0));
+        }
     }
 
     #[tokio::test]

@@ -84,7 +84,7 @@ impl StepBench {
     pub fn run(&self, place: &Place, kernels: Rc<dyn Kernels>) -> Result<Measured, StepError> {
         let device = place.device;
         tch::manual_seed(self.seed);
-        let layout = Layout::new(&self.config.params(), false);
+        let layout = Layout::new(&self.config.params(), false, 1);
         let weights_flat = Tensor::zeros([layout.elements()], (self.precision, device));
         let gradient_flat = Tensor::zeros([layout.elements()], (Kind::Float, device));
         for slot in layout.slots() {
@@ -98,7 +98,7 @@ impl StepBench {
         let documents = self.documents(device);
         let mut step = Step::new(self.config.clone(), kernels.clone(), self.policy, device);
         let mut measured = Measured {
-            parameters: layout.elements(),
+            parameters: layout.numbers(),
             seconds: Vec::new(),
             loss: f64::NAN,
             gradient_norm: f64::NAN,
@@ -107,7 +107,7 @@ impl StepBench {
             synchronize(device);
             let clock = Instant::now();
             let input = self.input(device, documents.as_ref());
-            step.accumulate(&weights, &gradients, &input, 0.0, &|| false)?;
+            step.accumulate(&weights, &gradients, &input, 0.0, &mut || false)?;
             synchronize(device);
             if pass >= self.warmup {
                 measured.seconds.push(clock.elapsed().as_secs_f64());
@@ -115,7 +115,7 @@ impl StepBench {
             measured.loss = step.take_loss().cross_entropy / self.targets();
         }
         let passes = f64::from(self.warmup + self.passes);
-        let norm = kernels.squared_norm(&gradient_flat).sqrt();
+        let norm = kernels.squared_norm(&[gradient_flat]).sqrt();
         kernels.check()?;
         measured.gradient_norm = norm / (passes * self.targets());
         Ok(measured)

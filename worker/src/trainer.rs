@@ -1,9 +1,9 @@
 //! The training loop: one, readable from top to bottom.
 //!
 //! A generation connects its ranks, checks the store, loads the base or a checkpoint, and then runs
-//! step after step: this rank's samples, forward and backward in micro-batches, the sum of all
-//! gradients, one decision that all ranks take alike, AdamW, a report, and a checkpoint when one is
-//! due. Losses are sums over targets and are divided once, by the number of targets of all ranks.
+//! step after step: this rank's samples, forward and backward in micro-batches, meanwhile the sum of
+//! all gradients, one decision that all ranks take alike, AdamW, a report, and a checkpoint when one
+//! is due. Losses are sums over targets and are divided once, by the number of targets of all ranks.
 
 mod error;
 mod micro;
@@ -11,11 +11,12 @@ mod policy;
 mod start;
 mod tally;
 
-use std::{rc::Rc, time::Instant};
+use std::{env, rc::Rc, time::Instant};
 
-use supra_agent::{CheckpointWritten, Formed, Job, Outcome, Phase, StepReport, Voided};
+use supra_agent::{CheckpointWritten, Formed, Job, Link, Outcome, Phase, StepReport, Voided};
 use supra_data::{Batch, Loader, Prefetch};
 use supra_recipes::{Digest, Plan, plan::VERSION};
+use tch::Tensor;
 
 pub use error::TrainError;
 pub use micro::MicroBatch;
@@ -30,14 +31,17 @@ use crate::{
         store,
         write::Contents,
     },
-    collective::{self, DeviceCollective},
+    collective,
     device::{self, Place},
     failure::chain,
     kernels::{self, Choice, Kernels},
     model::ModelConfig,
-    optim::{AdamW, Replica, clip},
-    step::{Step, StepError},
+    optim::{AdamW, Exchange, Part, Replica, clip},
+    step::{Meanwhile, Step, StepError},
 };
+
+/// By which NCCL's algorithm is pinned; the supervisor sets them.
+const NCCL_VARIABLES: [&str; 2] = ["NCCL_ALGO", "NCCL_PROTO"];
 
 /// Steps whose samples are read ahead.
 const READ_AHEAD: usize = 2;
@@ -62,7 +66,8 @@ struct Trainer {
     job: Job,
     place: Place,
     environment: Environment,
-    collective: Box<dyn DeviceCollective>,
+    // Before the replica, whose memory it works on until it is dropped.
+    exchange: Exchange,
     plan: Plan,
     batches: Prefetch,
     dataset: DatasetFacts,
@@ -70,6 +75,8 @@ struct Trainer {
     kernels: Rc<dyn Kernels>,
     passes: Step,
     replica: Replica,
+    /// The part of the gradient whose squares this rank adds up.
+    squared: Vec<Tensor>,
     adamw: AdamW,
     /// Step that the replica's state is behind.
     step: u64,
@@ -92,6 +99,40 @@ struct Fed {
     targets: u64,
 }
 
+/// What a rank does beside a micro-batch: it exchanges what is ready, and looks whether the generation is void.
+struct Beside<'a> {
+    link: &'a Link,
+    exchange: &'a mut Exchange,
+    /// Whether the micro-batch is the step's last one, behind which gradients are final.
+    last: bool,
+}
+
+impl Meanwhile for Beside<'_> {
+    fn stop(&self) -> bool {
+        self.link.void()
+    }
+
+    fn needed(&mut self, bucket: usize) -> Result<(), StepError> {
+        Ok(self.exchange.gathered(bucket)?)
+    }
+
+    fn complete(&mut self, bucket: usize) -> Result<(), StepError> {
+        if self.last {
+            self.exchange.reduce(bucket)?;
+        }
+        Ok(())
+    }
+}
+
+/// What NCCL's sums depend on: its version, and what its variables say. Empty where no GPUs add.
+fn nccl(place: &Place, world: u32) -> String {
+    let Some(library) = place.nccl.as_ref().filter(|_| world > 1) else {
+        return String::new();
+    };
+    let variables = NCCL_VARIABLES.map(|name| env::var(name).unwrap_or_else(|_| "any".to_owned()));
+    format!("{} {}", library.version(), variables.join(" "))
+}
+
 impl Trainer {
     /// Connects the ranks, checks the store, loads the state and tells the coordinator.
     fn form(mut job: Job, place: &Place, build: &str) -> Result<Trainer, TrainError> {
@@ -112,6 +153,7 @@ impl Trainer {
             .to_owned(),
             model: place.model.clone(),
             threads: place.threads,
+            nccl: nccl(place, job.world),
         };
         let Start {
             plan,
@@ -132,9 +174,10 @@ impl Trainer {
                 .to_string(),
             tokenizer: manifest.tokenizer_hash().to_owned(),
         };
+        let mut exchange = Exchange::new(collective, &replica);
         job.link.formed(Formed {
             step,
-            replica_hash: replica.hash().to_vec(),
+            replica_hash: replica.hash(exchange.host())?.to_vec(),
             windows: plan.windows,
             manifest_hash: manifest.hash().to_vec(),
         });
@@ -152,13 +195,14 @@ impl Trainer {
             kernels,
             place: place.clone(),
             skipped: 0,
-            job,
             environment,
-            collective,
+            exchange,
             plan,
             dataset,
+            squared: replica.gradient_of(Part::of_rank(job.rank, job.world)),
             replica,
             step,
+            job,
         })
     }
 
@@ -174,21 +218,20 @@ impl Trainer {
             let data_seconds = waiting.elapsed().as_secs_f64();
             let fed = self.forward_backward(&batch)?;
 
-            let waiting = Instant::now();
-            self.replica.reduce_gradient(self.collective.as_mut())?;
             let mine = Tally {
                 loss_sum: fed.loss_sum,
                 targets: fed.targets,
-                grad_norm: self.kernels.squared_norm(&self.replica.gradient).sqrt(),
+                squares: self.kernels.squared_norm(&self.squared),
                 stop: self.job.link.stop_requested(),
             };
-            let all = mine.gather(self.collective.host())?;
-            let comm_seconds = waiting.elapsed().as_secs_f64();
+            let waiting = Instant::now();
+            let all = mine.gather(self.exchange.host())?;
+            let exposed = waiting.elapsed() + self.exchange.stalled()?;
 
             let mut report = self.update(step, &fed, &all)?;
             self.step = step;
             report.data_seconds = data_seconds;
-            report.comm_seconds = comm_seconds;
+            report.exposed_comm_ms = exposed.as_secs_f64() * 1e3;
             report.seconds = clock.elapsed().as_secs_f64();
             let grad_norm = report.grad_norm;
             self.job.link.step(report);
@@ -216,7 +259,7 @@ impl Trainer {
 
     /// Parts from the other ranks in order.
     fn leave(self, outcome: Outcome) -> Result<Outcome, TrainError> {
-        self.collective.finish()?;
+        self.exchange.finish()?;
         Ok(outcome)
     }
 
@@ -228,13 +271,15 @@ impl Trainer {
         }
     }
 
-    /// Forward and backward over this rank's samples; their gradients end up summed in the replica.
+    /// Forward and backward over this rank's samples; in the end the replica has its part of the gradients' sum over all
+    /// ranks.
     fn forward_backward(&mut self, batch: &Batch) -> Result<Fed, TrainError> {
         let Job { recipe, link, .. } = &self.job;
         let micro_batch = recipe.batch.micro_batch.max(1) as usize;
         let mut fed = Fed::default();
         self.replica.zero_gradient();
-        for samples in batch.samples.chunks(micro_batch) {
+        let mut micro_batches = batch.samples.chunks(micro_batch).peekable();
+        while let Some(samples) = micro_batches.next() {
             if link.void() {
                 return Err(Voided.into());
             }
@@ -251,16 +296,24 @@ impl Trainer {
                     self.replica.gradients(),
                     &micro.input,
                     recipe.optimizer.z_loss,
-                    &|| link.void(),
+                    &mut Beside {
+                        link,
+                        exchange: &mut self.exchange,
+                        last: micro_batches.peek().is_none(),
+                    },
                 )
                 .map_err(|error| match error {
                     StepError::Stopped => Voided.into(),
+                    StepError::Exchange(error) => TrainError::Devices(error),
                     StepError::Kernel(error) => TrainError::Kernel(error),
                 })?;
             fed.targets += micro.targets;
             fed.samples += samples.len() as u64;
             fed.digest += micro.digest;
         }
+        // A rank that was fed nothing has waited for no parameters yet.
+        self.exchange.all_gathered()?;
+        self.exchange.reduced()?;
         fed.loss_sum = self.passes.take_loss().cross_entropy;
         Ok(fed)
     }
@@ -268,7 +321,7 @@ impl Trainer {
     /// Applies the agreed gradient, or skips the step everywhere if it is not finite, and says so.
     fn update(&mut self, step: u64, fed: &Fed, all: &Tally) -> Result<StepReport, TrainError> {
         let scale = 1.0 / all.targets as f64;
-        let grad_norm = all.grad_norm * scale;
+        let grad_norm = all.squares.sqrt() * scale;
         let skip = !(all.loss_sum * scale).is_finite() || !grad_norm.is_finite();
         let learning_rate = self.plan.learning_rate(step);
         if skip {
@@ -281,12 +334,17 @@ impl Trainer {
                 &mut self.replica,
                 learning_rate,
                 scale * clip,
-            );
+                |bucket| self.exchange.gather(bucket),
+            )?;
         }
         // Of the norm, too: one that could not be had is NaN.
         self.kernels.check()?;
         let samples = self.plan.step_samples(step);
-        let hash_due = self.plan.replica_check_due(step);
+        let replica_hash = if self.plan.replica_check_due(step) {
+            self.hash()?.to_vec()
+        } else {
+            Vec::new()
+        };
         Ok(StepReport {
             step,
             first_sample: samples.start,
@@ -298,32 +356,37 @@ impl Trainer {
             grad_norm,
             learning_rate,
             skipped: skip,
-            replica_hash: if hash_due {
-                self.replica.hash().to_vec()
-            } else {
-                Vec::new()
-            },
+            replica_hash,
             ..StepReport::default()
         })
+    }
+
+    /// [`Replica::hash`] of what the step just done left.
+    fn hash(&mut self) -> Result<[u8; 32], TrainError> {
+        self.exchange.all_gathered()?;
+        Ok(self.replica.hash(self.exchange.host())?)
     }
 
     /// Writes a checkpoint of the step just done. With `wait`, returns when it is published, on all ranks.
     fn checkpoint(&mut self, wait: bool) -> Result<(), TrainError> {
         self.job.link.phase(Phase::Checkpointing, self.step);
+        let replica_hash = self.hash()?;
         if self.job.rank == 0 {
             self.sweep();
-            self.write_checkpoint()?;
+            self.write_checkpoint(replica_hash)?;
             if wait {
                 self.job.link.await_published(self.step)?;
             }
+        } else {
+            checkpoint::write::hand_over(&mut self.replica, self.exchange.collective())?;
         }
         if wait {
-            self.collective.host().barrier()?;
+            self.exchange.host().barrier()?;
         }
         Ok(())
     }
 
-    fn write_checkpoint(&self) -> Result<(), TrainError> {
+    fn write_checkpoint(&mut self, replica_hash: [u8; 32]) -> Result<(), TrainError> {
         let clock = Instant::now();
         let (job, recipe) = (&self.job, &self.job.recipe);
         let ledger_head = job.link.ledger_head(self.step)?;
@@ -341,9 +404,7 @@ impl Trainer {
                 init: recipe.seed,
                 data: recipe.data.seed,
             },
-            replica_hash: blake3::Hash::from_bytes(self.replica.hash())
-                .to_hex()
-                .to_string(),
+            replica_hash: blake3::Hash::from_bytes(replica_hash).to_hex().to_string(),
             ledger_head: blake3::Hash::from_bytes(ledger_head).to_hex().to_string(),
             recipe: recipe.to_yaml(),
             dataset: self.dataset.hash.clone(),
@@ -353,7 +414,8 @@ impl Trainer {
             files: Default::default(),
         };
         let contents = Contents {
-            replica: &self.replica,
+            replica: &mut self.replica,
+            collective: self.exchange.collective(),
             config: &self.config,
             base: &recipe.base.path,
             manifest,

@@ -2,11 +2,11 @@
 
 use std::{fs, path::Path};
 
-use supra_agent::{FaultKind, Outcome};
+use supra_agent::{FaultKind, Outcome, collective::Solo};
 use supra_worker::{
     checkpoint::{self, CheckpointError, Manifest},
     model::{self, ModelConfig, NewWeights},
-    optim::Layout,
+    optim::{Layout, Part, Replica},
 };
 use tch::{Device, Kind};
 
@@ -63,14 +63,16 @@ fn a_checkpoint_says_what_it_is_and_is_a_model_directory() {
     let config = ModelConfig::load(&dir).unwrap();
     let (params, report) = model::load_params(&dir, &config, NewWeights::Refuse).unwrap();
     assert!(report.missing.is_empty());
-    let layout = Layout::new(&config.params(), false);
-    let replica =
-        checkpoint::read::replica(&dir, &manifest, layout, Kind::Float, Device::Cpu).unwrap();
+    let layout = Layout::new(&config.params(), false, 1);
+    let mut replica = Replica::new(layout, Part::WHOLE, Kind::Float, Device::Cpu);
+    checkpoint::read::replica(&dir, &manifest, &mut replica).unwrap();
     for (name, tensor) in params.iter() {
         assert_eq!(tensor, replica.params().get(name), "{name}");
     }
     assert_eq!(
-        blake3::Hash::from_bytes(replica.hash()).to_hex().as_str(),
+        blake3::Hash::from_bytes(replica.hash(&mut Solo).unwrap())
+            .to_hex()
+            .as_str(),
         manifest.replica_hash
     );
     assert!(dir.join("tokenizer.json").exists());

@@ -83,7 +83,7 @@ pub fn by_hand(
     let kind = accumulate_kind(weights.kind());
     let gradients = map(weights, |weight| weight.to_kind(kind).zeros_like());
     let mut step = Step::new(config.clone(), Rc::new(Twin), policy, Device::Cpu);
-    step.accumulate(weights, &gradients, input, z_loss, &|| false)
+    step.accumulate(weights, &gradients, input, z_loss, &mut || false)
         .unwrap();
     (step.take_loss(), gradients)
 }

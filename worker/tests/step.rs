@@ -145,7 +145,7 @@ fn micro_batches_of_any_shapes_add_up() {
     let alone: Vec<Params> = inputs
         .iter()
         .map(|input| {
-            step.accumulate(&weights, &together, input, 0.0, &|| false)
+            step.accumulate(&weights, &together, input, 0.0, &mut || false)
                 .unwrap();
             let (loss, gradients) = by_hand(&config, &weights, input, 0.0, Policy::Lean);
             sum += loss.objective;
@@ -171,11 +171,11 @@ fn the_step_asks_before_every_block_whether_to_stop() {
         // Two blocks there and back: the fifth question is never asked.
         for fatal in 1..=5 {
             let asked = Cell::new(0);
-            let stop = || {
+            let mut stop = || {
                 asked.set(asked.get() + 1);
                 asked.get() == fatal
             };
-            let done = step.accumulate(&weights, &gradients, &input, 0.0, &stop);
+            let done = step.accumulate(&weights, &gradients, &input, 0.0, &mut stop);
             assert_eq!(done.is_ok(), fatal == 5);
             assert_eq!(asked.get(), fatal.min(4));
         }

@@ -52,6 +52,10 @@ pub fn facts(status: &RunStatus) -> String {
     if !progress::ended(status) {
         fact("speed", format::rate(status.tokens_per_second));
         fact("time left", format::duration(status.eta_seconds));
+        if status.step > 0 && status.world > 1 {
+            let exposed = format!("{:.1} ms of the last step exposed", status.exposed_comm_ms);
+            fact("communication", exposed);
+        }
         fact(
             "workers",
             format!("{} in generation {}", status.world, status.generation),
@@ -212,6 +216,7 @@ mod tests {
             learning_rate: 2.5e-5,
             tokens_per_second: 2500.0,
             eta_seconds: 1147.0,
+            exposed_comm_ms: 12.345,
             world: 2,
             generation: 3,
             skipped_steps: 1,
@@ -229,6 +234,7 @@ mod tests {
              learning rate  2.5e-5\n\
              speed          2.5 k tok/s\n\
              time left      19 min 7 s\n\
+             communication  12.3 ms of the last step exposed\n\
              workers        2 in generation 3\n"
         );
     }

@@ -23,10 +23,11 @@ pub struct Run {
     steps: Option<u64>,
     tokens: u64,
     budget_tokens: u64,
-    /// `null` before the first step, and when the value is not finite; so are the next two.
+    /// `null` before the first step, and when the value is not finite; so are the next three.
     loss: Option<f64>,
     grad_norm: Option<f64>,
     learning_rate: Option<f64>,
+    exposed_comm_ms: Option<f64>,
     tokens_per_second: f64,
     eta_seconds: Option<f64>,
     skipped_steps: u64,
@@ -53,6 +54,7 @@ impl From<&v1::RunStatus> for Run {
             loss: metric(status.loss),
             grad_norm: metric(status.grad_norm),
             learning_rate: metric(status.learning_rate),
+            exposed_comm_ms: metric(status.exposed_comm_ms),
             tokens_per_second: if status.tokens_per_second.is_finite() {
                 status.tokens_per_second
             } else {
@@ -210,6 +212,7 @@ mod tests {
             step: 3,
             steps: 10,
             loss: 2.5,
+            exposed_comm_ms: 12.5,
             eta_seconds: 4.0,
             ledger_head: vec![0xab; 32],
             checkpoint: Some(v1::Checkpoint {
@@ -222,6 +225,7 @@ mod tests {
         let json = serde_json::to_value(Run::from(&status)).expect("serialises");
         assert_eq!(json["state"], "training");
         assert_eq!(json["loss"], 2.5);
+        assert_eq!(json["exposed_comm_ms"], 12.5);
         assert_eq!(json["steps"], 10);
         assert_eq!(json["ledger_head"], "ab".repeat(32));
         assert_eq!(json["checkpoint"]["manifest_hash"], "0102");

@@ -211,7 +211,7 @@ impl Machine {
                 skipped: first.skipped,
                 seconds: slowest(|report| report.seconds),
                 data_seconds: slowest(|report| report.data_seconds),
-                comm_seconds: slowest(|report| report.comm_seconds),
+                exposed_comm_ms: slowest(|report| report.exposed_comm_ms),
                 generation: generation.number,
             };
             (entry, metrics)

@@ -48,6 +48,7 @@ impl Speed {
         status.loss = self.newest.loss;
         status.grad_norm = self.newest.grad_norm;
         status.learning_rate = self.newest.learning_rate;
+        status.exposed_comm_ms = self.newest.exposed_comm_ms;
         if status.state() != RunState::Training {
             return;
         }

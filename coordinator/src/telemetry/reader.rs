@@ -11,7 +11,7 @@ pub struct TelemetryReader {
     pub(super) connection: Connection,
 }
 
-const COLUMNS: &str = "step, generation, tokens, loss, grad_norm, learning_rate, skipped, seconds, data_seconds, comm_seconds";
+const COLUMNS: &str = "step, generation, tokens, loss, grad_norm, learning_rate, skipped, seconds, data_seconds, exposed_comm_ms";
 
 impl TelemetryReader {
     /// The kept metrics of a run, in order of steps.
@@ -75,6 +75,6 @@ fn metrics_of(row: &Row<'_>) -> rusqlite::Result<StepMetrics> {
         skipped: row.get(6)?,
         seconds: real(7)?,
         data_seconds: real(8)?,
-        comm_seconds: real(9)?,
+        exposed_comm_ms: real(9)?,
     })
 }

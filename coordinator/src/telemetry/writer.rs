@@ -152,7 +152,7 @@ fn keep(
     }
     let mut statement = transaction.prepare_cached(
         "INSERT OR REPLACE INTO metrics (run, step, generation, tokens, loss, grad_norm, learning_rate, skipped, seconds, \
-         data_seconds, comm_seconds) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
+         data_seconds, exposed_comm_ms) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)",
     )?;
     statement.execute(params![
         run,
@@ -165,7 +165,7 @@ fn keep(
         metrics.skipped,
         metrics.seconds,
         metrics.data_seconds,
-        metrics.comm_seconds,
+        metrics.exposed_comm_ms,
     ])?;
     density.rows += 1;
     if density.rows <= max {

@@ -279,6 +279,17 @@ impl Default for Batch {
     }
 }
 
+/// Who keeps the optimizer's state.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Sharding {
+    /// Every worker, all of it.
+    #[default]
+    None,
+    /// Every worker an equal part of it (ZeRO, stage 1): it updates that part of the parameters, and gathers the others.
+    Zero1,
+}
+
 /// AdamW and its schedule: linear warm-up to `lr`, then a cosine down to `final_lr` at the end of the budget.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -314,6 +325,8 @@ pub struct Optimizer {
     #[serde(deserialize_with = "bounds::not_negative")]
     #[schemars(range(min = 0))]
     pub z_loss: f64,
+    /// Who keeps the optimizer's state; changes memory and speed only.
+    pub sharding: Sharding,
 }
 
 impl Default for Optimizer {
@@ -328,6 +341,7 @@ impl Default for Optimizer {
             decay_norms_and_biases: false,
             clip: 1.0,
             z_loss: 0.0,
+            sharding: Sharding::default(),
         }
     }
 }
@@ -336,7 +350,7 @@ impl Default for Optimizer {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Reduction {
-    /// As NCCL finds fastest: the last bits depend on where the ranks are.
+    /// As NCCL does, around a ring: the last bits depend on where the ranks are.
     #[default]
     Nccl,
     /// In rank order, wherever the ranks are.

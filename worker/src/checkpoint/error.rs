@@ -8,7 +8,7 @@ use std::{
 use supra_agent::FaultKind;
 use thiserror::Error;
 
-use crate::model::ModelError;
+use crate::{collective::DeviceCollectiveError, model::ModelError};
 
 /// Why a checkpoint cannot be written or read.
 #[derive(Debug, Error)]
@@ -39,6 +39,9 @@ pub enum CheckpointError {
         /// The system's reason.
         cause: io::Error,
     },
+    /// The ranks cannot bring together what each of them keeps a part of.
+    #[error(transparent)]
+    Exchange(#[from] DeviceCollectiveError),
     /// The storage refuses to be written.
     #[error(
         "cannot write {path}: {cause}. checkpoint.to has to be a directory that the worker may write to"
@@ -150,6 +153,7 @@ impl CheckpointError {
             CheckpointError::Full { .. }
             | CheckpointError::RanOut { .. }
             | CheckpointError::Io { .. }
+            | CheckpointError::Exchange(_)
             | CheckpointError::Model(_) => FaultKind::Transient,
             _ => FaultKind::Input,
         }

@@ -74,6 +74,9 @@ pub struct Environment {
     pub model: String,
     /// Intra-op threads.
     pub threads: u32,
+    /// Version and algorithm of NCCL; empty where no GPUs add.
+    #[serde(default)]
+    pub nccl: String,
 }
 
 /// One tensor and where its elements are.
@@ -164,6 +167,7 @@ impl Environment {
             ("device", self.device.clone(), here.device.clone()),
             ("hardware", self.model.clone(), here.model.clone()),
             ("threads", threads(self), threads(here)),
+            ("NCCL", self.nccl.clone(), here.nccl.clone()),
         ]
         .into_iter()
         .filter(|(_, then, now)| then != now)

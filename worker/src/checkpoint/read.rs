@@ -8,13 +8,13 @@ use std::{
 };
 
 use safetensors::{Dtype, SafeTensors};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use super::{
     CheckpointError, EXP_AVG, EXP_AVG_SQ, MANIFEST, Manifest,
     manifest::{Slice, StoredFile},
 };
-use crate::optim::{Layout, Replica};
+use crate::optim::{Replica, Section};
 
 /// Reads the manifest of a published checkpoint; with `hash`, only the one that has this BLAKE3.
 pub fn manifest(dir: &Path, hash: Option<&[u8; 32]>) -> Result<Manifest, CheckpointError> {
@@ -31,33 +31,28 @@ pub fn manifest(dir: &Path, hash: Option<&[u8; 32]>) -> Result<Manifest, Checkpo
     Manifest::parse(&bytes, &path)
 }
 
-/// Reads masters, moments and update counter. Every file is hashed before its content is looked at, and nothing is
-/// returned unless all of them are right and together cover every parameter exactly once.
+/// Reads masters, moments and update counter into a replica, one file at a time. Every file is hashed before its content
+/// is looked at, and it is an error unless all of them are right and together cover every parameter exactly once. After an
+/// error the replica is of no use.
 pub fn replica(
     dir: &Path,
     manifest: &Manifest,
-    layout: Layout,
-    precision: Kind,
-    device: Device,
-) -> Result<Replica, CheckpointError> {
-    let mut flats = Flats::new(dir, manifest, &layout, device)?;
+    replica: &mut Replica,
+) -> Result<(), CheckpointError> {
+    let mut pieces = Pieces::new(dir, manifest, replica)?;
     for (name, stored) in &manifest.files {
         let path = dir.join(name);
-        if !flats.pieces.contains_key(name.as_str()) {
+        if !pieces.by_file.contains_key(name.as_str()) {
             verify(&path, stored)?;
             continue;
         }
         let bytes = fs::read(&path).map_err(|source| CheckpointError::reading(&path, source))?;
         check_size(&path, stored, bytes.len() as u64)?;
         check_hash(&path, stored, blake3::hash(&bytes))?;
-        flats.copy(name, &path, &bytes)?;
+        pieces.load(name, &path, &bytes, replica)?;
     }
-    let [masters, exp_avg, exp_avg_sq] = flats.finish(dir)?;
-    let mut replica = Replica::new(layout, masters, precision, device);
-    replica.exp_avg = exp_avg;
-    replica.exp_avg_sq = exp_avg_sq;
     replica.updates = manifest.updates;
-    Ok(replica)
+    pieces.finish(dir)
 }
 
 /// Proves every file of a checkpoint but the optimizer's, which a model does not need.
@@ -111,37 +106,34 @@ fn check_hash(path: &Path, stored: &StoredFile, hash: blake3::Hash) -> Result<()
     })
 }
 
-/// A slice on its way into a flat buffer.
+/// A slice on its way into a replica.
 struct Piece<'a> {
     slice: &'a Slice,
-    /// Which buffer: masters, first or second moments.
-    buffer: usize,
-    /// Where the slice begins in it.
+    section: Section,
+    /// Where the slice begins in a flat buffer.
     offset: i64,
 }
 
-/// The three flat buffers while they fill.
-struct Flats<'a> {
-    buffers: [Tensor; 3],
-    /// Pieces still to copy, by file.
-    pieces: BTreeMap<&'a str, Vec<Piece<'a>>>,
+/// What is still to be read.
+struct Pieces<'a> {
+    by_file: BTreeMap<&'a str, Vec<Piece<'a>>>,
 }
 
-impl<'a> Flats<'a> {
-    /// Plans the copies and checks that the checkpoint holds exactly the tensors of the layout.
+impl<'a> Pieces<'a> {
+    /// Plans the copies and checks that the checkpoint holds exactly the tensors of the replica.
     fn new(
         dir: &Path,
         manifest: &'a Manifest,
-        layout: &Layout,
-        device: Device,
-    ) -> Result<Flats<'a>, CheckpointError> {
+        replica: &Replica,
+    ) -> Result<Pieces<'a>, CheckpointError> {
+        let slots = replica.layout().slots();
         let foreign = |problem| CheckpointError::Foreign {
             path: dir.to_owned(),
             problem,
         };
         let mut pieces: BTreeMap<&str, Vec<Piece>> = BTreeMap::new();
-        for (buffer, prefix) in ["", EXP_AVG, EXP_AVG_SQ].into_iter().enumerate() {
-            for slot in layout.slots() {
+        for (section, prefix) in Section::ALL.into_iter().zip(["", EXP_AVG, EXP_AVG_SQ]) {
+            for slot in slots {
                 let key = format!("{prefix}{}", slot.name);
                 let Some(tensor) = manifest.tensors.get(&key) else {
                     return Err(foreign(format!("it has no tensor {key}")));
@@ -163,7 +155,7 @@ impl<'a> Flats<'a> {
                     covered = slice.end;
                     let piece = Piece {
                         slice,
-                        buffer,
+                        section,
                         offset: slot.offset + slice.start,
                     };
                     pieces.entry(&slice.file).or_default().push(piece);
@@ -176,7 +168,7 @@ impl<'a> Flats<'a> {
                 }
             }
         }
-        let wanted = 3 * layout.slots().len();
+        let wanted = 3 * slots.len();
         if manifest.tensors.len() != wanted {
             return Err(foreign(format!(
                 "it has {} tensors, the model needs {wanted}",
@@ -191,18 +183,23 @@ impl<'a> Flats<'a> {
                 "it keeps tensors in {file}, of which it has no hash"
             )));
         }
-        let buffers = [(); 3].map(|()| Tensor::empty([layout.elements()], (Kind::Float, device)));
-        Ok(Flats { buffers, pieces })
+        Ok(Pieces { by_file: pieces })
     }
 
-    /// Copies the slices of one file whose bytes are proved.
-    fn copy(&mut self, name: &str, path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
+    /// Hands the slices of one file, whose bytes are proved, to the replica.
+    fn load(
+        &mut self,
+        name: &str,
+        path: &Path,
+        bytes: &[u8],
+        replica: &mut Replica,
+    ) -> Result<(), CheckpointError> {
         let damaged = |problem| CheckpointError::Damaged {
             path: path.to_owned(),
             problem,
         };
         let file = SafeTensors::deserialize(bytes).map_err(|error| damaged(error.to_string()))?;
-        for piece in self.pieces.remove(name).unwrap_or_default() {
+        for piece in self.by_file.remove(name).unwrap_or_default() {
             let Slice {
                 key, start, end, ..
             } = piece.slice;
@@ -214,16 +211,14 @@ impl<'a> Flats<'a> {
                 return Err(damaged(format!("{key} is not {elements} elements of F32")));
             }
             let data = Tensor::from_data_size(view.data(), &[elements], Kind::Float);
-            self.buffers[piece.buffer]
-                .narrow(0, piece.offset, elements)
-                .copy_(&data);
+            replica.load(piece.section, piece.offset, &data);
         }
         Ok(())
     }
 
-    fn finish(self, dir: &Path) -> Result<[Tensor; 3], CheckpointError> {
-        match self.pieces.keys().next() {
-            None => Ok(self.buffers),
+    fn finish(self, dir: &Path) -> Result<(), CheckpointError> {
+        match self.by_file.keys().next() {
+            None => Ok(()),
             Some(file) => Err(CheckpointError::Damaged {
                 path: dir.join(file),
                 problem: "it was not read".to_owned(),

@@ -10,19 +10,19 @@ use safetensors::{Dtype, tensor::Metadata, tensor::TensorInfo};
 use tch::Tensor;
 
 use super::manifest::StoredFile;
-use crate::optim::Slot;
+use crate::optim::{Section, Slot};
 
 /// One tensor to write: a slot of a flat fp32 buffer under a key.
-pub struct Entry<'a> {
+pub struct Entry {
     /// Key in the file.
     pub key: String,
     /// Which part of the buffer.
-    pub slot: &'a Slot,
+    pub slot: Slot,
     /// The buffer.
-    pub flat: &'a Tensor,
+    pub section: Section,
 }
 
-impl Entry<'_> {
+impl Entry {
     /// Bytes of the tensor's data.
     pub fn bytes(&self) -> u64 {
         self.slot.elements as u64 * size_of::<f32>() as u64
@@ -74,23 +74,38 @@ impl Write for HashedFile {
     }
 }
 
-/// Writes one safetensors file, a tensor at a time.
-pub fn write(path: &Path, entries: &[Entry]) -> io::Result<StoredFile> {
-    let mut file = HashedFile::create(path)?;
-    let header = header(entries)?;
-    file.write_all(&(header.len() as u64).to_le_bytes())?;
-    file.write_all(&header)?;
-    let mut host = Vec::new();
-    for entry in entries {
-        let elements = entry.slot.elements as usize;
-        host.resize(elements, 0f32);
-        entry
-            .flat
-            .narrow(0, entry.slot.offset, entry.slot.elements)
-            .copy_data(&mut host, elements);
-        file.write_all(bytemuck::cast_slice(&host))?;
+/// A safetensors file, written a tensor at a time.
+pub struct SafetensorsFile {
+    file: HashedFile,
+    host: Vec<f32>,
+}
+
+impl SafetensorsFile {
+    /// Creates the file, which must not exist, for the tensors of `entries`, to be [`append`](Self::append)ed in this order.
+    pub fn create(path: &Path, entries: &[Entry]) -> io::Result<SafetensorsFile> {
+        let mut file = HashedFile::create(path)?;
+        let header = header(entries)?;
+        file.write_all(&(header.len() as u64).to_le_bytes())?;
+        file.write_all(&header)?;
+        Ok(SafetensorsFile {
+            file,
+            host: Vec::new(),
+        })
     }
-    file.finish()
+
+    /// Writes a slot of a flat fp32 buffer.
+    pub fn append(&mut self, slot: &Slot, flat: &Tensor) -> io::Result<()> {
+        let elements = slot.elements as usize;
+        self.host.resize(elements, 0.0);
+        flat.narrow(0, slot.offset, slot.elements)
+            .copy_data(&mut self.host, elements);
+        self.file.write_all(bytemuck::cast_slice(&self.host))
+    }
+
+    /// Makes the file durable and says what is in it.
+    pub fn finish(self) -> io::Result<StoredFile> {
+        self.file.finish()
+    }
 }
 
 /// The JSON header, padded so that the data is aligned to 8 bytes.

@@ -8,16 +8,18 @@ use std::{
 };
 
 use serde_json::json;
+use tch::Tensor;
 
 use super::{
     CheckpointError, EXP_AVG, EXP_AVG_SQ, MANIFEST, Manifest, PENDING,
     manifest::{Slice, StoredFile, StoredTensor},
-    safetensors::{self, Entry, HashedFile},
+    safetensors::{Entry, HashedFile, SafetensorsFile},
     store,
 };
 use crate::{
+    collective::DeviceCollective,
     model::{ModelConfig, files::save::copy_companions},
-    optim::Replica,
+    optim::{Replica, Section, Slot},
 };
 
 /// Most bytes of tensors in one file; a single larger tensor has a file of its own.
@@ -29,7 +31,9 @@ const OVERHEAD_BYTES: u64 = 32 << 20;
 /// What is written.
 pub struct Contents<'a> {
     /// Masters, moments and update counter.
-    pub replica: &'a Replica,
+    pub replica: &'a mut Replica,
+    /// The ranks that keep parts of them: the others call [`hand_over`].
+    pub collective: &'a mut dyn DeviceCollective,
     /// The model's configuration.
     pub config: &'a ModelConfig,
     /// Directory whose tokenizer files belong to the model.
@@ -49,6 +53,17 @@ pub struct Receipt {
     pub manifest_hash: [u8; 32],
 }
 
+/// Gives rank 0 this rank's part of what it writes.
+pub fn hand_over(
+    replica: &mut Replica,
+    collective: &mut dyn DeviceCollective,
+) -> Result<(), CheckpointError> {
+    for section in Section::ALL {
+        let _whole = replica.whole(section, collective)?;
+    }
+    Ok(())
+}
+
 /// Writes a checkpoint below `root` up to and including `manifest.pending`.
 ///
 /// What a crashed try of the same step and generation left is replaced; a published checkpoint never is. When writing
@@ -57,7 +72,7 @@ pub fn write(root: &Path, contents: Contents) -> Result<Receipt, CheckpointError
     let manifest = &contents.manifest;
     let relative = store::directory_name(manifest.step, manifest.generation);
     let dir = root.join(&relative);
-    let needed = 3 * 4 * contents.replica.layout().elements() as u64 + OVERHEAD_BYTES;
+    let needed = 3 * 4 * contents.replica.layout().numbers() as u64 + OVERHEAD_BYTES;
     store::ensure_room(root, needed)?;
     make_directory(&dir)?;
     match fill(&dir, contents).and_then(|filled| store::sync_directory(root).map(|()| filled)) {
@@ -77,17 +92,21 @@ pub fn write(root: &Path, contents: Contents) -> Result<Receipt, CheckpointError
 fn fill(dir: &Path, contents: Contents) -> Result<(u64, [u8; 32]), CheckpointError> {
     let Contents {
         replica,
+        collective,
         config,
         base,
         mut manifest,
     } = contents;
     let mut writer = Writer {
         dir,
+        replica,
+        collective,
+        section: None,
         tensors: BTreeMap::new(),
         files: BTreeMap::new(),
     };
-    writer.model(replica)?;
-    writer.optimizer(replica)?;
+    writer.model()?;
+    writer.optimizer()?;
     writer.side_files(config, base)?;
     manifest.tensors = writer.tensors;
     manifest.files = writer.files;
@@ -122,24 +141,21 @@ fn make_directory(dir: &Path) -> Result<(), CheckpointError> {
 /// Collects what the manifest says about the files while they are written.
 struct Writer<'a> {
     dir: &'a Path,
+    replica: &'a mut Replica,
+    collective: &'a mut dyn DeviceCollective,
+    /// The section in hand, whole.
+    section: Option<(Section, Tensor)>,
     tensors: BTreeMap<String, StoredTensor>,
     files: BTreeMap<String, StoredFile>,
 }
 
 impl Writer<'_> {
     /// The masters, in files that any reader of model directories understands.
-    fn model(&mut self, replica: &Replica) -> Result<(), CheckpointError> {
-        let slots = replica.layout().slots();
-        let entries = slots
-            .iter()
-            .map(|slot| Entry {
-                key: slot.name.clone(),
-                slot,
-                flat: &replica.masters,
-            })
-            .collect();
+    fn model(&mut self) -> Result<(), CheckpointError> {
+        let entries = self.entries("", Section::Masters);
         let names = self.tensors("model", entries)?;
         if names.len() > 1 {
+            let slots = self.replica.layout().slots();
             let total: u64 = slots.iter().map(|slot| slot.elements as u64 * 4).sum();
             let weight_map: BTreeMap<&str, &str> = slots
                 .iter()
@@ -158,20 +174,41 @@ impl Writer<'_> {
         Ok(())
     }
 
-    fn optimizer(&mut self, replica: &Replica) -> Result<(), CheckpointError> {
-        let moments = [
-            (EXP_AVG, &replica.exp_avg),
-            (EXP_AVG_SQ, &replica.exp_avg_sq),
-        ];
-        let entries = moments.into_iter().flat_map(|(prefix, flat)| {
-            let slots = replica.layout().slots().iter();
-            slots.map(move |slot| Entry {
-                key: format!("{prefix}{}", slot.name),
-                slot,
-                flat,
-            })
-        });
-        self.tensors("optimizer", entries.collect()).map(drop)
+    fn optimizer(&mut self) -> Result<(), CheckpointError> {
+        let mut entries = self.entries(EXP_AVG, Section::ExpAvg);
+        entries.extend(self.entries(EXP_AVG_SQ, Section::ExpAvgSq));
+        self.tensors("optimizer", entries).map(drop)
+    }
+
+    /// A section of every parameter.
+    fn entries(&self, prefix: &str, section: Section) -> Vec<Entry> {
+        let entry = |slot: &Slot| Entry {
+            key: format!("{prefix}{}", slot.name),
+            slot: slot.clone(),
+            section,
+        };
+        self.replica.layout().slots().iter().map(entry).collect()
+    }
+
+    /// All numbers of a section. Each is brought together once, since sections are written one after the other.
+    fn whole(&mut self, section: Section) -> Result<Tensor, CheckpointError> {
+        if let Some((_, flat)) = self.section.as_ref().filter(|(there, _)| *there == section) {
+            return Ok(flat.shallow_clone());
+        }
+        let flat = self.replica.whole(section, self.collective)?;
+        self.section = Some((section, flat.shallow_clone()));
+        Ok(flat)
+    }
+
+    /// Writes one file.
+    fn file(&mut self, path: &Path, entries: &[Entry]) -> Result<StoredFile, CheckpointError> {
+        let failed = |source| CheckpointError::writing(path, source);
+        let mut file = SafetensorsFile::create(path, entries).map_err(failed)?;
+        for entry in entries {
+            let flat = self.whole(entry.section)?;
+            file.append(&entry.slot, &flat).map_err(failed)?;
+        }
+        file.finish().map_err(failed)
     }
 
     /// Writes tensors to `<stem>.safetensors`, or to numbered files if one would be too large. Returns their names.
@@ -185,8 +222,7 @@ impl Writer<'_> {
                 _ => format!("{stem}-{:05}-of-{count:05}.safetensors", index + 1),
             };
             let path = self.dir.join(&name);
-            let stored = safetensors::write(&path, &entries)
-                .map_err(|source| CheckpointError::writing(&path, source))?;
+            let stored = self.file(&path, &entries)?;
             self.files.insert(name.clone(), stored);
             for entry in entries {
                 let slice = Slice {
@@ -273,7 +309,6 @@ fn group(entries: Vec<Entry>, limit: u64) -> Vec<Vec<Entry>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::optim::Slot;
 
     #[test]
     fn files_stay_below_the_limit_unless_one_tensor_is_larger() {
@@ -287,13 +322,12 @@ mod tests {
                 elements,
             })
             .collect();
-        let flat = tch::Tensor::new();
         let entries = slots
-            .iter()
+            .into_iter()
             .map(|slot| Entry {
                 key: String::new(),
                 slot,
-                flat: &flat,
+                section: Section::Masters,
             })
             .collect();
         let groups = group(entries, 4 * 50);

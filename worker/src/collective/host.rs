@@ -1,35 +1,34 @@
 //! Ranks on CPUs: tensors go through the agent's collective.
 
+use std::{
+    mem,
+    time::{Duration, Instant},
+};
+
 use bytemuck::Pod;
 use half::bf16;
-use supra_agent::Collective;
+use supra_agent::{Collective, CollectiveError};
 use tch::{Device, Kind, Tensor};
 
-use super::{DeviceCollective, DeviceCollectiveError, check};
+use super::{DeviceCollective, DeviceCollectiveError, Operation, Pending, check};
 
 /// A rank on a CPU, or one without peers on any device: then nothing moves.
 pub struct Host {
     collective: Box<dyn Collective>,
+    stalled: Duration,
 }
 
 impl Host {
     /// The ranks that `collective` connects.
     pub fn new(collective: Box<dyn Collective>) -> Host {
-        Host { collective }
-    }
-}
-
-impl DeviceCollective for Host {
-    fn host(&mut self) -> &mut dyn Collective {
-        self.collective.as_mut()
-    }
-
-    fn all_reduce(&mut self, flat: &mut Tensor) -> Result<(), DeviceCollectiveError> {
-        let world = self.collective.world();
-        if world == 1 {
-            return Ok(());
+        Host {
+            collective,
+            stalled: Duration::ZERO,
         }
-        if check(flat, Device::Cpu, world)? == Kind::Float {
+    }
+
+    fn sum(&mut self, flat: &Tensor, kind: Kind) -> Result<(), CollectiveError> {
+        if kind == Kind::Float {
             let mut values = values::<f32>(flat);
             self.collective.all_reduce_f32(&mut values)?;
             replace(flat, &values);
@@ -41,8 +40,63 @@ impl DeviceCollective for Host {
         Ok(())
     }
 
-    fn finish(self: Box<Self>) -> Result<(), DeviceCollectiveError> {
+    fn gather(&mut self, flat: &Tensor) -> Result<(), CollectiveError> {
+        let (world, rank) = (self.collective.world(), self.collective.rank());
+        let parts = flat.view([-1]).chunk(i64::from(world), 0);
+        let mine = bytes(&parts[rank as usize]);
+        let all = self.collective.all_gather(&mine)?;
+        for ((part, theirs), rank) in parts.iter().zip(all).zip(0..) {
+            if theirs.len() != mine.len() {
+                return Err(CollectiveError::Peer {
+                    rank,
+                    address: "in this generation".to_owned(),
+                    cause: format!(
+                        "sent a part of {} bytes where {} were due",
+                        theirs.len(),
+                        mine.len()
+                    ),
+                });
+            }
+            replace(part, &theirs);
+        }
+        Ok(())
+    }
+}
+
+impl DeviceCollective for Host {
+    fn host(&mut self) -> &mut dyn Collective {
+        self.collective.as_mut()
+    }
+
+    fn start(
+        &mut self,
+        operation: Operation,
+        flat: &Tensor,
+    ) -> Result<Pending, DeviceCollectiveError> {
+        let world = self.collective.world();
+        if world > 1 {
+            let clock = Instant::now();
+            let kind = check(flat, Device::Cpu, world)?;
+            match operation {
+                // The other parts cost time, and are not worth an operation of their own between CPUs.
+                Operation::AllReduce | Operation::ReduceScatter => self.sum(flat, kind)?,
+                Operation::AllGather => self.gather(flat)?,
+            }
+            self.stalled += clock.elapsed();
+        }
+        Ok(Pending(0))
+    }
+
+    fn wait(&mut self, _: Pending) -> Result<(), DeviceCollectiveError> {
         // Every operation was done when it returned.
+        Ok(())
+    }
+
+    fn stalled(&mut self) -> Result<Duration, DeviceCollectiveError> {
+        Ok(mem::take(&mut self.stalled))
+    }
+
+    fn finish(self: Box<Self>) -> Result<(), DeviceCollectiveError> {
         Ok(())
     }
 }
@@ -55,9 +109,17 @@ fn values<T: Pod>(flat: &Tensor) -> Vec<T> {
     values
 }
 
-fn replace<T: Pod>(flat: &mut Tensor, values: &[T]) {
+/// A copy of the elements' bytes.
+fn bytes(flat: &Tensor) -> Vec<u8> {
+    let mut bytes = vec![0; flat.numel() * flat.kind().elt_size_in_bytes()];
+    flat.copy_data_u8(&mut bytes, flat.numel());
+    bytes
+}
+
+fn replace<T: Pod>(flat: &Tensor, values: &[T]) {
     let bytes = bytemuck::cast_slice(values);
-    flat.copy_(&Tensor::from_data_size(bytes, &flat.size(), flat.kind()));
+    let values = Tensor::from_data_size(bytes, &flat.size(), flat.kind());
+    flat.shallow_clone().copy_(&values);
 }
 
 #[cfg(test)]
@@ -90,18 +152,50 @@ mod tests {
         Vec::try_from(tensor.to_kind(Kind::Float)).unwrap()
     }
 
+    fn done(host: &mut Host, operation: Operation, flat: &Tensor) {
+        let pending = host.start(operation, flat).unwrap();
+        host.wait(pending).unwrap();
+    }
+
+    fn count(kind: Kind, rank: u32) -> Tensor {
+        (Tensor::arange(6, (Kind::Float, Device::Cpu)) + f64::from(rank)).to_kind(kind)
+    }
+
     #[test]
-    fn every_rank_gets_the_same_sum() {
+    fn every_rank_gets_the_same_sum_and_knows_how_long_it_took() {
         for kind in [Kind::Float, Kind::BFloat16] {
             let sums = ranks(3, |rank, host| {
-                let mut flat =
-                    (Tensor::arange(7, (Kind::Float, Device::Cpu)) + f64::from(rank)).to_kind(kind);
-                host.all_reduce(&mut flat).unwrap();
+                let flat = count(kind, rank);
+                done(host, Operation::AllReduce, &flat);
                 assert_eq!(flat.kind(), kind);
+                assert!(host.stalled().unwrap() > Duration::ZERO);
+                assert_eq!(
+                    host.stalled().unwrap(),
+                    Duration::ZERO,
+                    "since the last call"
+                );
                 floats(&flat)
             });
             for sum in sums {
-                assert_eq!(sum, [3.0, 6.0, 9.0, 12.0, 15.0, 18.0, 21.0], "{kind:?}");
+                assert_eq!(sum, [3.0, 6.0, 9.0, 12.0, 15.0, 18.0], "{kind:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_scattered_sum_gathered_again_is_the_whole_sum() {
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let gathered = ranks(3, |rank, host| {
+                let flat = count(kind, rank);
+                done(host, Operation::ReduceScatter, &flat);
+                let mine = flat.narrow(0, i64::from(rank) * 2, 2).copy();
+                let _ = flat.shallow_clone().fill_(-1.0);
+                flat.narrow(0, i64::from(rank) * 2, 2).copy_(&mine);
+                done(host, Operation::AllGather, &flat);
+                floats(&flat)
+            });
+            for whole in gathered {
+                assert_eq!(whole, [3.0, 6.0, 9.0, 12.0, 15.0, 18.0], "{kind:?}");
             }
         }
     }
@@ -109,9 +203,9 @@ mod tests {
     #[test]
     fn a_matrix_is_reduced_in_its_place() {
         let sums = ranks(2, |_, host| {
-            let mut matrix = Tensor::ones([2, 3], (Kind::Float, Device::Cpu));
+            let matrix = Tensor::ones([2, 3], (Kind::Float, Device::Cpu));
             let view = matrix.view([6]);
-            host.all_reduce(&mut matrix).unwrap();
+            done(host, Operation::AllReduce, &matrix);
             (matrix.size(), floats(&view))
         });
         assert_eq!(sums[1], (vec![2, 3], vec![2.0; 6]));
@@ -121,24 +215,37 @@ mod tests {
     fn what_cannot_be_exchanged_is_refused_with_the_reason() {
         let refused = ranks(2, |_, host| {
             let cpu = Device::Cpu;
-            let mut double = Tensor::ones([2], (Kind::Double, cpu));
-            let mut turned = Tensor::ones([2, 3], (Kind::Float, cpu)).tr();
-            [host.all_reduce(&mut double), host.all_reduce(&mut turned)]
-                .map(|result| result.unwrap_err().to_string())
+            let double = Tensor::ones([2], (Kind::Double, cpu));
+            let turned = Tensor::ones([2, 3], (Kind::Float, cpu)).tr();
+            let odd = Tensor::ones([3], (Kind::Float, cpu));
+            [double, turned, odd].map(|flat| {
+                host.start(Operation::AllGather, &flat)
+                    .unwrap_err()
+                    .to_string()
+            })
         });
-        for ([double, turned], _) in refused.into_iter().zip(0..) {
+        for [double, turned, odd] in refused {
             assert!(double.contains("2 x Double"), "{double}");
             assert!(double.contains("only fp32 and bf16"), "{double}");
             assert!(turned.contains("not contiguous"), "{turned}");
+            assert!(odd.contains("no equal parts"), "{odd}");
         }
     }
 
     #[test]
     fn alone_everything_stays_as_it_is() {
         let mut host: Box<dyn DeviceCollective> = Box::new(Host::new(Box::new(Solo)));
-        let mut flat = Tensor::arange(3, (Kind::Float, Device::Cpu));
-        host.all_reduce(&mut flat).unwrap();
+        let flat = Tensor::arange(3, (Kind::Float, Device::Cpu));
+        for operation in [
+            Operation::AllReduce,
+            Operation::ReduceScatter,
+            Operation::AllGather,
+        ] {
+            let pending = host.start(operation, &flat).unwrap();
+            host.wait(pending).unwrap();
+        }
         assert_eq!(floats(&flat), [0.0, 1.0, 2.0]);
+        assert_eq!(host.stalled().unwrap(), Duration::ZERO);
         host.finish().unwrap();
     }
 }

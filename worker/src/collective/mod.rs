@@ -8,6 +8,8 @@ mod host;
 mod nccl;
 mod ordered;
 
+use std::time::Duration;
+
 use supra_agent::{Collective, CollectiveError, Link};
 use supra_recipes::schema::Reduction;
 use tch::{Device, Kind, Tensor};
@@ -16,18 +18,53 @@ use thiserror::Error;
 pub use self::nccl::Nccl;
 pub use host::Host;
 
-use crate::device::{DeviceError, Place};
+use crate::{
+    device::{DeviceError, Place},
+    kernels::KernelError,
+};
+
+/// What ranks do together with a flat tensor, in place. It is cut into as many equal parts as there are ranks; part `r` is
+/// rank `r`'s.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// Every element becomes its sum over all ranks: same bits on every rank.
+    AllReduce,
+    /// Every element of this rank's part becomes its sum over all ranks, with the bits of `AllReduce`'s where the order of
+    /// additions is fixed. What the other parts hold afterwards is not said.
+    ReduceScatter,
+    /// Every part becomes that of the rank whose it is.
+    AllGather,
+}
+
+/// An operation under way, which [`DeviceCollective::wait`] ends.
+#[derive(Debug)]
+#[must_use]
+pub struct Pending(u64);
 
 /// What the ranks do together with flat tensors: contiguous, fp32 or bf16, on the rank's own device.
 ///
-/// All ranks call the same operations with the same sizes in the same order. A GPU does its part later, in the order
-/// of libtorch's stream. After an error it is of no more use: drop it and leave the generation.
+/// All ranks start the same operations with the same sizes in the same order, and they end in that order: who waits for
+/// one has waited for all before it. Between CPUs an operation is over when `start` returns. GPUs do it beside what
+/// libtorch's stream computes, behind all that this stream was asked for before the start; nothing may touch the tensor
+/// until it was waited for. After an error the collective is of no more use: drop it and leave the generation.
 pub trait DeviceCollective {
     /// The collective for what lies in host memory.
     fn host(&mut self) -> &mut dyn Collective;
 
-    /// Replaces `flat` by its sum over all ranks: same bits on every rank.
-    fn all_reduce(&mut self, flat: &mut Tensor) -> Result<(), DeviceCollectiveError>;
+    /// Starts an operation.
+    fn start(
+        &mut self,
+        operation: Operation,
+        flat: &Tensor,
+    ) -> Result<Pending, DeviceCollectiveError>;
+
+    /// Has everything that is computed from now on find the operation done. Only CPUs wait here: a GPU's stream waits by
+    /// itself.
+    fn wait(&mut self, pending: Pending) -> Result<(), DeviceCollectiveError>;
+
+    /// For how long computing has stood still in the waits since the last call, as far as the device has got: so call it
+    /// when something was just read from the device.
+    fn stalled(&mut self) -> Result<Duration, DeviceCollectiveError>;
 
     /// Ends it in order: returns when all ranks have called this and everything is done.
     fn finish(self: Box<Self>) -> Result<(), DeviceCollectiveError>;
@@ -42,6 +79,9 @@ pub enum DeviceCollectiveError {
     /// Between GPUs.
     #[error("between GPUs: {0}")]
     Nccl(#[from] ::nccl::Error),
+    /// The GPU refuses a stream, or the kernel that adds.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
     /// The device is not what it was when it was opened.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -75,12 +115,12 @@ pub fn connect(
     reduction: Reduction,
     link: &Link,
 ) -> Result<Box<dyn DeviceCollective>, DeviceCollectiveError> {
-    match &place.nccl {
+    match (&place.nccl, place.device) {
         // Alone there is nothing to exchange.
-        Some(library) if host.world() > 1 => Ok(Box::new(Nccl::connect(
+        (Some(library), Device::Cuda(index)) if host.world() > 1 => Ok(Box::new(Nccl::connect(
             host,
             library,
-            place.device,
+            index,
             reduction,
             &link.abort_handle(),
         )?)),
@@ -88,7 +128,7 @@ pub fn connect(
     }
 }
 
-/// Refuses what is not flat, fp32 or bf16, and on `device`.
+/// Refuses what is not flat, fp32 or bf16, in equal parts, and on `device`.
 fn check(flat: &Tensor, device: Device, world: u32) -> Result<Kind, DeviceCollectiveError> {
     let kind = flat.kind();
     let problem = if !matches!(kind, Kind::Float | Kind::BFloat16) {
@@ -97,6 +137,8 @@ fn check(flat: &Tensor, device: Device, world: u32) -> Result<Kind, DeviceCollec
         "it is not contiguous"
     } else if flat.device() != device {
         "it is on another device than this rank"
+    } else if !flat.numel().is_multiple_of(world as usize) {
+        "it has no equal parts"
     } else {
         return Ok(kind);
     };

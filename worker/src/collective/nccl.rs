@@ -7,18 +7,24 @@ use supra_agent::{Collective, CollectiveError, collective::AbortHandle};
 use supra_recipes::schema::Reduction;
 use tch::{Device, Kind, Tensor};
 
-use super::{DeviceCollective, DeviceCollectiveError, check, ordered};
-use crate::device;
+use super::{DeviceCollective, DeviceCollectiveError, Operation, Pending, check, ordered::Ordered};
+use crate::{
+    device,
+    kernels::cuda::{Queue, SideStream},
+};
 
 /// How long the ranks' GPUs may take to connect, and what NCCL does in the background of a later call.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A rank on a GPU that has peers.
 pub struct Nccl {
+    // Before the stream, which ends only when what it carries has ended: dropping this aborts that.
     comm: Comm,
+    side: SideStream,
+    /// Who adds, if not NCCL.
+    ordered: Option<Ordered>,
     host: Box<dyn Collective>,
     device: Device,
-    reduction: Reduction,
 }
 
 impl Nccl {
@@ -26,11 +32,11 @@ impl Nccl {
     ///
     /// # Errors
     ///
-    /// NCCL's own; `Timeout` after a minute; the agent's.
+    /// NCCL's own; `Timeout` after a minute; the agent's; that the GPU refuses a stream or a kernel.
     pub fn connect(
         mut host: Box<dyn Collective>,
         library: &Library,
-        device: Device,
+        index: usize,
         reduction: Reduction,
         abort: &AbortHandle,
     ) -> Result<Nccl, DeviceCollectiveError> {
@@ -47,7 +53,13 @@ impl Nccl {
                 id.len()
             ),
         })?;
+        let device = Device::Cuda(index);
         device::make_current(device)?;
+        let side = SideStream::open(index)?;
+        let ordered = match reduction {
+            Reduction::Nccl => None,
+            Reduction::Ordered => Some(Ordered::new(index)?),
+        };
         let starting = Comm::start(library, &id.into(), host.rank(), host.world())?;
         let ending = starting.abort_handle();
         // NCCL takes half a second for it, and has been seen to hang: the thread that aborts must not wait. If this
@@ -60,9 +72,10 @@ impl Nccl {
         });
         Ok(Nccl {
             comm: starting.wait(PATIENCE)?,
+            side,
+            ordered,
             host,
             device,
-            reduction,
         })
     }
 }
@@ -78,10 +91,16 @@ pub(super) fn slice(
         Kind::Float => DataType::F32,
         _ => DataType::Bf16,
     };
-    // SAFETY: pointer, length and type are those of a contiguous tensor. libtorch works on the legacy default stream, and
-    // so do all operations of this module. Whoever uses this memory next, also after libtorch has freed the tensor and
-    // given it to another one, comes later on that stream.
+    // SAFETY: pointer, length and type are those of a contiguous tensor. It goes into operations of the side stream only,
+    // which keeps the tensor until the default stream, that of all other work, waits for them.
     Ok(unsafe { DeviceSliceMut::new(flat.data_ptr(), flat.numel(), data_type) })
+}
+
+/// The stream for NCCL.
+#[allow(unsafe_code)]
+pub(super) fn stream(queue: &Queue) -> Stream {
+    // SAFETY: it is the side stream, of the communicator's GPU, which outlives the communicator and is destroyed empty.
+    unsafe { Stream::from_raw(queue.raw()) }
 }
 
 impl DeviceCollective for Nccl {
@@ -89,16 +108,47 @@ impl DeviceCollective for Nccl {
         self.host.as_mut()
     }
 
-    fn all_reduce(&mut self, flat: &mut Tensor) -> Result<(), DeviceCollectiveError> {
-        let mut slice = slice(flat, self.device, self.comm.world())?;
-        match self.reduction {
-            Reduction::Nccl => {
-                self.comm
-                    .all_reduce_in_place(&mut slice, Op::Sum, Stream::DEFAULT)?;
-            }
-            Reduction::Ordered => ordered::all_reduce(&mut self.comm, flat)?,
+    fn start(
+        &mut self,
+        operation: Operation,
+        flat: &Tensor,
+    ) -> Result<Pending, DeviceCollectiveError> {
+        let comm = &mut self.comm;
+        let mut slice = slice(flat, self.device, comm.world())?;
+        if operation == Operation::AllGather {
+            let number = self.side.start(flat, |queue| {
+                Ok::<_, DeviceCollectiveError>(comm.all_gather_in_place(&mut slice, stream(queue))?)
+            })?;
+            return Ok(Pending(number));
         }
-        Ok(())
+        if let Some(ordered) = &mut self.ordered {
+            ordered.make_room(flat, comm.world(), &self.side)?;
+        }
+        let ordered = self.ordered.as_ref();
+        let number = self.side.start(flat, |queue| {
+            let stream = stream(queue);
+            match (ordered, operation) {
+                (Some(ordered), Operation::AllReduce) => {
+                    ordered.reduce_scatter(comm, flat, queue)?;
+                    comm.all_gather_in_place(&mut slice, stream)?;
+                }
+                (Some(ordered), _) => ordered.reduce_scatter(comm, flat, queue)?,
+                (None, Operation::AllReduce) => {
+                    comm.all_reduce_in_place(&mut slice, Op::Sum, stream)?;
+                }
+                (None, _) => comm.reduce_scatter_in_place(&mut slice, Op::Sum, stream)?,
+            }
+            Ok::<_, DeviceCollectiveError>(())
+        })?;
+        Ok(Pending(number))
+    }
+
+    fn wait(&mut self, Pending(number): Pending) -> Result<(), DeviceCollectiveError> {
+        Ok(self.side.wait(number)?)
+    }
+
+    fn stalled(&mut self) -> Result<Duration, DeviceCollectiveError> {
+        Ok(self.side.stalled()?)
     }
 
     fn finish(self: Box<Self>) -> Result<(), DeviceCollectiveError> {

@@ -155,10 +155,11 @@ pub trait Kernels {
     /// Adds row i of `dx_nd` to row `ids_n[i]` (i64) of the embedding's gradient, in an order that is always the same.
     fn embedding_backward(&self, dx_nd: &Tensor, ids_n: &Tensor, dembedding_vd_sum: &mut Tensor);
 
-    /// The sum of the squares of a flat fp32 buffer, in fp64: NaN where it could not be had. Waits for the device.
+    /// The sum of the squares of flat fp32 buffers, one after the other, in fp64: NaN where it could not be had. Waits for
+    /// the device, once.
     ///
-    /// Its last bits depend on the device and the thread count, so ranks agree on one rank's value.
-    fn squared_norm(&self, flat_m: &Tensor) -> f64;
+    /// Its last bits depend on the device and the thread count, so for each buffer ranks agree on one rank's value.
+    fn squared_norm(&self, flats_m: &[Tensor]) -> f64;
 
     /// One update of [`AdamW`](crate::optim::AdamW). Elementwise, each operation rounded to fp32 by itself.
     fn adamw(&self, shard: Shard<'_>, update: &Update);

@@ -30,11 +30,11 @@ pub fn init_new(config: &ModelConfig, seed: u64, spec: &ParamSpec) -> Tensor {
     fill(spec, || bound * (2.0 * stream.uniform() - 1.0))
 }
 
-/// First values of all weights, for training from nothing: truncated normal, standard deviation 1/sqrt(fan-in), and for
-/// the two matrices that write to the residual stream divided by sqrt(2 (layer + 1)), layers from 0; gains 1; SUPRA's
-/// own as [`init_new`].
-pub fn init_all(config: &ModelConfig, seed: u64) -> Params {
-    let value = |spec: &ParamSpec| match spec.shape.len() {
+/// First value of any weight, for training from nothing, fp32 on the CPU: truncated normal, standard deviation
+/// 1/sqrt(fan-in), and for the two matrices that write to the residual stream divided by sqrt(2 (layer + 1)), layers from
+/// 0; gains 1; SUPRA's own as [`init_new`].
+pub fn init_one(config: &ModelConfig, seed: u64, spec: &ParamSpec) -> Tensor {
+    match spec.shape.len() {
         _ if spec.new => init_new(config, seed, spec),
         1 => Tensor::ones(spec.shape.as_slice(), (tch::Kind::Float, tch::Device::Cpu)),
         _ => {
@@ -42,14 +42,13 @@ pub fn init_all(config: &ModelConfig, seed: u64) -> Params {
             let mut stream = Stream::new(seed, &spec.name);
             fill(spec, || deviation * stream.truncated_normal())
         }
-    };
-    Params::new(
-        config
-            .params()
-            .into_iter()
-            .map(|spec| (spec.name.clone(), value(&spec)))
-            .collect(),
-    )
+    }
+}
+
+/// [`init_one`] of all weights.
+pub fn init_all(config: &ModelConfig, seed: u64) -> Params {
+    let value = |spec: ParamSpec| (spec.name.clone(), init_one(config, seed, &spec));
+    Params::new(config.params().into_iter().map(value).collect())
 }
 
 /// Standard deviation of a matrix [out, in] of the base. Embedding and output matrix have D columns as well.

@@ -23,17 +23,19 @@ impl AdamW {
         }
     }
 
-    /// Applies one update to masters, moments, update counter and compute copy.
+    /// Applies one update to the replica's part of parameters and moments, and to its update counter. Calls `updated` with
+    /// the number of each bucket behind its update, and stops when that fails.
     ///
     /// The gradient in the replica is a sum; `gradient_scale` makes it the clipped gradient of the mean loss.
     /// Deterministic: every operation is elementwise, in a fixed order.
-    pub fn update(
+    pub fn update<E>(
         &self,
         kernels: &dyn Kernels,
         replica: &mut Replica,
         learning_rate: f64,
         gradient_scale: f64,
-    ) {
+        mut updated: impl FnMut(usize) -> Result<(), E>,
+    ) -> Result<(), E> {
         replica.updates += 1;
         let power = replica.updates.min(i32::MAX as u64) as i32;
         let (beta1, beta2) = self.betas;
@@ -45,16 +47,27 @@ impl AdamW {
             root_correction: (1.0 - beta2.powi(power)).sqrt(),
             decay: 1.0 - learning_rate * self.weight_decay,
         };
-        tch::no_grad(|| kernels.adamw(replica.shard(), &update));
+        let _guard = tch::no_grad_guard();
+        for bucket in 0..replica.layout().buckets().len() {
+            replica.update(bucket, |shard| kernels.adamw(shard, &update));
+            updated(bucket)?;
+        }
+        Ok(())
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::convert::Infallible;
+
     use tch::{Device, Kind, Tensor};
 
     use super::*;
-    use crate::{kernels::Twin, model::ParamSpec, optim::Layout};
+    use crate::{
+        kernels::Twin,
+        model::ParamSpec,
+        optim::{Layout, Part, Section},
+    };
 
     const BETAS: (f64, f64) = (0.9, 0.95);
 
@@ -68,9 +81,18 @@ mod tests {
         let layout = Layout::new(
             &[spec("norm", &[2], false), spec("w", &[2, 2], true)],
             false,
+            1,
         );
+        let mut replica = Replica::new(layout, Part::WHOLE, precision, Device::Cpu);
         let masters = Tensor::from_slice(&[0.5f32, -1.0, 2.0, 0.25, 1.0, 1.0]);
-        Replica::new(layout, masters, precision, Device::Cpu)
+        replica.load(Section::Masters, 0, &masters);
+        replica
+    }
+
+    fn update(adamw: &AdamW, replica: &mut Replica, learning_rate: f64, scale: f64) {
+        let Ok(()) = adamw.update(&Twin, replica, learning_rate, scale, |_| {
+            Ok::<_, Infallible>(())
+        });
     }
 
     /// The textbook formulas in fp64, one number at a time.
@@ -110,10 +132,12 @@ mod tests {
             // Twice the gradient and half the scale: the scale is applied once.
             replica
                 .gradient
+                .narrow(0, 0, 6)
                 .copy_(&(Tensor::from_slice(gradient) * 2.0));
-            adamw.update(&Twin, &mut replica, 0.01, 0.5);
+            update(&adamw, &mut replica, 0.01, 0.5);
         }
-        let got = Vec::<f64>::try_from(replica.masters.to_kind(Kind::Double)).unwrap();
+        let masters = replica.parameters.narrow(0, 0, 6).to_kind(Kind::Double);
+        let got = Vec::<f64>::try_from(masters).unwrap();
         for (got, want) in got.iter().zip(reference(&steps, 0.01, 1e-8, 0.1)) {
             assert!((got - want).abs() < 1e-6, "{got} against {want}");
         }
@@ -130,7 +154,7 @@ mod tests {
         for precision in [Kind::Float, Kind::BFloat16] {
             let mut replica = replica(precision);
             let _ = replica.gradient.fill_(1.0);
-            adamw.update(&Twin, &mut replica, 0.125, 1.0);
+            update(&adamw, &mut replica, 0.125, 1.0);
             let leaf = replica.params().get("norm").to_kind(Kind::Double);
             assert!(
                 (leaf.double_value(&[0]) - 0.875).abs() < 1e-6,

@@ -1,16 +1,19 @@
-//! The optimizer: flat fp32 buffers, AdamW and clipping.
+//! The optimizer: flat buffers, what ranks exchange of them, AdamW and clipping.
 //!
-//! All parameters lie in one flat buffer, those with weight decay first, so that the optimizer is a
-//! handful of vector operations, the gradient is one all-reduce, and a shard is a range.
+//! All parameters lie in one flat buffer of buckets, so that the optimizer is a handful of vector operations per bucket,
+//! gradients are reduced bucket by bucket while others are still being computed, and a rank's share is a part of each.
 
 pub mod adamw;
 pub mod clip;
+pub mod exchange;
+mod fingerprint;
 pub mod layout;
 pub mod replica;
 
 pub use adamw::AdamW;
-pub use layout::{Layout, Slot};
-pub use replica::Replica;
+pub use exchange::Exchange;
+pub use layout::{Bucket, Layout, Part, Piece, Slot};
+pub use replica::{Replica, Section};
 
 /// Elements that one of libtorch's vector operations on flat buffers touches: small enough for its temporaries to stay in
 /// cache on the processor and small beside the model on a GPU. Elementwise work does not depend on it.

@@ -23,6 +23,7 @@ pub use supra_recipes::plan::Policy;
 use tables::Tables;
 
 use crate::{
+    collective::DeviceCollectiveError,
     kernels::{Delta, KernelError, Kernels, NormOut},
     model::{LossInput, ModelConfig, Params, block::LayerParams},
 };
@@ -66,12 +67,43 @@ pub struct Loss {
     pub objective: f64,
 }
 
+/// What happens beside a micro-batch. Buckets are those of [`Layout`](crate::optim::Layout): the embedding, each block, and
+/// the last norm with the output layer.
+pub trait Meanwhile {
+    /// Whether to stop; asked before every block in both directions.
+    fn stop(&self) -> bool;
+
+    /// The weights of a bucket are about to be used for the first time.
+    fn needed(&mut self, bucket: usize) -> Result<(), StepError>;
+
+    /// The gradients of a bucket have got all that this micro-batch adds to them. The last bucket comes first.
+    fn complete(&mut self, bucket: usize) -> Result<(), StepError>;
+}
+
+/// Whether to stop is all there is to ask.
+impl<F: Fn() -> bool> Meanwhile for F {
+    fn stop(&self) -> bool {
+        self()
+    }
+
+    fn needed(&mut self, _: usize) -> Result<(), StepError> {
+        Ok(())
+    }
+
+    fn complete(&mut self, _: usize) -> Result<(), StepError> {
+        Ok(())
+    }
+}
+
 /// Why a micro-batch was not finished.
 #[derive(Debug, thiserror::Error)]
 pub enum StepError {
-    /// `stop` said so.
+    /// [`Meanwhile::stop`] said so.
     #[error("stopped in the middle of a micro-batch")]
     Stopped,
+    /// What was to happen meanwhile did not.
+    #[error(transparent)]
+    Exchange(#[from] DeviceCollectiveError),
     /// A kernel did not run.
     #[error(transparent)]
     Kernel(#[from] KernelError),
@@ -96,15 +128,14 @@ impl Step {
 
     /// Adds the gradient of a micro-batch's summed loss, with `z_loss` times the sum of squared log-normalizers, to
     /// `gradients`, which have the names and shapes of `weights`, and its loss to what
-    /// [`take_loss`](Step::take_loss) returns. `stop` is asked before every block in both directions. After an error
-    /// gradients and loss are of no use.
+    /// [`take_loss`](Step::take_loss) returns. After an error gradients and loss are of no use.
     pub fn accumulate(
         &mut self,
         weights: &Params,
         gradients: &Params,
         input: &LossInput,
         z_loss: f64,
-        stop: &dyn Fn() -> bool,
+        meanwhile: &mut dyn Meanwhile,
     ) -> Result<(), StepError> {
         let _guard = tch::no_grad_guard();
         let size = input.inputs_bt.size();
@@ -128,12 +159,14 @@ impl Step {
             rows,
             weights,
             gradients,
-            stop,
         };
         let ids_n = input.inputs_bt.flatten(0, 1);
-        pass.forward(&mut room.buffers, &ids_n)?;
-        pass.head(&mut room.buffers, input, z_loss, &mut self.loss_2);
-        pass.backward(&mut room.buffers, &ids_n)?;
+        let buffers = &mut room.buffers;
+        pass.forward(buffers, &ids_n, meanwhile)?;
+        meanwhile.needed(pass.end())?;
+        pass.head(buffers, input, z_loss, &mut self.loss_2);
+        meanwhile.complete(pass.end())?;
+        pass.backward(buffers, &ids_n, meanwhile)?;
         Ok(self.kernels.check()?)
     }
 
@@ -157,8 +190,10 @@ struct Pass<'a> {
     rows: (i64, i64),
     weights: &'a Params,
     gradients: &'a Params,
-    stop: &'a dyn Fn() -> bool,
 }
+
+/// The embedding's bucket; that of block `l` is `l + 1`.
+const START: usize = 0;
 
 impl<'a> Pass<'a> {
     fn block(&self, layer: usize) -> Block<'a> {
@@ -171,13 +206,25 @@ impl<'a> Pass<'a> {
         }
     }
 
+    /// The last bucket.
+    fn end(&self) -> usize {
+        self.config.layers as usize + 1
+    }
+
     /// Embedding and blocks.
-    fn forward(&self, buffers: &mut Buffers, ids_n: &Tensor) -> Result<(), StepError> {
+    fn forward(
+        &self,
+        buffers: &mut Buffers,
+        ids_n: &Tensor,
+        meanwhile: &mut dyn Meanwhile,
+    ) -> Result<(), StepError> {
         let mut before = None;
+        meanwhile.needed(START)?;
         for (layer, at) in buffers.blocks.iter_mut().enumerate() {
-            if (self.stop)() {
+            if meanwhile.stop() {
                 return Err(StepError::Stopped);
             }
+            meanwhile.needed(layer + 1)?;
             if layer == 0 {
                 let embedding_vd = self.weights.get(EMBEDDING);
                 let _ = embedding_vd.index_select_out(&at.x_in_nd, 0, ids_n);
@@ -247,21 +294,27 @@ impl<'a> Pass<'a> {
     }
 
     /// Blocks and embedding.
-    fn backward(&self, buffers: &mut Buffers, ids_n: &Tensor) -> Result<(), StepError> {
+    fn backward(
+        &self,
+        buffers: &mut Buffers,
+        ids_n: &Tensor,
+        meanwhile: &mut dyn Meanwhile,
+    ) -> Result<(), StepError> {
         for (layer, at) in buffers.blocks.iter_mut().enumerate().rev() {
-            if (self.stop)() {
+            if meanwhile.stop() {
                 return Err(StepError::Stopped);
             }
             let dweights = LayerParams::new(self.config, self.gradients, layer as i64);
             self.block(layer)
                 .backward(self.policy, &dweights, at, &mut buffers.scratch);
+            meanwhile.complete(layer + 1)?;
         }
         self.kernels.embedding_backward(
             &buffers.scratch.dx_nd,
             ids_n,
             &mut self.gradients.get(EMBEDDING).shallow_clone(),
         );
-        Ok(())
+        meanwhile.complete(START)
     }
 }
 
@@ -292,7 +345,7 @@ mod tests {
                 let logits_cv = &mut room.buffers.head.logits_cv;
                 *logits_cv = logits_cv.narrow(0, 0, rows);
             }
-            step.accumulate(&weights, &gradients, &input, 1e-3, &|| false)
+            step.accumulate(&weights, &gradients, &input, 1e-3, &mut || false)
                 .unwrap();
             let flat: Vec<Tensor> = gradients.iter().map(|(_, x)| x.flatten(0, -1)).collect();
             (step.take_loss(), Tensor::cat(&flat, 0))

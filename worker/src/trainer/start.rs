@@ -7,7 +7,7 @@ use supra_data::{Manifest, Reader};
 use supra_recipes::{
     Plan,
     plan::{Policy, VERSION},
-    schema::{self, Attention, Precision, Recipe, Weights},
+    schema::{self, Attention, Precision, Recipe, Sharding, Weights},
 };
 use tch::{Kind, Tensor};
 
@@ -15,8 +15,8 @@ use super::{TrainError, policy};
 use crate::{
     checkpoint::{self, CheckpointError, Environment},
     device::Place,
-    model::{self, AttentionKind, ModelConfig, NewWeights, Params, SupraConfig},
-    optim::{Layout, Replica},
+    model::{self, AttentionKind, ModelConfig, NewWeights, ParamSpec, SupraConfig},
+    optim::{Layout, Part, Replica, Section},
 };
 
 /// Everything that a generation begins with.
@@ -48,31 +48,20 @@ impl Start {
         // Before anything is on the device.
         let (policy, why) = policy::choose(recipe, &config.shape(), job.world, place.free_memory)?;
         job.link.log("INFO", why);
-        let layout = Layout::new(&config.params(), recipe.optimizer.decay_norms_and_biases);
-        let precision = match recipe.model.precision {
-            Precision::Bf16 => Kind::BFloat16,
-            Precision::Fp32 => Kind::Float,
-        };
+        let mut replica = empty_replica(job, place, &config);
         let mut notes = Vec::new();
-        let (replica, step) = match &job.restore {
+        let step = match &job.restore {
             None => {
-                let params = base_params(recipe, &config)?;
-                let masters = flatten(&layout, &params);
-                (Replica::new(layout, masters, precision, place.device), 0)
+                load_base(recipe, &config, &mut replica)?;
+                0
             }
             Some(restore) => {
                 let manifest =
                     checkpoint::read::manifest(&restore.path, Some(&restore.manifest_hash))?;
                 check_checkpoint(&manifest, &restore.path, &plan, &reader, restore.step)?;
-                let replica = checkpoint::read::replica(
-                    &restore.path,
-                    &manifest,
-                    layout,
-                    precision,
-                    place.device,
-                )?;
+                checkpoint::read::replica(&restore.path, &manifest, &mut replica)?;
                 notes.extend(differences(&manifest, environment, job.world));
-                (replica, restore.step)
+                restore.step
             }
         };
         Ok(Start {
@@ -131,25 +120,50 @@ fn trained_config(recipe: &Recipe) -> Result<ModelConfig, TrainError> {
     }
 }
 
-/// First values of all weights: from the base, with new ones drawn from the recipe's seed, or all from the seed.
-fn base_params(recipe: &Recipe, config: &ModelConfig) -> Result<Params, TrainError> {
-    match recipe.base.weights {
-        Weights::Random => Ok(model::init_all(config, recipe.seed)),
-        Weights::Pretrained => {
-            let (params, _) =
-                model::load_params(&recipe.base.path, config, NewWeights::Seeded(recipe.seed))?;
-            Ok(params)
-        }
-    }
+/// Room for what this rank keeps.
+fn empty_replica(job: &Job, place: &Place, config: &ModelConfig) -> Replica {
+    let optimizer = &job.recipe.optimizer;
+    let layout = Layout::new(
+        &config.params(),
+        optimizer.decay_norms_and_biases,
+        job.world,
+    );
+    let part = match optimizer.sharding {
+        Sharding::None => Part::WHOLE,
+        Sharding::Zero1 => Part::of_rank(job.rank, job.world),
+    };
+    let precision = match job.recipe.model.precision {
+        Precision::Bf16 => Kind::BFloat16,
+        Precision::Fp32 => Kind::Float,
+    };
+    Replica::new(layout, part, precision, place.device)
 }
 
-fn flatten(layout: &Layout, params: &Params) -> Tensor {
-    let parts: Vec<Tensor> = layout
-        .slots()
-        .iter()
-        .map(|slot| params.get(&slot.name).to_kind(Kind::Float).reshape([-1]))
-        .collect();
-    Tensor::cat(&parts, 0)
+/// First values of all weights: from the base, with new ones drawn from the recipe's seed, or all from the seed.
+fn load_base(
+    recipe: &Recipe,
+    config: &ModelConfig,
+    replica: &mut Replica,
+) -> Result<(), TrainError> {
+    let seed = recipe.seed;
+    let mut take = |spec: &ParamSpec, values: Tensor| {
+        let slot = replica.layout().slot(&spec.name);
+        let offset = slot
+            .expect("invariant: the layout is that of the configuration")
+            .offset;
+        replica.load(Section::Masters, offset, &values);
+    };
+    match recipe.base.weights {
+        Weights::Random => {
+            for spec in config.params() {
+                take(&spec, model::init_one(config, seed, &spec));
+            }
+        }
+        Weights::Pretrained => {
+            model::load_each(&recipe.base.path, config, NewWeights::Seeded(seed), take)?;
+        }
+    }
+    Ok(())
 }
 
 /// Refuses data that another tokenizer made than the one in `model`, the directory of the model.

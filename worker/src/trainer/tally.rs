@@ -9,8 +9,8 @@ pub struct Tally {
     pub loss_sum: f64,
     /// Number of targets.
     pub targets: u64,
-    /// L2 norm of the reduced gradient sum.
-    pub grad_norm: f64,
+    /// Sum of the squares of the reduced gradient sum, of this rank's part of it.
+    pub squares: f64,
     /// Whether this rank was asked to stop.
     pub stop: bool,
 }
@@ -18,8 +18,7 @@ pub struct Tally {
 const BYTES: usize = 25;
 
 impl Tally {
-    /// Sums the tallies of all ranks, in rank order; equal on all of them. The gradient norm is rank 0's: the last
-    /// bits of a rank's own may depend on its thread count.
+    /// Sums the tallies of all ranks, in rank order; equal on all of them.
     pub fn gather(self, collective: &mut dyn Collective) -> Result<Tally, CollectiveError> {
         let all = collective.all_gather(&self.to_bytes())?;
         let mut sum = Tally::default();
@@ -33,10 +32,8 @@ impl Tally {
             };
             sum.loss_sum += tally.loss_sum;
             sum.targets += tally.targets;
+            sum.squares += tally.squares;
             sum.stop |= tally.stop;
-            if rank == 0 {
-                sum.grad_norm = tally.grad_norm;
-            }
         }
         Ok(sum)
     }
@@ -45,7 +42,7 @@ impl Tally {
         let mut bytes = [0; BYTES];
         bytes[..8].copy_from_slice(&self.loss_sum.to_le_bytes());
         bytes[8..16].copy_from_slice(&self.targets.to_le_bytes());
-        bytes[16..24].copy_from_slice(&self.grad_norm.to_le_bytes());
+        bytes[16..24].copy_from_slice(&self.squares.to_le_bytes());
         bytes[24] = u8::from(self.stop);
         bytes
     }
@@ -60,7 +57,7 @@ impl Tally {
         Some(Tally {
             loss_sum: f64::from_le_bytes(word(0)),
             targets: u64::from_le_bytes(word(8)),
-            grad_norm: f64::from_le_bytes(word(16)),
+            squares: f64::from_le_bytes(word(16)),
             stop: bytes[24] != 0,
         })
     }
@@ -75,7 +72,7 @@ mod tests {
         let tally = Tally {
             loss_sum: -1.5e300,
             targets: u64::MAX,
-            grad_norm: f64::INFINITY,
+            squares: f64::INFINITY,
             stop: true,
         };
         assert_eq!(Tally::from_bytes(&tally.to_bytes()), Some(tally));

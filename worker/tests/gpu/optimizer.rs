@@ -1,12 +1,14 @@
 //! The optimizer's kernels: AdamW to the bit, the norm to the last digits of fp64.
 
-use std::time::Instant;
+use std::{convert::Infallible, time::Instant};
 
+use supra_agent::collective::Solo;
 use supra_recipes::schema::Optimizer;
 use supra_worker::{
+    collective::Host,
     kernels::{Kernels, Shard, Twin, Update, cuda::CudaKernels},
     model::ParamSpec,
-    optim::{AdamW, Layout, Replica},
+    optim::{AdamW, Layout, Part, Replica, Section},
 };
 use tch::{Cuda, Device, Kind, Tensor};
 
@@ -136,25 +138,34 @@ fn gpu_replicas_go_where_the_processors_go() {
         new: false,
     };
     let specs = [spec("norm", &[64], false), spec("w", &[1000, 64], true)];
-    let layout = Layout::new(&specs, false);
-    let masters = Tensor::randn([layout.elements()], (Kind::Float, Device::Cpu));
-    let [mut here, mut there] = [Device::Cpu, GPU]
-        .map(|device| Replica::new(layout.clone(), masters.copy(), Kind::BFloat16, device));
+    let layout = Layout::new(&specs, false, 1);
+    let masters = Tensor::randn([layout.numbers()], (Kind::Float, Device::Cpu));
+    let [mut here, mut there] = [Device::Cpu, GPU].map(|device| {
+        let mut replica = Replica::new(layout.clone(), Part::WHOLE, Kind::BFloat16, device);
+        replica.load(Section::Masters, 0, &masters);
+        replica
+    });
     let adamw = AdamW::new(&Optimizer::default());
     for _ in 0..20 {
         let gradient = masters.randn_like() * 3.0;
         for replica in [&mut here, &mut there] {
-            replica.gradient.copy_(&gradient);
+            let numbers = replica.layout().numbers();
+            replica.gradient.narrow(0, 0, numbers).copy_(&gradient);
         }
-        adamw.update(&Twin, &mut here, 1e-2, 0.37);
-        adamw.update(&kernels, &mut there, 1e-2, 0.37);
+        let updated = |_| Ok::<_, Infallible>(());
+        let Ok(()) = adamw.update(&Twin, &mut here, 1e-2, 0.37, updated);
+        let Ok(()) = adamw.update(&kernels, &mut there, 1e-2, 0.37, updated);
     }
     kernels.check().unwrap();
     assert!(there.exp_avg.to_device(Device::Cpu) == here.exp_avg);
     assert!(there.exp_avg_sq.to_device(Device::Cpu) == here.exp_avg_sq);
-    let error = distance(&there.masters.to_device(Device::Cpu), &here.masters);
+    let [there_masters, here_masters] = [&mut there, &mut here].map(|replica| {
+        let mut alone = Host::new(Box::new(Solo));
+        replica.whole(Section::Masters, &mut alone).unwrap()
+    });
+    let error = distance(&there_masters.to_device(Device::Cpu), &here_masters);
     assert!(error < 1e-6, "masters are off by {error:e}");
-    let rounded = there.layout().views(&there.masters.to_kind(Kind::BFloat16));
+    let rounded = there.layout().views(&there_masters.to_kind(Kind::BFloat16));
     for (name, weight) in there.params().iter() {
         assert!(weight == rounded.get(name), "{name}");
     }
@@ -168,19 +179,22 @@ fn gpu_squared_norm_is_that_of_fp64() {
     };
     for count in [1, 5, 4096, 1_000_003] {
         let flat = Tensor::randn([count], (Kind::Float, GPU)) * 1e25;
-        let [got, again] = [(); 2].map(|()| kernels.squared_norm(&flat));
+        let [got, again] = [(); 2].map(|()| kernels.squared_norm(&[flat.shallow_clone()]));
         let squares = flat.to_kind(Kind::Double).square();
         let error = (got / squares.sum(Kind::Double).double_value(&[]) - 1.0).abs();
         assert!(error < 1e-12, "{count}: {error}");
         assert_eq!(got, again, "{count}");
         for bad in [f32::NAN, f32::INFINITY] {
             let _ = flat.narrow(0, count - 1, 1).fill_(f64::from(bad));
-            assert!(!kernels.squared_norm(&flat).is_finite(), "{count} {bad}");
+            assert!(
+                !kernels.squared_norm(&[flat.shallow_clone()]).is_finite(),
+                "{count} {bad}"
+            );
         }
     }
     kernels.check().unwrap();
     let elsewhere = Tensor::ones([8], (Kind::Float, Device::Cpu));
-    assert!(kernels.squared_norm(&elsewhere).is_nan());
+    assert!(kernels.squared_norm(&[elsewhere]).is_nan());
     let error = kernels.check().unwrap_err().to_string();
     assert!(error.contains("flat_m") && error.contains("Cpu"), "{error}");
 }
@@ -204,7 +218,7 @@ fn gpu_optimizer_speed() {
     };
     let gradient = state.gradient.shallow_clone();
     timed("squared_norm 2^28", count * 4, &mut || {
-        let _ = kernels.squared_norm(&gradient);
+        let _ = kernels.squared_norm(&[gradient.shallow_clone()]);
     });
     timed("adamw 2^28", count * 30, &mut || {
         state.update(&kernels, count / 2);

@@ -31,6 +31,10 @@ const INTERRUPTED: u8 = 130;
 /// Time for the rest of a dead child's output to come through.
 const OUTPUT: Duration = Duration::from_secs(1);
 
+/// NCCL's variables that decide in which order it adds, and so the last bits: left alone, it chooses anew for every
+/// communicator.
+const NCCL: [(&str, &str); 2] = [("NCCL_ALGO", "Ring"), ("NCCL_PROTO", "Simple")];
+
 /// How fast a supervisor acts.
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
@@ -155,9 +159,13 @@ impl Supervisor {
                 std::io::ErrorKind::Other.into(),
             )
         };
+        // Of NCCL's algorithms the one whose order of additions is fixed, unless the user knows better.
+        let pinned = NCCL.into_iter();
+        let pinned = pinned.filter(|(name, _)| std::env::var_os(name).is_none());
         let mut child = Command::new(&self.program)
             .args(&self.arguments)
             .env(MARK, "1")
+            .envs(pinned)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

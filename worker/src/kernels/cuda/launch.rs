@@ -4,7 +4,12 @@
 //! What makes a launch safe is checked by its callers: that pointers are of this GPU and what lies behind them is as long as
 //! the kernel believes. What can be checked here is: number and sizes of the arguments, against what the kernel declares.
 
-use std::{collections::HashMap, ffi::CString, mem::size_of, ptr};
+use std::{
+    collections::HashMap,
+    ffi::{CString, c_void},
+    mem::size_of,
+    ptr,
+};
 
 use cudarc::driver::{
     result::{self, DriverError},
@@ -36,6 +41,20 @@ struct Kernel {
     static_shared_bytes: u32,
     /// Bytes of each argument.
     arguments: Vec<usize>,
+}
+
+/// A stream that is alive.
+#[derive(Debug)]
+pub struct Queue(pub(super) sys::CUstream);
+
+impl Queue {
+    /// The legacy default stream.
+    pub const DEFAULT: Queue = Queue(ptr::null_mut());
+
+    /// Its `CUstream`, for other libraries.
+    pub fn raw(&self) -> *mut c_void {
+        self.0.cast()
+    }
 }
 
 /// How many threads run a kernel. Axes that are not named have the length 1.
@@ -111,22 +130,16 @@ impl Gpu {
     /// The GPU with this index, in the context that libtorch uses too.
     #[allow(unsafe_code)]
     pub fn open(index: usize) -> Result<Gpu, KernelError> {
-        // SAFETY: the driver's library is made to be loaded so. cudarc panics where it is missing, so it is asked first.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(KernelError::NoDriver);
-        }
+        let context = primary_context(index)?;
         let opened = || -> Result<Gpu, DriverError> {
             use sys::CUdevice_attribute::{
                 CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
                 CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
                 CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT as PROCESSORS,
             };
-            result::init()?;
-            let device = result::device::get(i32::try_from(index).unwrap_or(i32::MAX))?;
+            let device = result::device::get(ordinal(index))?;
             // SAFETY: the device is the driver's own answer.
             let attribute = |name| unsafe { result::device::get_attribute(device, name) };
-            // SAFETY: likewise. The context is never released: libtorch keeps it for the life of the process anyway.
-            let context = unsafe { result::primary_ctx::retain(device) }?;
             Ok(Gpu {
                 index,
                 context,
@@ -186,10 +199,21 @@ impl Gpu {
         Ok(())
     }
 
-    /// Launches a kernel that was loaded.
-    #[allow(unsafe_code)]
+    /// Launches a kernel that was loaded, on the legacy default stream.
     pub fn launch(
         &self,
+        name: &'static str,
+        grid: Grid,
+        arguments: &[Argument],
+    ) -> Result<(), KernelError> {
+        self.launch_on(&Queue::DEFAULT, name, grid, arguments)
+    }
+
+    /// Launches a kernel that was loaded, on a stream of this GPU.
+    #[allow(unsafe_code)]
+    pub fn launch_on(
+        &self,
+        queue: &Queue,
         name: &'static str,
         grid: Grid,
         arguments: &[Argument],
@@ -222,13 +246,34 @@ impl Gpu {
                         (blocks.0, blocks.1, 1),
                         (threads.0, threads.1, 1),
                         grid.shared_bytes,
-                        ptr::null_mut(),
+                        queue.0,
                         &mut pointers,
                     )
                 })
         };
         launched.map_err(|error| refused(self.index, format!("launch {name} as {grid:?}"), &error))
     }
+}
+
+/// The context of the GPU with this index that libtorch uses, too. It is never released: libtorch keeps it for the life of
+/// the process anyway.
+#[allow(unsafe_code)]
+pub fn primary_context(index: usize) -> Result<sys::CUcontext, KernelError> {
+    // SAFETY: the driver's library is made to be loaded so. cudarc panics where it is missing, so it is asked first.
+    if !unsafe { sys::is_culib_present() } {
+        return Err(KernelError::NoDriver);
+    }
+    let retained = || -> Result<sys::CUcontext, DriverError> {
+        result::init()?;
+        let device = result::device::get(ordinal(index))?;
+        // SAFETY: the device is the driver's own answer.
+        unsafe { result::primary_ctx::retain(device) }
+    };
+    retained().map_err(|error| refused(index, "open the GPU".to_owned(), &error))
+}
+
+fn ordinal(index: usize) -> i32 {
+    i32::try_from(index).unwrap_or(i32::MAX)
 }
 
 /// Bytes of each argument that a kernel declares.
@@ -260,7 +305,8 @@ unsafe fn allow_shared(kernel: &Kernel, bytes: u32) -> Result<(), DriverError> {
     unsafe { result::function::set_function_attribute(function, DYNAMIC_SHARED, bytes) }
 }
 
-fn refused(device: usize, what: String, error: &DriverError) -> KernelError {
+/// The driver's refusal to do `what`.
+pub fn refused(device: usize, what: String, error: &DriverError) -> KernelError {
     let cause = error.error_string().map_or_else(
         |_| error.to_string(),
         |text| text.to_string_lossy().into_owned(),

@@ -16,7 +16,9 @@ mod launch;
 mod norm;
 mod nvrtc;
 mod optimizer;
+mod rank_sum;
 mod reduce;
+mod stream;
 mod swiglu;
 mod tensors;
 #[cfg(test)]
@@ -29,9 +31,9 @@ use std::{
 
 use tch::{Device, Kind, Tensor};
 
-pub use self::error::KernelError;
 pub(super) use self::fit::{left_to_libtorch, misfit};
 use self::{attention::Decays, compile::Source, launch::Gpu, nvrtc::Nvrtc, tensors::Tensors};
+pub use self::{error::KernelError, launch::Queue, rank_sum::RankSum, stream::SideStream};
 use super::{DecayTables, Delta, HeadsGrad, HeadsIn, Kernels, NormOut, Shard, Twin, Update};
 use crate::device;
 
@@ -64,17 +66,9 @@ impl CudaKernels {
     /// Compiles all kernels for the GPU with this index, or takes them from the cache, and loads them. The device has been
     /// opened by [`device::open`].
     pub fn new(index: usize) -> Result<CudaKernels, KernelError> {
-        let mut gpu = Gpu::open(index)?;
-        let architecture = gpu.architecture()?;
-        let nvrtc = Nvrtc::open(&cuda_libraries())?;
-        let cache = compile::cache_folder();
-        for source in &SOURCES {
-            let cubin = compile::cubin(&nvrtc, source, &architecture, cache.as_deref())?;
-            gpu.load(&cubin, source.kernels)?;
-        }
         let device = Device::Cuda(index);
         Ok(CudaKernels {
-            gpu,
+            gpu: load(index, &SOURCES)?,
             tensors: Tensors { device },
             scratch: RefCell::new(Tensor::empty([0], (Kind::Uint8, device))),
             decays: RefCell::new(None),
@@ -87,6 +81,19 @@ impl CudaKernels {
             self.failure.borrow_mut().get_or_insert(error);
         }
     }
+}
+
+/// The GPU with this index and the kernels of `sources` on it, compiled or from the cache.
+fn load(index: usize, sources: &[Source]) -> Result<Gpu, KernelError> {
+    let mut gpu = Gpu::open(index)?;
+    let architecture = gpu.architecture()?;
+    let nvrtc = Nvrtc::open(&cuda_libraries())?;
+    let cache = compile::cache_folder();
+    for source in sources {
+        let cubin = compile::cubin(&nvrtc, source, &architecture, cache.as_deref())?;
+        gpu.load(&cubin, source.kernels)?;
+    }
+    Ok(gpu)
 }
 
 /// Where the CUDA wheels put their libraries: beside the libtorch in use.
@@ -223,8 +230,8 @@ impl Kernels for CudaKernels {
         self.note(self.try_embedding_backward(dx_nd, ids_n, dembedding_vd_sum));
     }
 
-    fn squared_norm(&self, flat_m: &Tensor) -> f64 {
-        self.try_squared_norm(flat_m).unwrap_or_else(|error| {
+    fn squared_norm(&self, flats_m: &[Tensor]) -> f64 {
+        self.try_squared_norm(flats_m).unwrap_or_else(|error| {
             self.note(Err(error));
             f64::NAN
         })

@@ -27,23 +27,27 @@ fn blocks(number: u32, threads: u32) -> Grid {
 }
 
 impl CudaKernels {
-    pub(super) fn try_squared_norm(&self, flat_m: &Tensor) -> Result<f64, KernelError> {
+    pub(super) fn try_squared_norm(&self, flats_m: &[Tensor]) -> Result<f64, KernelError> {
         const THREADS: u32 = 512;
-        let count = flat_m.numel() as i64;
-        let flat = self
-            .tensors
-            .vectors("flat_m", flat_m, Kind::Float, &[count])?;
         let number = 4 * self.gpu.processors();
         let parts = self.scratch(i64::from(number) * 8);
-        let arguments = [flat, parts, count.into()];
-        self.gpu
-            .launch("square_parts", blocks(number, THREADS), &arguments)?;
-        let squares_1 = Tensor::empty([1], (Kind::Double, self.tensors.device));
-        let sum = Argument::pointer(&squares_1);
-        let arguments = [parts, sum, number.cast_signed().into()];
-        self.gpu
-            .launch("square_sum", blocks(1, THREADS), &arguments)?;
-        Ok(squares_1.double_value(&[0]))
+        let squares_n = Tensor::empty([flats_m.len() as i64], (Kind::Double, self.tensors.device));
+        for (flat_m, at) in flats_m.iter().zip(0..) {
+            let count = flat_m.numel() as i64;
+            let flat = self
+                .tensors
+                .vectors("flat_m", flat_m, Kind::Float, &[count])?;
+            let arguments = [flat, parts, count.into()];
+            self.gpu
+                .launch("square_parts", blocks(number, THREADS), &arguments)?;
+            let sum = Argument::pointer(&squares_n).offset(8 * at);
+            let arguments = [parts, sum, number.cast_signed().into()];
+            self.gpu
+                .launch("square_sum", blocks(1, THREADS), &arguments)?;
+        }
+        let mut squares = vec![0.0; flats_m.len()];
+        squares_n.copy_data(&mut squares, flats_m.len());
+        Ok(squares.iter().sum())
     }
 
     pub(super) fn try_adamw(&self, shard: Shard<'_>, update: &Update) -> Result<(), KernelError> {

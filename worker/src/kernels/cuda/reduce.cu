@@ -31,3 +31,20 @@ extern "C" __global__ void __launch_bounds__(1024) pair_sum(const double2 *parts
     second = block_sum(second);
     if (threadIdx.x == 0) *sum = make_double2(sum->x + first, sum->y + second);
 }
+
+// Replaces `mine`, the numbers of rank `rank`, by the sum over all ranks, added in their order. `theirs` are the numbers of
+// the others, [world - 1, count], in that order, too.
+extern "C" __global__ void __launch_bounds__(256) rank_sum(float *mine, const float *theirs, long long count, int rank,
+                                                           int world) {
+    const long long stride = static_cast<long long>(gridDim.x) * blockDim.x;
+    for (long long i = static_cast<long long>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride) {
+        const float own = mine[i];
+        float sum = rank == 0 ? own : theirs[i];
+        for (int other = 1; other < world; ++other) {
+            // Behind this rank the others' rows are one place further up.
+            const int row = other < rank ? other : other - 1;
+            sum = __fadd_rn(sum, other == rank ? own : theirs[row * count + i]);
+        }
+        mine[i] = sum;
+    }
+}

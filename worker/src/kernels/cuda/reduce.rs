@@ -13,7 +13,7 @@ use super::{
 pub const SOURCE: Source = Source {
     name: "reduce.cu",
     text: include_str!("reduce.cu"),
-    kernels: &["column_sum", "pair_sum"],
+    kernels: &["column_sum", "pair_sum", "rank_sum"],
 };
 
 impl CudaKernels {

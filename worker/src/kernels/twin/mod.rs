@@ -135,8 +135,8 @@ impl Kernels for Twin {
         let _ = dembedding_vd_sum.g_add_(&dembedding_vd);
     }
 
-    fn squared_norm(&self, flat_m: &Tensor) -> f64 {
-        optimizer::squared_norm(flat_m)
+    fn squared_norm(&self, flats_m: &[Tensor]) -> f64 {
+        optimizer::squared_norm(flats_m)
     }
 
     fn adamw(&self, shard: Shard<'_>, update: &Update) {

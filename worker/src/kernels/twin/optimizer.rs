@@ -7,13 +7,15 @@ use crate::{
     optim::chunks,
 };
 
-pub fn squared_norm(flat_m: &Tensor) -> f64 {
-    let squares = chunks(flat_m.size()[0]).map(|(start, length)| {
-        let norm = flat_m
-            .narrow(0, start, length)
-            .norm_scalaropt_dtype(2, Kind::Double)
-            .double_value(&[]);
-        norm * norm
+pub fn squared_norm(flats_m: &[Tensor]) -> f64 {
+    let squares = flats_m.iter().flat_map(|flat_m| {
+        chunks(flat_m.size()[0]).map(move |(start, length)| {
+            let norm = flat_m
+                .narrow(0, start, length)
+                .norm_scalaropt_dtype(2, Kind::Double)
+                .double_value(&[]);
+            norm * norm
+        })
     });
     squares.sum()
 }
@@ -66,17 +68,19 @@ mod tests {
     use crate::optim::CHUNK;
 
     #[test]
-    fn the_norm_spans_chunks() {
+    fn the_norm_spans_chunks_and_buffers() {
         let elements = CHUNK + 7;
         let flat = Tensor::full([elements], 2.0, (Kind::Float, Device::Cpu));
-        assert!((squared_norm(&flat).sqrt() - 2.0 * (elements as f64).sqrt()).abs() < 1e-6);
+        let rest = Tensor::full([3], 2.0, (Kind::Float, Device::Cpu));
+        let norm = squared_norm(&[flat, rest]).sqrt();
+        assert!((norm - 2.0 * ((elements + 3) as f64).sqrt()).abs() < 1e-6);
     }
 
     #[test]
     fn large_values_do_not_overflow_and_nan_shows() {
         let flat = Tensor::from_slice(&[1e30f32, 1e30]);
-        assert!((squared_norm(&flat) / 2e60 - 1.0).abs() < 1e-6);
-        assert!(squared_norm(&Tensor::from_slice(&[1.0f32, f32::NAN])).is_nan());
-        assert!(squared_norm(&Tensor::from_slice(&[1.0f32, f32::INFINITY])).is_infinite());
+        assert!((squared_norm(&[flat]) / 2e60 - 1.0).abs() < 1e-6);
+        assert!(squared_norm(&[Tensor::from_slice(&[1.0f32, f32::NAN])]).is_nan());
+        assert!(squared_norm(&[Tensor::from_slice(&[1.0f32, f32::INFINITY])]).is_infinite());
     }
 }

@@ -32,16 +32,30 @@ pub struct LoadReport {
     pub ignored: Vec<String>,
 }
 
-/// Reads the weights that `config` asks for, from a Hugging Face or a published directory: fp32, on the CPU, in canonical
-/// order.
-///
-/// It is an error, with every tensor listed, if one is missing, unexpected or of another shape, unless those missing
-/// are exactly the new weights of a SUPRA model and `new` says where to take them from; so are NaN and infinity.
+/// Reads the weights that `config` asks for: all that [`load_each`] reads.
 pub fn load_params(
     dir: &Path,
     config: &ModelConfig,
     new: NewWeights,
 ) -> Result<(Params, LoadReport), ModelError> {
+    let mut named = Vec::new();
+    let report = load_each(dir, config, new, |spec, tensor| {
+        named.push((spec.name.clone(), tensor));
+    })?;
+    Ok((Params::new(named), report))
+}
+
+/// Reads the weights that `config` asks for, from a Hugging Face or a published directory, and hands them to `take` one by
+/// one: fp32, on the CPU, in canonical order.
+///
+/// It is an error, with every tensor listed, if one is missing, unexpected or of another shape, unless those missing
+/// are exactly the new weights of a SUPRA model and `new` says where to take them from; so are NaN and infinity.
+pub fn load_each(
+    dir: &Path,
+    config: &ModelConfig,
+    new: NewWeights,
+    mut take: impl FnMut(&ParamSpec, Tensor),
+) -> Result<LoadReport, ModelError> {
     let files = TensorFiles::open(dir)?;
     let Some(layout) = Layout::of(&files) else {
         let reason = "no embedding matrix under a known name (model.embed_tokens.weight, tok_embeddings.weight)";
@@ -78,7 +92,6 @@ pub fn load_params(
         NewWeights::File(path) if !report.missing.is_empty() => Some(open_new(path, &specs)?),
         _ => None,
     };
-    let mut named = Vec::with_capacity(specs.len());
     let missing: BTreeSet<&String> = report.missing.iter().collect();
     for spec in &specs {
         let tensor = match (missing.contains(&spec.name), &source, new) {
@@ -88,9 +101,9 @@ pub fn load_params(
             (true, ..) => None,
         };
         let tensor = tensor.expect("invariant: compared with the headers above");
-        named.push((spec.name.clone(), tensor));
+        take(spec, tensor);
     }
-    Ok((Params::new(named), report))
+    Ok(report)
 }
 
 /// Compares headers with the configuration, before anything large is read. Missing weights are in the report.
