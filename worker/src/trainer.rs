@@ -146,7 +146,7 @@ impl Trainer {
         let loader = Loader::new(reader, plan.clone());
         Ok(Trainer {
             batches: Prefetch::start(loader, step + 1, job.rank, job.world, READ_AHEAD),
-            adamw: AdamW::new(&job.recipe.optimizer),
+            adamw: AdamW::new(&job.recipe.optimizer, job.recipe.seed),
             passes: Step::new(config.clone(), kernels.clone(), policy, place.device),
             config,
             kernels,

@@ -378,15 +378,27 @@ impl Kernels for Timed {
     }
 
     fn adamw(&self, shard: Shard<'_>, update: &Update) {
-        let state = [&*shard.master_m, &*shard.exp_avg_m, &*shard.exp_avg_sq_m];
-        let written = shard
-            .compute_m
+        let state = [&*shard.param_m, &*shard.exp_avg_m, &*shard.exp_avg_sq_m];
+        let remainder = shard
+            .remainder_m
             .as_ref()
-            .map_or(0.0, |compute| bytes(&[compute]));
-        let moved = 2.0 * bytes(&state) + bytes(&[shard.gradient_m]) + written;
+            .map_or(0.0, |remainder| bytes(&[remainder]));
+        let moved = 2.0 * (bytes(&state) + remainder) + bytes(&[shard.gradient_m]);
         self.time(Component::Optimizer, 0.0, moved, |inner| {
             inner.adamw(shard, update);
         });
+    }
+
+    fn split(&self, master_m: &Tensor, param_m: &mut Tensor, remainder_m: &mut Tensor) {
+        self.inner.split(master_m, param_m, remainder_m);
+    }
+
+    fn join(&self, param_m: &Tensor, remainder_m: &Tensor, master_m: &mut Tensor) {
+        self.inner.join(param_m, remainder_m, master_m);
+    }
+
+    fn fingerprint(&self, flat_m: &Tensor, first: i64, key: u64) -> Result<[u64; 4], KernelError> {
+        self.inner.fingerprint(flat_m, first, key)
     }
 
     fn check(&self) -> Result<(), KernelError> {
