@@ -174,22 +174,22 @@ impl Trainer {
                 .to_string(),
             tokenizer: manifest.tokenizer_hash().to_owned(),
         };
-        let mut exchange = Exchange::new(collective, &replica);
-        job.link.formed(Formed {
-            step,
-            replica_hash: replica.hash(exchange.host())?.to_vec(),
-            windows: plan.windows,
-            manifest_hash: manifest.hash().to_vec(),
-        });
         let kind = replica.params().kind();
         let Choice { kernels, note } = kernels::on(place.device, kind, &config)?;
         if job.rank == 0 {
             note.iter().for_each(|note| job.link.log("WARN", note));
         }
+        let mut exchange = Exchange::new(collective, &replica);
+        job.link.formed(Formed {
+            step,
+            replica_hash: replica.hash(kernels.as_ref(), exchange.host())?.to_vec(),
+            windows: plan.windows,
+            manifest_hash: manifest.hash().to_vec(),
+        });
         let loader = Loader::new(reader, plan.clone());
         Ok(Trainer {
             batches: Prefetch::start(loader, step + 1, job.rank, job.world, READ_AHEAD),
-            adamw: AdamW::new(&job.recipe.optimizer),
+            adamw: AdamW::new(&job.recipe.optimizer, job.recipe.seed),
             passes: Step::new(config.clone(), kernels.clone(), policy, place.device),
             config,
             kernels,
@@ -364,7 +364,8 @@ impl Trainer {
     /// [`Replica::hash`] of what the step just done left.
     fn hash(&mut self) -> Result<[u8; 32], TrainError> {
         self.exchange.all_gathered()?;
-        Ok(self.replica.hash(self.exchange.host())?)
+        let (kernels, host) = (self.kernels.as_ref(), self.exchange.host());
+        Ok(self.replica.hash(kernels, host)?)
     }
 
     /// Writes a checkpoint of the step just done. With `wait`, returns when it is published, on all ranks.

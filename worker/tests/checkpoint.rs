@@ -5,8 +5,9 @@ use std::{fs, path::Path};
 use supra_agent::{FaultKind, Outcome, collective::Solo};
 use supra_worker::{
     checkpoint::{self, CheckpointError, Manifest},
+    kernels::Twin,
     model::{self, ModelConfig, NewWeights},
-    optim::{Layout, Part, Replica},
+    optim::{Kinds, Layout, Part, Replica},
 };
 use tch::{Device, Kind};
 
@@ -64,13 +65,17 @@ fn a_checkpoint_says_what_it_is_and_is_a_model_directory() {
     let (params, report) = model::load_params(&dir, &config, NewWeights::Refuse).unwrap();
     assert!(report.missing.is_empty());
     let layout = Layout::new(&config.params(), false, 1);
-    let mut replica = Replica::new(layout, Part::WHOLE, Kind::Float, Device::Cpu);
+    let kinds = Kinds {
+        parameters: Kind::Float,
+        moments: Kind::Float,
+    };
+    let mut replica = Replica::new(layout, Part::WHOLE, kinds, Device::Cpu);
     checkpoint::read::replica(&dir, &manifest, &mut replica).unwrap();
     for (name, tensor) in params.iter() {
         assert_eq!(tensor, replica.params().get(name), "{name}");
     }
     assert_eq!(
-        blake3::Hash::from_bytes(replica.hash(&mut Solo).unwrap())
+        blake3::Hash::from_bytes(replica.hash(&Twin, &mut Solo).unwrap())
             .to_hex()
             .as_str(),
         manifest.replica_hash

@@ -17,7 +17,7 @@ pub(super) const DEFAULT_FRACTION: f64 = 0.05;
 pub struct Recipe {
     /// Name of the run.
     pub name: RunName,
-    /// Seed of the initialisation of new weights.
+    /// Seed of the initialisation of new weights, and of the rounding of bf16 moments.
     #[serde(default = "default_seed")]
     pub seed: u64,
     /// The model that training begins with.
@@ -117,7 +117,7 @@ pub enum RopeFrequencies {
     Bf16,
 }
 
-/// Arithmetic of forward and backward; masters, moments and accumulation are fp32 either way.
+/// Form of floating-point numbers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
@@ -142,7 +142,7 @@ pub struct Model {
     #[serde(deserialize_with = "bounds::counting")]
     #[schemars(range(min = 1))]
     pub chunk: u32,
-    /// Arithmetic of forward and backward.
+    /// Arithmetic of forward and backward; masters and accumulation are fp32 either way.
     pub precision: Precision,
 }
 
@@ -279,17 +279,6 @@ impl Default for Batch {
     }
 }
 
-/// Who keeps the optimizer's state.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Sharding {
-    /// Every worker, all of it.
-    #[default]
-    None,
-    /// Every worker an equal part of it (ZeRO, stage 1): it updates that part of the parameters, and gathers the others.
-    Zero1,
-}
-
 /// AdamW and its schedule: linear warm-up to `lr`, then a cosine down to `final_lr` at the end of the budget.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
@@ -325,7 +314,9 @@ pub struct Optimizer {
     #[serde(deserialize_with = "bounds::not_negative")]
     #[schemars(range(min = 0))]
     pub z_loss: f64,
-    /// Who keeps the optimizer's state; changes memory and speed only.
+    /// Form in which the two moments are kept; bf16 is rounded at random, so that small updates are not lost.
+    pub moments: Precision,
+    /// What GPUs divide among themselves of what the optimizer keeps.
     pub sharding: Sharding,
 }
 
@@ -341,9 +332,21 @@ impl Default for Optimizer {
             decay_norms_and_biases: false,
             clip: 1.0,
             z_loss: 0.0,
+            moments: Precision::Fp32,
             sharding: Sharding::default(),
         }
     }
+}
+
+/// What ranks divide among themselves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Sharding {
+    /// Nothing: every rank keeps all.
+    #[default]
+    None,
+    /// Moments and remainders of masters, 1 / ranks each (ZeRO, arXiv 1910.02054, stage 1).
+    Zero1,
 }
 
 /// How GPUs add their gradients. Between CPUs the order is always one that only the number of ranks decides.

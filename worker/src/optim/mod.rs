@@ -6,14 +6,13 @@
 pub mod adamw;
 pub mod clip;
 pub mod exchange;
-mod fingerprint;
 pub mod layout;
 pub mod replica;
 
 pub use adamw::AdamW;
 pub use exchange::Exchange;
 pub use layout::{Bucket, Layout, Part, Piece, Slot};
-pub use replica::{Replica, Section};
+pub use replica::{Kinds, Replica, Section};
 
 /// Elements that one of libtorch's vector operations on flat buffers touches: small enough for its temporaries to stay in
 /// cache on the processor and small beside the model on a GPU. Elementwise work does not depend on it.

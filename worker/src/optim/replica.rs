@@ -1,22 +1,32 @@
 //! One rank's copy of everything that training changes, or its part of it.
 //!
 //! The model computes on views of flat parameters and adds its gradients to views of a flat fp32 gradient: every rank has
-//! both whole. Optimizer state is flat too, but holds only the rank's [`Part`] of every bucket. Beside fp32 parameters
-//! there are no masters: they are the masters.
-
-use std::ops::Range;
+//! both whole. Optimizer state is flat too, but holds only the rank's [`Part`] of every bucket. In fp32 the parameters are
+//! the masters; in bf16 they are the masters' upper halves, and a remainder of 16 bits each is the rest.
 
 use supra_agent::{Collective, CollectiveError};
 use tch::{Device, Kind, Tensor};
 
-use super::{Layout, Part, fingerprint::fingerprint};
+use super::{Layout, Part};
 use crate::{
     collective::{DeviceCollective, DeviceCollectiveError, Operation},
-    kernels::Shard,
+    kernels::{KernelError, Kernels, Shard, Twin},
     model::Params,
 };
 
-/// What training keeps, in fp32, of every parameter.
+/// Key of the fingerprints that are in the replica's hash.
+const KEY: u64 = 0;
+
+/// Kinds of the numbers that a replica keeps, each fp32 or bf16. Masters and gradient are fp32 either way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Kinds {
+    /// What the model computes in.
+    pub parameters: Kind,
+    /// Both moments'.
+    pub moments: Kind,
+}
+
+/// What training keeps of every parameter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Section {
     /// The parameters themselves.
@@ -40,11 +50,11 @@ pub struct Replica {
     pub parameters: Tensor,
     /// Sum of the gradients of the step in hand: fp32, flat, everything.
     pub gradient: Tensor,
-    /// fp32 masters of rounded parameters: flat, of the part.
-    masters: Option<Tensor>,
-    /// First moment of the gradient: fp32, flat, of the part.
+    /// What masters have beyond bf16 parameters: i16, flat, of the part.
+    pub remainder: Option<Tensor>,
+    /// First moment of the gradient: flat, of the part.
     pub exp_avg: Tensor,
-    /// Second moment of the gradient: fp32, flat, of the part.
+    /// Second moment of the gradient: flat, of the part.
     pub exp_avg_sq: Tensor,
     /// Updates applied so far: AdamW's step counter. A skipped step does not count.
     pub updates: u64,
@@ -53,20 +63,19 @@ pub struct Replica {
 }
 
 impl Replica {
-    /// A replica of zeros, to be [`load`](Replica::load)ed. `part` is what this rank keeps of the optimizer's state;
-    /// `precision` is what the model computes in.
-    pub fn new(layout: Layout, part: Part, precision: Kind, device: Device) -> Replica {
+    /// A replica of zeros, to be [`load`](Replica::load)ed. `part` is what this rank keeps of the optimizer's state.
+    pub fn new(layout: Layout, part: Part, kinds: Kinds, device: Device) -> Replica {
         let whole = |kind| Tensor::zeros([layout.elements()], (kind, device));
-        let own = || Tensor::zeros([part.elements(&layout)], (Kind::Float, device));
-        let (parameters, gradient) = (whole(precision), whole(Kind::Float));
+        let own = |kind| Tensor::zeros([part.elements(&layout)], (kind, device));
+        let (parameters, gradient) = (whole(kinds.parameters), whole(Kind::Float));
         Replica {
             params: layout.views(&parameters),
             gradients: layout.views(&gradient),
             parameters,
             gradient,
-            masters: (precision != Kind::Float).then(own),
-            exp_avg: own(),
-            exp_avg_sq: own(),
+            remainder: (kinds.parameters != Kind::Float).then(|| own(Kind::Int16)),
+            exp_avg: own(kinds.moments),
+            exp_avg_sq: own(kinds.moments),
             updates: 0,
             part,
             layout,
@@ -97,47 +106,61 @@ impl Replica {
     /// other ranks keep is dropped, so one parameter at a time is all that is there twice.
     pub fn load(&mut self, section: Section, offset: i64, numbers: &Tensor) {
         let values = numbers.view([-1]).to_device(self.parameters.device());
-        let range = offset..offset + values.size()[0];
-        let whole = narrow(&self.parameters, &range);
-        let (own, at) = self.layout.overlap(self.part, range.clone());
-        let kept = match section {
+        let length = values.size()[0];
+        match section {
             Section::Masters => {
-                { whole }.copy_(&values);
-                self.masters.as_ref()
+                let mut parameters = self.parameters.narrow(0, offset, length);
+                if let Some(remainder) = &self.remainder {
+                    let mut lower = Tensor::zeros([length], (Kind::Int16, values.device()));
+                    Twin.split(&values, &mut parameters, &mut lower);
+                    self.keep(remainder, offset, &lower);
+                } else {
+                    parameters.copy_(&values);
+                }
             }
-            Section::ExpAvg => Some(&self.exp_avg),
-            Section::ExpAvgSq => Some(&self.exp_avg_sq),
-        };
-        let length = own.end - own.start;
-        if let Some(kept) = kept.filter(|_| length > 0) {
-            kept.narrow(0, at, length)
-                .copy_(&values.narrow(0, own.start - range.start, length));
+            Section::ExpAvg => self.keep(&self.exp_avg, offset, &values),
+            Section::ExpAvgSq => self.keep(&self.exp_avg_sq, offset, &values),
         }
     }
 
-    /// All numbers of a section, fp32, flat. Where ranks keep parts, all of them have to call it, and it takes the place of
+    /// Copies what the part has of the elements of a flat buffer from `offset` on.
+    fn keep(&self, own: &Tensor, offset: i64, values: &Tensor) {
+        let range = offset..offset + values.size()[0];
+        let (overlap, at) = self.layout.overlap(self.part, range);
+        if !overlap.is_empty() {
+            let length = overlap.end - overlap.start;
+            own.narrow(0, at, length)
+                .copy_(&values.narrow(0, overlap.start - offset, length));
+        }
+    }
+
+    /// All numbers of a section, fp32, flat. Where ranks keep parts, all of them have to call it. It may take the place of
     /// the gradient.
     pub fn whole(
         &mut self,
         section: Section,
         collective: &mut dyn DeviceCollective,
     ) -> Result<Tensor, DeviceCollectiveError> {
-        let kept = match section {
-            Section::Masters => match &self.masters {
-                None => return Ok(self.parameters.shallow_clone()),
-                Some(masters) => masters,
-            },
+        let own = match section {
+            Section::Masters => self.remainder.as_ref().unwrap_or(&self.parameters),
             Section::ExpAvg => &self.exp_avg,
             Section::ExpAvgSq => &self.exp_avg_sq,
         };
-        if self.part == Part::WHOLE {
-            return Ok(kept.shallow_clone());
+        if own.kind() == Kind::Float && own.size() == self.gradient.size() {
+            return Ok(own.shallow_clone());
         }
         let mut last = None;
         for bucket in self.layout.buckets() {
             let piece = self.part.piece(bucket);
-            piece.of_all(&self.gradient).copy_(&piece.of_part(kept));
-            last = Some(collective.start(Operation::AllGather, &bucket.view(&self.gradient))?);
+            let (own, mut numbers) = (piece.of_part(own), piece.of_all(&self.gradient));
+            if section == Section::Masters {
+                Twin.join(&piece.of_all(&self.parameters), &own, &mut numbers);
+            } else {
+                numbers.copy_(&own);
+            }
+            if self.part != Part::WHOLE {
+                last = Some(collective.start(Operation::AllGather, &bucket.view(&self.gradient))?);
+            }
         }
         // They end in order.
         last.map_or(Ok(()), |last| collective.wait(last))?;
@@ -159,86 +182,98 @@ impl Replica {
     /// Hands what an update reads and changes of a bucket to `update`.
     pub fn update(&mut self, bucket: usize, update: impl FnOnce(Shard<'_>)) {
         let piece = self.part.piece(&self.layout.buckets()[bucket]);
-        let mut parameters = piece.of_all(&self.parameters);
-        let mut masters = self.masters.as_ref().map(|masters| piece.of_part(masters));
-        let (master_m, compute_m) = match &mut masters {
-            Some(masters) => (masters, Some(&mut parameters)),
-            None => (&mut parameters, None),
-        };
+        let mut remainder = self.remainder.as_ref().map(|flat| piece.of_part(flat));
         update(Shard {
-            master_m,
+            param_m: &mut piece.of_all(&self.parameters),
+            remainder_m: remainder.as_mut(),
             gradient_m: &piece.of_all(&self.gradient),
             exp_avg_m: &mut piece.of_part(&self.exp_avg),
             exp_avg_sq_m: &mut piece.of_part(&self.exp_avg_sq),
-            compute_m,
             decayed: piece.decayed,
+            first: piece.index,
         });
     }
 
-    /// A hash of parameters, optimizer state and the number of updates: equal on two ranks, and on ranks that keep other
-    /// parts, exactly when they will go on alike. Where ranks keep parts, all of them have to call it.
-    pub fn hash(&self, host: &mut dyn Collective) -> Result<[u8; 32], CollectiveError> {
-        let whole = Part::WHOLE.pieces(&self.layout);
-        let parameters = whole.fold(0u64, |sum, piece| {
-            sum.wrapping_add(fingerprint(&piece.of_all(&self.parameters), piece.index))
-        });
-        let sections = [
-            self.masters.as_ref(),
+    /// BLAKE3 over fingerprints of all parameters and of the optimizer's state, and the number of updates: equal on two
+    /// ranks, whichever parts they keep, exactly when they will go on alike. Where ranks keep parts, all of them have to
+    /// call it.
+    pub fn hash(
+        &self,
+        kernels: &dyn Kernels,
+        host: &mut dyn Collective,
+    ) -> Result<[u8; 32], DeviceCollectiveError> {
+        let mut parameters = [0; 4];
+        for piece in Part::WHOLE.pieces(&self.layout) {
+            let flat = piece.of_all(&self.parameters);
+            add(
+                &mut parameters,
+                &kernels.fingerprint(&flat, piece.index, KEY)?,
+            );
+        }
+        let mut state = Vec::new();
+        for flat in [
+            self.remainder.as_ref(),
             Some(&self.exp_avg),
             Some(&self.exp_avg_sq),
-        ];
-        let state = sections.map(|section| {
-            section.map_or(0, |flat| {
-                self.part.pieces(&self.layout).fold(0u64, |sum, piece| {
-                    sum.wrapping_add(fingerprint(&piece.of_part(flat), piece.index))
-                })
-            })
-        });
+        ] {
+            state.extend(self.own_fingerprint(kernels, flat)?);
+        }
+        if self.part != Part::WHOLE {
+            state = sum_over_ranks(&state, host)?;
+        }
         let mut hasher = blake3::Hasher::new();
-        hasher.update(&parameters.to_le_bytes());
-        hasher.update(bytemuck::cast_slice(&self.of_all_parts(state, host)?));
-        hasher.update(&self.updates.to_le_bytes());
+        for number in parameters.iter().chain(&state).chain([&self.updates]) {
+            hasher.update(&number.to_le_bytes());
+        }
         Ok(*hasher.finalize().as_bytes())
     }
 
-    /// Adds the fingerprints of the ranks' parts, where they keep parts.
-    fn of_all_parts<const N: usize>(
+    /// The fingerprint of this rank's part of a section of the state, which may not be there.
+    fn own_fingerprint(
         &self,
-        mine: [u64; N],
-        host: &mut dyn Collective,
-    ) -> Result<[u64; N], CollectiveError> {
-        if self.part == Part::WHOLE {
-            return Ok(mine);
+        kernels: &dyn Kernels,
+        flat: Option<&Tensor>,
+    ) -> Result<[u64; 4], KernelError> {
+        let mut sum = [0; 4];
+        let pieces = flat.map(|flat| {
+            self.part
+                .pieces(&self.layout)
+                .map(move |piece| (flat, piece))
+        });
+        for (flat, piece) in pieces.into_iter().flatten() {
+            let print = kernels.fingerprint(&piece.of_part(flat), piece.index, KEY)?;
+            add(&mut sum, &print);
         }
-        let mut sums = [0u64; N];
-        for (bytes, rank) in host
-            .all_gather(bytemuck::cast_slice(&mine))?
-            .iter()
-            .zip(0..)
-        {
-            if bytes.len() != size_of_val(&mine) {
-                return Err(CollectiveError::Peer {
-                    rank,
-                    address: "in this generation".to_owned(),
-                    cause: format!(
-                        "sent fingerprints of {} bytes where {} were due",
-                        bytes.len(),
-                        size_of_val(&mine)
-                    ),
-                });
-            }
-            // Bytes that came from elsewhere need not be aligned.
-            let theirs: Vec<u64> = bytemuck::pod_collect_to_vec(bytes);
-            for (sum, theirs) in sums.iter_mut().zip(theirs) {
-                *sum = sum.wrapping_add(theirs);
-            }
-        }
-        Ok(sums)
+        Ok(sum)
     }
 }
 
-fn narrow(flat: &Tensor, range: &Range<i64>) -> Tensor {
-    flat.narrow(0, range.start, range.end - range.start)
+fn add(sum: &mut [u64], more: &[u64]) {
+    for (sum, more) in sum.iter_mut().zip(more) {
+        *sum = sum.wrapping_add(*more);
+    }
+}
+
+/// The sum of as many numbers of every rank.
+fn sum_over_ranks(mine: &[u64], host: &mut dyn Collective) -> Result<Vec<u64>, CollectiveError> {
+    let mut sums = vec![0; mine.len()];
+    let all = host.all_gather(bytemuck::cast_slice(mine))?;
+    for (bytes, rank) in all.iter().zip(0..) {
+        if bytes.len() != size_of_val(mine) {
+            return Err(CollectiveError::Peer {
+                rank,
+                address: "in this generation".to_owned(),
+                cause: format!(
+                    "sent fingerprints of {} bytes where {} were due",
+                    bytes.len(),
+                    size_of_val(mine)
+                ),
+            });
+        }
+        // Bytes that came from elsewhere need not be aligned.
+        add(&mut sums, &bytemuck::pod_collect_to_vec(bytes));
+    }
+    Ok(sums)
 }
 
 #[cfg(test)]
@@ -246,9 +281,13 @@ mod tests {
     use supra_agent::collective::Solo;
 
     use super::*;
-    use crate::model::ParamSpec;
+    use crate::{collective::Host, model::ParamSpec};
 
-    fn replica(precision: Kind, part: Part) -> Replica {
+    fn replica(kind: Kind, part: Part) -> Replica {
+        let kinds = Kinds {
+            parameters: kind,
+            moments: kind,
+        };
         let spec = |name: &str, shape: &[i64]| ParamSpec {
             name: name.to_owned(),
             shape: shape.to_vec(),
@@ -257,7 +296,7 @@ mod tests {
         };
         let specs = [spec("a", &[20, 10]), spec("layers.0.unused", &[3])];
         let layout = Layout::new(&specs, false, 2);
-        let mut replica = Replica::new(layout.clone(), part, precision, Device::Cpu);
+        let mut replica = Replica::new(layout.clone(), part, kinds, Device::Cpu);
         for (slot, section) in layout
             .slots()
             .iter()
@@ -271,7 +310,22 @@ mod tests {
     }
 
     fn hash(replica: &Replica) -> [u8; 32] {
-        replica.hash(&mut Solo).unwrap()
+        replica.hash(&Twin, &mut Solo).unwrap()
+    }
+
+    #[test]
+    fn bf16_parameters_and_the_remainder_are_the_masters() {
+        let mut replica = replica(Kind::BFloat16, Part::WHOLE);
+        let mut alone = Host::new(Box::new(Solo));
+        let masters = replica.whole(Section::Masters, &mut alone).unwrap();
+        let expected = Tensor::arange(200, (Kind::Float, Device::Cpu)) * 1.001;
+        assert_eq!(masters.narrow(0, 0, 200), expected);
+        let rounded = expected.to_kind(Kind::BFloat16);
+        assert_eq!(
+            replica.parameters.narrow(0, 0, 200),
+            rounded,
+            "no ties here"
+        );
     }
 
     #[test]
@@ -303,7 +357,7 @@ mod tests {
                     for (own, whole) in [
                         (Some(&own.exp_avg), Some(&whole.exp_avg)),
                         (Some(&own.exp_avg_sq), Some(&whole.exp_avg_sq)),
-                        (own.masters.as_ref(), whole.masters.as_ref()),
+                        (own.remainder.as_ref(), whole.remainder.as_ref()),
                     ] {
                         let (Some(own), Some(whole)) = (own, whole) else {
                             continue;
@@ -320,10 +374,10 @@ mod tests {
     fn the_hash_sees_every_part_of_the_state_and_no_padding() {
         let mut replica = replica(Kind::BFloat16, Part::WHOLE);
         let mut seen = vec![hash(&replica)];
-        let change = |flat: &Tensor, at| drop(flat.narrow(0, at, 1).fill_(9.0e4));
+        let change = |flat: &Tensor, at| drop(flat.narrow(0, at, 1).fill_(77));
         change(&replica.parameters, 199);
         seen.push(hash(&replica));
-        change(replica.masters.as_ref().unwrap(), 258);
+        change(replica.remainder.as_ref().unwrap(), 258);
         seen.push(hash(&replica));
         change(&replica.exp_avg, 0);
         seen.push(hash(&replica));

@@ -16,7 +16,7 @@ use crate::{
     checkpoint::{self, CheckpointError, Environment},
     device::Place,
     model::{self, AttentionKind, ModelConfig, NewWeights, ParamSpec, SupraConfig},
-    optim::{Layout, Part, Replica, Section},
+    optim::{Kinds, Layout, Part, Replica, Section},
 };
 
 /// Everything that a generation begins with.
@@ -132,11 +132,15 @@ fn empty_replica(job: &Job, place: &Place, config: &ModelConfig) -> Replica {
         Sharding::None => Part::WHOLE,
         Sharding::Zero1 => Part::of_rank(job.rank, job.world),
     };
-    let precision = match job.recipe.model.precision {
+    let kind = |precision| match precision {
         Precision::Bf16 => Kind::BFloat16,
         Precision::Fp32 => Kind::Float,
     };
-    Replica::new(layout, part, precision, place.device)
+    let kinds = Kinds {
+        parameters: kind(job.recipe.model.precision),
+        moments: kind(optimizer.moments),
+    };
+    Replica::new(layout, part, kinds, place.device)
 }
 
 /// First values of all weights: from the base, with new ones drawn from the recipe's seed, or all from the seed.
