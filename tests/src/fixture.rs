@@ -89,6 +89,8 @@ pub struct TinyRecipe {
     pub sequence_length: u64,
     /// Samples of a micro-batch.
     pub micro_batch: u64,
+    /// Who keeps the optimizer's state.
+    pub sharding: &'static str,
     /// Tokens between checkpoints.
     pub checkpoint_every: u64,
     /// The whole `checkpoint` mapping, in place of one made from `checkpoint_every`.
@@ -110,6 +112,7 @@ impl Default for TinyRecipe {
             lr: "3e-3",
             sequence_length: 32,
             micro_batch: 4,
+            sharding: "none",
             checkpoint_every: 4_096,
             checkpoint: None,
             workers: (2, 2),
@@ -146,7 +149,7 @@ impl TinyRecipe {
              data: {{ train: {data}, repeat: {repeat} }}\n\
              budget: {{ tokens: {budget} }}\n\
              batch: {{ tokens: {batch}, micro_batch: {micro}, sequence_length: {length} }}\n\
-             optimizer: {{ lr: {lr}, final_lr: 1e-4, warmup: 5 steps }}\n\
+             optimizer: {{ lr: {lr}, final_lr: 1e-4, warmup: 5 steps, sharding: {sharding} }}\n\
              checkpoint: {checkpoint}\n\
              workers: {{ min: {min}, max: {max} }}\n\
              replica_check: {{ every_steps: 5 }}\n\
@@ -157,6 +160,7 @@ impl TinyRecipe {
             budget = self.budget,
             batch = self.batch,
             lr = self.lr,
+            sharding = self.sharding,
             micro = self.micro_batch,
             length = self.sequence_length,
             checkpoint = self.checkpoint.as_ref().unwrap_or(&checkpoint),

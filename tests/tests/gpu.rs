@@ -38,35 +38,94 @@ fn ranks_that_share_a_gpu_have_the_losses_of_one() -> Result<()> {
         return Ok(());
     }
     let stage = Stage::new()?;
-    let mut alone: Option<Vec<f64>> = None;
-    for (workers, reduction) in [(1, "nccl"), (2, "nccl"), (3, "ordered"), (4, "nccl")] {
+    let alone = losses(&stage, &cluster(&stage, 1)?, 1, "nccl", "none")?;
+    for (workers, reduction) in [(2, "nccl"), (3, "ordered"), (4, "nccl")] {
         let cluster = cluster(&stage, workers)?;
-        let recipe = TinyRecipe {
-            workers: (workers, workers),
-            more: format!("reduction: {reduction}"),
-            // A slow one: a feature that rounding moves over its kink must not be amplified step by step.
-            lr: "3e-4",
-            ..TinyRecipe::default()
-        };
-        let run = stage.submit(&cluster, &recipe)?;
-        let end = cluster.wait_finished(&run, LIMIT)?;
-        assert_eq!(end.tokens, recipe.tokens());
-        cluster.audit(&run)?;
-        let losses: Vec<f64> = cluster
-            .metrics(&run)?
-            .iter()
-            .map(|step| step.loss)
-            .collect();
-        let first = alone.get_or_insert_with(|| losses.clone());
-        for (step, (loss, single)) in losses.iter().zip(&*first).enumerate() {
-            assert!(
-                (loss - single).abs() < 1e-4 * single,
-                "step {}: {loss} with {workers} ranks, {single} with one",
-                step + 1
-            );
+        let [whole, parts] = ["none", "zero1"]
+            .map(|sharding| losses(&stage, &cluster, workers, reduction, sharding));
+        let (whole, parts) = (whole?, parts?);
+        expect_near(&whole, &alone, workers);
+        expect_near(&parts, &alone, workers);
+        if reduction == "ordered" {
+            assert_eq!(whole, parts, "the order of additions is the same");
         }
     }
     Ok(())
+}
+
+#[test]
+fn ranks_on_gpus_of_their_own_have_the_losses_of_one() -> Result<()> {
+    if gpu_is_missing() {
+        return Ok(());
+    }
+    if !Path::new("/dev/nvidia1").exists() {
+        println!("skipped: this machine has one GPU");
+        return Ok(());
+    }
+    let stage = Stage::new()?;
+    let alone = losses(&stage, &cluster(&stage, 1)?, 1, "nccl", "none")?;
+    let mut cluster = Cluster::start(&stage.programs, &stage.directory.path().join("two"))?;
+    for worker in 0..2 {
+        let name = format!("w{worker}");
+        let mut command = cluster.worker_command_on(&format!("cuda:{worker}"), &name);
+        command.env_remove("NCCL_HOSTID");
+        cluster.adopt_worker(&name, command)?;
+    }
+    cluster.wait_attached(2, LIMIT)?;
+    for (reduction, sharding) in [
+        ("nccl", "none"),
+        ("nccl", "zero1"),
+        ("ordered", "none"),
+        ("ordered", "zero1"),
+    ] {
+        expect_near(
+            &losses(&stage, &cluster, 2, reduction, sharding)?,
+            &alone,
+            2,
+        );
+    }
+    Ok(())
+}
+
+/// The losses of a run on all workers of a cluster.
+fn losses(
+    stage: &Stage,
+    cluster: &Cluster,
+    workers: u32,
+    reduction: &str,
+    sharding: &'static str,
+) -> Result<Vec<f64>> {
+    let recipe = TinyRecipe {
+        workers: (workers, workers),
+        more: format!("reduction: {reduction}"),
+        sharding,
+        // A slow one: a feature that rounding moves over its kink must not be amplified step by step.
+        lr: "3e-4",
+        ..TinyRecipe::default()
+    };
+    let run = stage.submit(cluster, &recipe)?;
+    let end = cluster.wait_finished(&run, LIMIT)?;
+    assert_eq!(end.tokens, recipe.tokens());
+    cluster.audit(&run)?;
+    let metrics = cluster.metrics(&run)?;
+    if workers > 1 {
+        for step in &metrics {
+            let exposed = step.exposed_comm_ms;
+            assert!(exposed > 0.0 && exposed < step.seconds * 1e3, "{step:?}");
+        }
+    }
+    Ok(metrics.iter().map(|step| step.loss).collect())
+}
+
+fn expect_near(losses: &[f64], alone: &[f64], workers: u32) {
+    assert_eq!(losses.len(), alone.len());
+    for (step, (loss, single)) in losses.iter().zip(alone).enumerate() {
+        assert!(
+            (loss - single).abs() < 1e-4 * single,
+            "step {}: {loss} with {workers} ranks, {single} with one",
+            step + 1
+        );
+    }
 }
 
 #[test]
@@ -74,11 +133,17 @@ fn survivors_of_a_killed_gpu_rank_go_on_within_seconds() -> Result<()> {
     if gpu_is_missing() {
         return Ok(());
     }
+    survive("none")?;
+    survive("zero1")
+}
+
+fn survive(sharding: &'static str) -> Result<()> {
     let stage = Stage::new()?;
     let mut cluster = cluster(&stage, 3)?;
     let recipe = TinyRecipe {
         budget: 60_010,
         workers: (2, 3),
+        sharding,
         ..TinyRecipe::default()
     };
     let run = stage.submit(&cluster, &recipe)?;

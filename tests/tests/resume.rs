@@ -52,6 +52,32 @@ fn a_cancelled_and_resumed_run_ends_with_the_same_bits() -> Result<()> {
 }
 
 #[test]
+fn ranks_that_keep_parts_of_the_state_stop_resume_and_end_with_the_same_bits() -> Result<()> {
+    let stage = Stage::new()?;
+    let cluster = stage.cluster("cluster", 2)?;
+    cluster.wait_attached(2, LIMIT)?;
+    let whole = stage.submit(&cluster, &recipe())?;
+    cluster.wait_finished(&whole, LIMIT)?;
+
+    let parts = TinyRecipe {
+        sharding: "zero1",
+        ..recipe()
+    };
+    let run = stage.submit(&cluster, &parts)?;
+    cancel_in_the_middle(&cluster, &run)?;
+    cluster.supra(&["resume", &run])?.expect_code(0)?;
+    cluster.wait_finished(&run, LIMIT)?;
+    cluster.audit(&run)?;
+    for step in cluster.metrics(&run)? {
+        assert!(step.exposed_comm_ms > 0.0, "{step:?}");
+    }
+    weights::expect_same(
+        &cluster.last_checkpoint(&whole)?,
+        &cluster.last_checkpoint(&run)?,
+    )
+}
+
+#[test]
 fn a_run_resumes_with_another_number_of_workers() -> Result<()> {
     let stage = Stage::new()?;
     let mut cluster = stage.cluster("cluster", 2)?;
@@ -71,10 +97,14 @@ fn a_run_resumes_with_another_number_of_workers() -> Result<()> {
 }
 
 #[test]
-fn a_lost_worker_leaves_the_rest_to_finish() -> Result<()> {
+fn a_lost_worker_with_its_part_of_the_state_leaves_the_rest_to_finish() -> Result<()> {
     let stage = Stage::new()?;
     let mut cluster = stage.cluster("cluster", 2)?;
     cluster.wait_attached(2, LIMIT)?;
+    let recipe = || TinyRecipe {
+        sharding: "zero1",
+        ..recipe()
+    };
     let run = stage.submit(&cluster, &recipe())?;
     cluster.wait(&run, "past a checkpoint", LIMIT, |status| status.step >= 20)?;
     cluster.remove_worker("w1")?;

@@ -226,10 +226,11 @@ impl Trainer {
             };
             let waiting = Instant::now();
             let all = mine.gather(self.exchange.host())?;
-            let exposed = waiting.elapsed() + self.exchange.stalled()?;
+            let mut exposed = waiting.elapsed() + self.exchange.stalled()?;
 
             let mut report = self.update(step, &fed, &all)?;
             self.step = step;
+            exposed += self.exchange.stalled()?;
             report.data_seconds = data_seconds;
             report.exposed_comm_ms = exposed.as_secs_f64() * 1e3;
             report.seconds = clock.elapsed().as_secs_f64();
@@ -384,6 +385,8 @@ impl Trainer {
         if wait {
             self.exchange.host().barrier()?;
         }
+        // Nobody trained meanwhile: this is no part of a step.
+        self.exchange.forget_waits();
         Ok(())
     }
 

@@ -5,7 +5,8 @@ use std::{cell::Cell, rc::Rc};
 use supra_worker::{
     kernels::Twin,
     model::{AttentionKind, Decay, Documents, LossInput, ModelConfig, Params, Transformer},
-    step::{Policy, Step},
+    optim::Layout,
+    step::{Meanwhile, Policy, Step, StepError},
 };
 use tch::{Device, Kind, Tensor};
 
@@ -178,6 +179,67 @@ fn the_step_asks_before_every_block_whether_to_stop() {
             let done = step.accumulate(&weights, &gradients, &input, 0.0, &mut stop);
             assert_eq!(done.is_ok(), fatal == 5);
             assert_eq!(asked.get(), fatal.min(4));
+        }
+    }
+}
+
+/// Notes what the step says, and what a bucket's gradients are when it says that they are complete.
+struct Notes<'a> {
+    layout: &'a Layout,
+    gradient: &'a Tensor,
+    needed: Vec<usize>,
+    complete: Vec<(usize, Tensor)>,
+}
+
+impl Meanwhile for Notes<'_> {
+    fn stop(&self) -> bool {
+        false
+    }
+
+    fn needed(&mut self, bucket: usize) -> Result<(), StepError> {
+        self.needed.push(bucket);
+        Ok(())
+    }
+
+    fn complete(&mut self, bucket: usize) -> Result<(), StepError> {
+        let numbers = self.layout.buckets()[bucket].view(self.gradient).copy();
+        self.complete.push((bucket, numbers));
+        Ok(())
+    }
+}
+
+#[test]
+fn the_step_says_when_weights_are_needed_and_when_gradients_are_complete() {
+    for (name, tied) in [("tied", true), ("untied", false)] {
+        let config = ModelConfig {
+            tied,
+            ..config(2, 2, supra(Decay::Alibi, true, 6))
+        };
+        let layout = Layout::new(&config.params(), false, 1);
+        let options = (Kind::Double, Device::Cpu);
+        let gradient = Tensor::zeros([layout.elements()], options);
+        let weights = weights(&config, 1);
+        let mut notes = Notes {
+            layout: &layout,
+            gradient: &gradient,
+            needed: Vec::new(),
+            complete: Vec::new(),
+        };
+        let mut step = Step::new(config, Rc::new(Twin), Policy::Recompute, Device::Cpu);
+        let input = input(1, 5, None);
+        let gradients = layout.views(&gradient);
+        step.accumulate(&weights, &gradients, &input, 0.0, &mut notes)
+            .unwrap();
+        assert_eq!(notes.needed, [0, 1, 2, 3], "{name}");
+        let order: Vec<usize> = notes.complete.iter().map(|(bucket, _)| *bucket).collect();
+        assert_eq!(order, [3, 2, 1, 0], "{name}");
+        for (bucket, then) in &notes.complete {
+            let now = layout.buckets()[*bucket].view(&gradient);
+            assert_eq!(&now, then, "{name}: bucket {bucket} was not final");
+            assert!(
+                now.norm().double_value(&[]) > 0.0,
+                "{name}: bucket {bucket}"
+            );
         }
     }
 }

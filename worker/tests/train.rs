@@ -4,7 +4,7 @@ use supra_agent::{FaultKind, Outcome};
 use supra_data::Reader;
 use supra_recipes::{
     Digest, Plan,
-    schema::{Activations, Attention, Budget, Decay, Precision, Tokens, Weights},
+    schema::{Activations, Attention, Budget, Decay, Precision, Sharding, Tokens, Weights},
 };
 use supra_worker::device::DeviceName;
 
@@ -177,6 +177,78 @@ fn an_interrupted_run_ends_with_the_same_bits() {
         .collect();
     assert_eq!(interrupted, losses(&whole[0].steps));
     assert!(second[0].warnings.is_empty(), "{:?}", second[0].warnings);
+}
+
+/// Every world and form of the numbers; runs cut in the middle go on under the other choice.
+#[test]
+fn who_keeps_the_optimizers_state_changes_no_bit() {
+    let world = World::new(120);
+    let kinds = [Precision::Fp32, Precision::Bf16].into_iter();
+    for (precision, size) in kinds.flat_map(|kind| (1..=4).map(move |size| (kind, size))) {
+        let recipe = |sharding| {
+            let mut recipe = world.recipe("");
+            recipe.model.precision = precision;
+            recipe.optimizer.moments = precision;
+            recipe.optimizer.sharding = sharding;
+            recipe
+        };
+        let name = |what: &str| world.checkpoints(&format!("{precision:?}-{size}-{what}"));
+        let [none, zero1] = [Sharding::None, Sharding::Zero1].map(recipe);
+        let (none_root, zero1_root) = (name("none"), name("zero1"));
+        let whole = Generation::new(&none, &none_root).run(size);
+        let parts = Generation::new(&zero1, &zero1_root).run(size);
+        for (rank, other) in whole.iter().zip(&parts) {
+            assert_eq!(other.outcome, Outcome::Finished);
+            assert_eq!(losses(&other.steps), losses(&rank.steps));
+            for (step, other) in rank.steps.iter().zip(&other.steps) {
+                assert_eq!(other.replica_hash, step.replica_hash, "step {}", step.step);
+                assert_eq!(other.grad_norm, step.grad_norm);
+            }
+        }
+        for (there, here) in whole[0].checkpoints.iter().zip(&parts[0].checkpoints) {
+            for file in ["model.safetensors", "optimizer.safetensors"] {
+                let [there, here] = [none_root.join(&there.path), zero1_root.join(&here.path)]
+                    .map(|folder| std::fs::read(folder.join(file)).unwrap());
+                assert!(there == here, "{file} differs");
+            }
+        }
+        let middle = restore(&zero1_root, &parts[0].checkpoints[0]);
+        let resumed = Generation::new(&none, &name("resumed"))
+            .from(middle.clone())
+            .run(size);
+        assert_eq!(final_hash(&resumed[0]), final_hash(&whole[0]));
+        // Another number of ranks gives other bits, but the same ones under either choice.
+        let other_size = size % 4 + 1;
+        let [there, here] = [(&none, "none"), (&zero1, "zero1")].map(|(recipe, what)| {
+            let root = name(&format!("{what}-{other_size}"));
+            let ranks = Generation::new(recipe, &root)
+                .from(middle.clone())
+                .run(other_size);
+            assert_eq!(ranks[0].outcome, Outcome::Finished);
+            ranks
+        });
+        assert_eq!(final_hash(&there[0]), final_hash(&here[0]));
+    }
+}
+
+#[test]
+fn exposed_communication_is_reported_for_every_step() {
+    let world = World::new(120);
+    let mut recipe = world.recipe("");
+    for sharding in [Sharding::None, Sharding::Zero1] {
+        recipe.optimizer.sharding = sharding;
+        let root = world.checkpoints(&format!("{sharding:?}"));
+        for rank in Generation::new(&recipe, &root).run(2) {
+            for step in &rank.steps {
+                let exposed = step.exposed_comm_ms;
+                assert!(
+                    exposed > 0.0 && exposed < step.seconds * 1e3,
+                    "{exposed} ms of {} s",
+                    step.seconds
+                );
+            }
+        }
+    }
 }
 
 #[test]

@@ -84,7 +84,7 @@ impl DeviceCollective for Host {
             }
             self.stalled += clock.elapsed();
         }
-        Ok(Pending(0))
+        Ok(Pending::new(0))
     }
 
     fn wait(&mut self, _: Pending) -> Result<(), DeviceCollectiveError> {
@@ -94,6 +94,10 @@ impl DeviceCollective for Host {
 
     fn stalled(&mut self) -> Result<Duration, DeviceCollectiveError> {
         Ok(mem::take(&mut self.stalled))
+    }
+
+    fn forget_waits(&mut self) {
+        self.stalled = Duration::ZERO;
     }
 
     fn finish(self: Box<Self>) -> Result<(), DeviceCollectiveError> {

@@ -39,7 +39,22 @@ pub enum Operation {
 /// An operation under way, which [`DeviceCollective::wait`] ends.
 #[derive(Debug)]
 #[must_use]
-pub struct Pending(u64);
+pub struct Pending {
+    /// In the order in which they were started.
+    number: u64,
+}
+
+impl Pending {
+    /// The operation that was started as number `number`.
+    pub fn new(number: u64) -> Pending {
+        Pending { number }
+    }
+
+    /// Which operation it is.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+}
 
 /// What the ranks do together with flat tensors: contiguous, fp32 or bf16, on the rank's own device.
 ///
@@ -65,6 +80,9 @@ pub trait DeviceCollective {
     /// For how long computing has stood still in the waits since the last call, as far as the device has got: so call it
     /// when something was just read from the device.
     fn stalled(&mut self) -> Result<Duration, DeviceCollectiveError>;
+
+    /// Leaves the waits so far out of what [`stalled`](Self::stalled) tells.
+    fn forget_waits(&mut self);
 
     /// Ends it in order: returns when all ranks have called this and everything is done.
     fn finish(self: Box<Self>) -> Result<(), DeviceCollectiveError>;

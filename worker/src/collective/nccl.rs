@@ -119,7 +119,7 @@ impl DeviceCollective for Nccl {
             let number = self.side.start(flat, |queue| {
                 Ok::<_, DeviceCollectiveError>(comm.all_gather_in_place(&mut slice, stream(queue))?)
             })?;
-            return Ok(Pending(number));
+            return Ok(Pending::new(number));
         }
         if let Some(ordered) = &mut self.ordered {
             ordered.make_room(flat, comm.world(), &self.side)?;
@@ -140,15 +140,19 @@ impl DeviceCollective for Nccl {
             }
             Ok::<_, DeviceCollectiveError>(())
         })?;
-        Ok(Pending(number))
+        Ok(Pending::new(number))
     }
 
-    fn wait(&mut self, Pending(number): Pending) -> Result<(), DeviceCollectiveError> {
-        Ok(self.side.wait(number)?)
+    fn wait(&mut self, pending: Pending) -> Result<(), DeviceCollectiveError> {
+        Ok(self.side.wait(pending.number())?)
     }
 
     fn stalled(&mut self) -> Result<Duration, DeviceCollectiveError> {
         Ok(self.side.stalled()?)
+    }
+
+    fn forget_waits(&mut self) {
+        self.side.forget_waits();
     }
 
     fn finish(self: Box<Self>) -> Result<(), DeviceCollectiveError> {

@@ -4,6 +4,7 @@ mod attention;
 mod bench;
 mod kernels;
 mod optimizer;
+mod overlap;
 
 use std::path::Path;
 

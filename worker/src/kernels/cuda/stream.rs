@@ -153,6 +153,11 @@ impl SideStream {
         Ok(Duration::from_secs_f64(milliseconds.max(0.0) / 1e3))
     }
 
+    /// Leaves the waits so far out of what [`stalled`](SideStream::stalled) tells.
+    pub fn forget_waits(&mut self) {
+        self.spare_timed.extend(self.waits.drain(..).flatten());
+    }
+
     /// Waits, on the host, until all that was started is done.
     #[allow(unsafe_code)]
     pub fn synchronize(&self) -> Result<(), KernelError> {
