@@ -36,6 +36,12 @@ fn codes_that_leave_nothing_to_repeat_end_it() {
 }
 
 #[test]
+fn a_child_finds_the_algorithm_of_nccl_pinned() {
+    let script = "test \"$NCCL_ALGO $NCCL_PROTO\" = 'Ring Simple' && exit 75; exit 2";
+    assert_eq!(shell(script).run().unwrap(), 75);
+}
+
+#[test]
 fn a_child_that_dies_is_born_again_and_hears_how() {
     let directory = tempfile::tempdir().unwrap();
     let births = directory.path().join("births");

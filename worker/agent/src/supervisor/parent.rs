@@ -35,6 +35,11 @@ const OUTPUT: Duration = Duration::from_secs(1);
 /// communicator.
 const NCCL: [(&str, &str); 2] = [("NCCL_ALGO", "Ring"), ("NCCL_PROTO", "Simple")];
 
+/// What of it a child gets: what the user has not set.
+fn pinned(set: impl Fn(&str) -> bool) -> impl Iterator<Item = (&'static str, &'static str)> {
+    NCCL.into_iter().filter(move |(name, _)| !set(name))
+}
+
 /// How fast a supervisor acts.
 #[derive(Clone, Copy, Debug)]
 pub struct Pace {
@@ -159,13 +164,11 @@ impl Supervisor {
                 std::io::ErrorKind::Other.into(),
             )
         };
-        // Of NCCL's algorithms the one whose order of additions is fixed, unless the user knows better.
-        let pinned = NCCL.into_iter();
-        let pinned = pinned.filter(|(name, _)| std::env::var_os(name).is_none());
+        let set_by_the_user = |name: &str| std::env::var_os(name).is_some();
         let mut child = Command::new(&self.program)
             .args(&self.arguments)
             .env(MARK, "1")
-            .envs(pinned)
+            .envs(pinned(set_by_the_user))
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
@@ -294,5 +297,17 @@ fn failed(what: &str, cause: std::io::Error) -> AgentError {
     AgentError::Supervisor {
         what: what.to_owned(),
         cause,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_user_has_set_for_nccl_stays() {
+        let given = |set: &str| pinned(|name| name == set).collect::<Vec<_>>();
+        assert_eq!(given(""), NCCL);
+        assert_eq!(given("NCCL_ALGO"), [("NCCL_PROTO", "Simple")]);
     }
 }
