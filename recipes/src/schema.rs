@@ -13,8 +13,8 @@ mod units;
 
 pub use recipe::{
     Activations, Attention, Base, Batch, Budget, Checkpoint, Data, Decay, Model, NonFinite,
-    Optimizer, Precision, Recipe, Reduction, ReplicaCheck, RopeFrequencies, Weights, Workers,
-    json_schema,
+    Optimizer, Precision, Recipe, Reduction, ReplicaCheck, RopeFrequencies, Sharding, Weights,
+    Workers, json_schema,
 };
 pub use report::RecipeError;
 pub use units::{Fraction, RunName, Tokens, UnitError, Warmup};
