@@ -1,5 +1,6 @@
 //! Long campaigns: `scripts/prove NAME` runs them large, the tests run the same code small.
 
+pub mod components;
 pub mod curves;
 pub mod kills;
 pub mod plot;

@@ -9,7 +9,7 @@ use clap::{Parser, ValueEnum};
 use supra_tests::Programs;
 use supra_tests::campaigns::curves::{self, Curves};
 use supra_tests::campaigns::kills::{self, Kills};
-use supra_tests::campaigns::{step, worlds};
+use supra_tests::campaigns::{components, step, worlds};
 use supra_tests::failure::Result;
 use supra_tests::programs::repository;
 use supra_tests::report::{Report, table};
@@ -35,6 +35,8 @@ enum Campaign {
     Worlds,
     /// Speed of the training step of a 7B model beside PyTorch's; needs an NVIDIA GPU and the peer's Python packages.
     Step,
+    /// Where the time of the step of a 7B model goes; needs an NVIDIA GPU of 141 GB.
+    Components,
 }
 
 fn main() -> ExitCode {
@@ -77,6 +79,10 @@ fn prove(arguments: &Arguments) -> Result<()> {
         Campaign::Step => (
             step::ABOUT,
             step::run(&programs, scratch.path(), arguments.quick)?,
+        ),
+        Campaign::Components => (
+            components::ABOUT,
+            components::run(&programs, arguments.quick)?,
         ),
         Campaign::Curves => {
             let curves = if arguments.quick {

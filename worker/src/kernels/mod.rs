@@ -1,7 +1,8 @@
-//! The elementwise and attention work of a training step: everything between the matrix products, and the optimizer.
+//! The work of a training step: matrix products, everything between them, and the optimizer.
 //!
 //! One contract, [`Kernels`], whose implementations compute the same functions. [`Twin`] is plain libtorch: it serves the
 //! processor, fp32 and fp64, and is what tests compare with. [`cuda`] launches kernels of our own on bf16 tensors of a GPU.
+//! Matrix products are libtorch's in both. [`Timed`] lets either work and takes the time.
 //!
 //! Every output is a buffer of the caller's and is written completely, unless its name ends in `_sum`: then it is added
 //! to. Tensors are contiguous unless said otherwise. Letters beside the model's own: n = B T tokens, x what is said
@@ -10,6 +11,8 @@
 
 pub mod cuda;
 pub mod mix;
+mod products;
+pub mod timed;
 pub mod twin;
 
 use std::{cell::OnceCell, rc::Rc};
@@ -18,6 +21,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::model::{ModelConfig, attention::chunkwise::Chunkwise};
 pub use cuda::{CudaKernels, KernelError};
+pub use timed::Timed;
 pub use twin::Twin;
 
 /// Who computes, and what people should know about it.
@@ -48,8 +52,24 @@ pub fn on(device: Device, kind: Kind, config: &ModelConfig) -> Result<Choice, Ke
     })
 }
 
-/// What blocks, embedding and loss need besides matrix products, forward and backward, and what the optimizer needs.
+/// What blocks, embedding and loss need, forward and backward, and what the optimizer needs.
 pub trait Kernels {
+    /// The matrix product of a linear layer: `y_no` = x W^T. Rows may be strided, here and in its gradients: slices of wider
+    /// matrices go in and out without a copy.
+    fn linear(&self, x_ni: &Tensor, weight_oi: &Tensor, y_no: &Tensor) {
+        products::linear(x_ni, weight_oi, y_no);
+    }
+
+    /// Its gradient of the input: `dx_ni` = dy W.
+    fn linear_input_gradient(&self, dy_no: &Tensor, weight_oi: &Tensor, dx_ni: &Tensor) {
+        products::input_gradient(dy_no, weight_oi, dx_ni);
+    }
+
+    /// Its gradient of the weight: dW += dy^T x, summed in the kind of `dweight_oi_sum`.
+    fn linear_weight_gradient(&self, dy_no: &Tensor, x_ni: &Tensor, dweight_oi_sum: &Tensor) {
+        products::weight_gradient(dy_no, x_ni, dweight_oi_sum);
+    }
+
     /// Residual and RMSNorm. The normed stream s is `x_nd`, or `x_nd + delta_nd` rounded to the compute kind:
     /// `rstd_n` = 1 / sqrt(mean(s^2) + eps), `normed_nd` = round(s * rstd) * gain.
     fn add_rms_norm(

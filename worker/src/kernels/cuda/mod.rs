@@ -9,6 +9,7 @@ mod compile;
 mod cross_entropy;
 mod embedding;
 mod error;
+mod event;
 mod fit;
 mod head_norm;
 mod heads;
@@ -31,8 +32,10 @@ use std::{
 use tch::{Device, Kind, Tensor};
 
 pub use self::error::KernelError;
+pub(super) use self::event::Event;
 pub(super) use self::fit::{left_to_libtorch, misfit};
-use self::{attention::Decays, compile::Source, launch::Gpu, nvrtc::Nvrtc, tensors::Tensors};
+pub(super) use self::launch::Gpu;
+use self::{attention::Decays, compile::Source, nvrtc::Nvrtc, tensors::Tensors};
 use super::{DecayTables, Delta, HeadsGrad, HeadsIn, Kernels, NormOut, Shard, Twin, Update};
 use crate::device;
 
