@@ -5,19 +5,23 @@
 //! all gradients, one decision that all ranks take alike, AdamW, a report, and a checkpoint when one
 //! is due. Losses are sums over targets and are divided once, by the number of targets of all ranks.
 
+mod beside;
+mod environment;
 mod error;
 mod micro;
 mod policy;
 mod start;
 mod tally;
 
-use std::{env, rc::Rc, time::Instant};
+use std::{rc::Rc, time::Instant};
 
-use supra_agent::{CheckpointWritten, Formed, Job, Link, Outcome, Phase, StepReport, Voided};
+use supra_agent::{CheckpointWritten, Formed, Job, Outcome, Phase, StepReport, Voided};
 use supra_data::{Batch, Loader, Prefetch};
 use supra_recipes::{Digest, Plan, plan::VERSION};
 use tch::Tensor;
 
+use beside::Beside;
+use environment::environment;
 pub use error::TrainError;
 pub use micro::MicroBatch;
 use start::Start;
@@ -32,16 +36,13 @@ use crate::{
         write::Contents,
     },
     collective,
-    device::{self, Place},
+    device::Place,
     failure::chain,
     kernels::{self, Choice, Kernels},
     model::ModelConfig,
     optim::{AdamW, Exchange, Part, Replica, clip},
-    step::{Meanwhile, Step, StepError},
+    step::{Step, StepError},
 };
-
-/// By which NCCL's algorithm is pinned; the supervisor sets them.
-const NCCL_VARIABLES: [&str; 2] = ["NCCL_ALGO", "NCCL_PROTO"];
 
 /// Steps whose samples are read ahead.
 const READ_AHEAD: usize = 2;
@@ -99,40 +100,6 @@ struct Fed {
     targets: u64,
 }
 
-/// What a rank does beside a micro-batch: it exchanges what is ready, and looks whether the generation is void.
-struct Beside<'a> {
-    link: &'a Link,
-    exchange: &'a mut Exchange,
-    /// Whether the micro-batch is the step's last one, behind which gradients are final.
-    last: bool,
-}
-
-impl Meanwhile for Beside<'_> {
-    fn stop(&self) -> bool {
-        self.link.void()
-    }
-
-    fn needed(&mut self, bucket: usize) -> Result<(), StepError> {
-        Ok(self.exchange.gathered(bucket)?)
-    }
-
-    fn complete(&mut self, bucket: usize) -> Result<(), StepError> {
-        if self.last {
-            self.exchange.reduce(bucket)?;
-        }
-        Ok(())
-    }
-}
-
-/// What NCCL's sums depend on: its version, and what its variables say. Empty where no GPUs add.
-fn nccl(place: &Place, world: u32) -> String {
-    let Some(library) = place.nccl.as_ref().filter(|_| world > 1) else {
-        return String::new();
-    };
-    let variables = NCCL_VARIABLES.map(|name| env::var(name).unwrap_or_else(|_| "any".to_owned()));
-    format!("{} {}", library.version(), variables.join(" "))
-}
-
 impl Trainer {
     /// Connects the ranks, checks the store, loads the state and tells the coordinator.
     fn form(mut job: Job, place: &Place, build: &str) -> Result<Trainer, TrainError> {
@@ -142,19 +109,7 @@ impl Trainer {
         let collective = collective::connect(host, place, job.recipe.reduction, &job.link)?;
 
         job.link.phase(Phase::Loading, 0);
-        let environment = Environment {
-            build: build.to_owned(),
-            libtorch: device::LIBTORCH.to_owned(),
-            device: if place.device.is_cuda() {
-                "cuda"
-            } else {
-                "cpu"
-            }
-            .to_owned(),
-            model: place.model.clone(),
-            threads: place.threads,
-            nccl: nccl(place, job.world),
-        };
+        let environment = environment(place, job.world, build);
         let Start {
             plan,
             reader,

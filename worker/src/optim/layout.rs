@@ -233,6 +233,10 @@ fn block(name: &str) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use supra_recipes::{
+        Recipe,
+        plan::{Memory, Policy},
+    };
 
     use super::*;
     use crate::model::{AttentionKind, SupraConfig, config::tests::small};
@@ -300,6 +304,28 @@ mod tests {
                 config.vocab * config.dim,
                 "the embedding alone"
             );
+        }
+    }
+
+    #[test]
+    fn buffers_are_as_long_as_the_plan_of_memory_says() {
+        let text = "name: t\nbase: { path: b }\ndata: { train: d }\nbudget: { tokens: 1B }\n\
+                    optimizer: { sharding: zero1 }\nmodel: { qk_norm: true }\n";
+        let recipe = Recipe::parse(text, "t.yaml").unwrap();
+        let config = small(AttentionKind::Supra(SupraConfig {
+            qk_norm: true,
+            ..SupraConfig::default()
+        }));
+        for world in 1..5 {
+            let layout = Layout::new(&config.params(), false, world);
+            let own = Part::of_rank(0, world).elements(&layout);
+            let memory = Memory::new(&recipe, &config.shape(), world, Policy::Save);
+            let planned = |name: &str| {
+                let mut parts = memory.components.iter();
+                parts.find(|part| part.name == name).unwrap().bytes
+            };
+            assert_eq!(planned("fp32 gradients"), 4 * layout.elements() as u64);
+            assert_eq!(planned("fp32 first moments"), 4 * own as u64);
         }
     }
 
