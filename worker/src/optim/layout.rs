@@ -309,7 +309,7 @@ mod tests {
 
     #[test]
     fn buffers_are_as_long_as_the_plan_of_memory_says() {
-        let text = "name: t\nbase: { path: b }\ndata: { train: d }\nbudget: { tokens: 1B }\n\
+        let text = "name: t\nbase: { path: b }\ndata: { train: d }\nbudget: { tokens: 20B }\n\
                     optimizer: { sharding: zero1 }\nmodel: { qk_norm: true }\n";
         let recipe = Recipe::parse(text, "t.yaml").unwrap();
         let config = small(AttentionKind::Supra(SupraConfig {
