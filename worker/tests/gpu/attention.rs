@@ -10,7 +10,7 @@ use tch::{Cuda, Kind, Tensor};
 
 use super::{
     bench::{GPU, TOLERANCE, distance, poison, print_row, random},
-    gpu,
+    gpu, gpu_without_warpgroups,
 };
 
 const BF16: Kind = Kind::BFloat16;
@@ -234,6 +234,16 @@ fn seconds(mut call: impl FnMut()) -> f64 {
 #[test]
 fn gpu_linear_attention_and_its_gradients_are_the_quadratic_form() {
     let Some(kernels) = gpu("linear attention") else {
+        return;
+    };
+    for case in cases() {
+        case.check_and_time(&kernels);
+    }
+}
+
+#[test]
+fn gpu_linear_attention_by_single_warps_is_the_quadratic_form_too() {
+    let Some(kernels) = gpu_without_warpgroups("linear attention by single warps") else {
         return;
     };
     for case in cases() {
