@@ -10,7 +10,7 @@ use supra_worker::{
 };
 use tch::{Cuda, Device, Kind, Tensor};
 
-use super::bench::{GPU, distance, print_row};
+use super::bench::{GPU, distance, print_row, too_large};
 use super::gpu;
 
 const UPDATE: Update = Update {
@@ -191,6 +191,9 @@ fn gpu_optimizer_speed() {
         return;
     };
     let count = 1 << 28;
+    if too_large(count as usize) {
+        return;
+    }
     let mut state = State::random(count, GPU);
     let timed = |name: &str, bytes, launch: &mut dyn FnMut()| {
         let mut run = |times| {
