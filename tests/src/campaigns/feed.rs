@@ -185,7 +185,7 @@ impl Study<'_> {
     /// A recipe that trains on `data` once, or on the first samples of it.
     fn recipe(&self, data: &Path) -> Result<PathBuf> {
         let path = self.directory.join("feed.yaml");
-        let samples = if self.quick { SAMPLES >> 8 } else { SAMPLES };
+        let samples = if self.quick { SAMPLES >> 4 } else { SAMPLES };
         let text = format!(
             "name: feed\n\
              base: {{ path: {} }}\n\

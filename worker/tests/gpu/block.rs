@@ -123,8 +123,7 @@ impl Case<'_> {
             .filter(|(name, _)| name.contains("layers.0"))
         {
             let error = distance(gradient, wanted.get(weight));
-            // Unlike a comparison for more, this one finds NaN.
-            if !(error <= worst.0) {
+            if error > worst.0 || error.is_nan() {
                 worst = (error, weight);
             }
         }

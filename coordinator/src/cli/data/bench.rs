@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
-use nix::sys::resource::{UsageWho, getrusage};
+use nix::time::{ClockId, clock_gettime};
 use serde::Serialize;
 use supra_data::{DataError, Loader, Reader};
 use supra_recipes::plan::Digest;
@@ -130,9 +130,7 @@ impl Clock {
 }
 
 fn cpu_seconds() -> Result<f64, Failure> {
-    let usage = getrusage(UsageWho::RUSAGE_THREAD)
+    let time = clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID)
         .map_err(|error| Failure::failed(format!("the system tells no processor time: {error}")))?;
-    let times = [usage.user_time(), usage.system_time()];
-    let seconds = times.map(|time| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6);
-    Ok(seconds.iter().sum())
+    Ok(time.tv_sec() as f64 + time.tv_nsec() as f64 / 1e9)
 }
