@@ -2,8 +2,10 @@
 
 mod attention;
 mod bench;
+mod block;
 mod kernels;
 mod optimizer;
+mod padding;
 
 use std::path::Path;
 
