@@ -2,6 +2,7 @@
 
 pub mod components;
 pub mod curves;
+pub mod feed;
 pub mod kills;
 pub mod plot;
 pub mod step;

@@ -17,13 +17,13 @@ use std::{rc::Rc, time::Instant};
 
 use supra_agent::{CheckpointWritten, Formed, Job, Outcome, Phase, StepReport, Voided};
 use supra_data::{Batch, Loader, Prefetch};
-use supra_recipes::{Digest, Plan, plan::VERSION};
+use supra_recipes::{Plan, plan::VERSION};
 use tch::Tensor;
 
 use beside::Beside;
 use environment::environment;
 pub use error::TrainError;
-pub use micro::MicroBatch;
+pub use micro::{HostBatch, Layout, LayoutError};
 use start::Start;
 pub use start::check_data;
 use tally::Tally;
@@ -65,12 +65,11 @@ pub fn train(job: Job, place: &Place, build: &str) -> Outcome {
 /// A rank at work.
 struct Trainer {
     job: Job,
-    place: Place,
     environment: Environment,
     // Before the replica, whose memory it works on until it is dropped.
     exchange: Exchange,
     plan: Plan,
-    batches: Prefetch,
+    batches: Prefetch<Result<HostBatch, LayoutError>>,
     dataset: DatasetFacts,
     config: ModelConfig,
     kernels: Rc<dyn Kernels>,
@@ -89,15 +88,6 @@ struct Trainer {
 struct DatasetFacts {
     hash: String,
     tokenizer: String,
-}
-
-/// What this rank put into a step.
-#[derive(Default)]
-struct Fed {
-    samples: u64,
-    digest: Digest,
-    loss_sum: f64,
-    targets: u64,
 }
 
 impl Trainer {
@@ -142,13 +132,19 @@ impl Trainer {
             manifest_hash: manifest.hash().to_vec(),
         });
         let loader = Loader::new(reader, plan.clone());
+        let layout = Layout {
+            vocabulary: config.vocab,
+            reset_at_document: job.recipe.data.reset_at_document,
+            rows: job.recipe.batch.micro_batch.max(1) as usize,
+            device: place.device,
+        };
+        let lay_out = move |batch: Batch| layout.lay_out(&batch.samples);
         Ok(Trainer {
-            batches: Prefetch::start(loader, step + 1, job.rank, job.world, READ_AHEAD),
+            batches: Prefetch::start(loader, step + 1, job.rank, job.world, READ_AHEAD, lay_out),
             adamw: AdamW::new(&job.recipe.optimizer, job.recipe.seed),
             passes: Step::new(config.clone(), kernels.clone(), policy, place.device),
             config,
             kernels,
-            place: place.clone(),
             skipped: 0,
             environment,
             exchange,
@@ -171,11 +167,11 @@ impl Trainer {
             let waiting = Instant::now();
             let batch = self.next_batch(step)?;
             let data_seconds = waiting.elapsed().as_secs_f64();
-            let fed = self.forward_backward(&batch)?;
+            let loss_sum = self.forward_backward(&batch)?;
 
             let mine = Tally {
-                loss_sum: fed.loss_sum,
-                targets: fed.targets,
+                loss_sum,
+                targets: batch.targets,
                 squares: self.kernels.squared_norm(&self.squared),
                 stop: self.job.link.stop_requested(),
             };
@@ -183,7 +179,7 @@ impl Trainer {
             let all = mine.gather(self.exchange.host())?;
             let mut exposed = waiting.elapsed() + self.exchange.stalled()?;
 
-            let mut report = self.update(step, &fed, &all)?;
+            let mut report = self.update(step, &batch, &all)?;
             self.step = step;
             exposed += self.exchange.stalled()?;
             report.data_seconds = data_seconds;
@@ -219,43 +215,34 @@ impl Trainer {
         Ok(outcome)
     }
 
-    fn next_batch(&mut self, step: u64) -> Result<Batch, TrainError> {
+    fn next_batch(&mut self, step: u64) -> Result<HostBatch, TrainError> {
         match self.batches.next() {
-            Some(Ok((number, batch))) if number == step => Ok(batch),
+            Some(Ok((number, batch))) if number == step => Ok(batch?),
             Some(Err(error)) => Err(error.into()),
             Some(Ok(_)) | None => Err(TrainError::NoBatch { step }),
         }
     }
 
     /// Forward and backward over this rank's samples; in the end the replica has its part of the gradients' sum over all
-    /// ranks.
-    fn forward_backward(&mut self, batch: &Batch) -> Result<Fed, TrainError> {
+    /// ranks. Returns the sum of the loss over targets.
+    fn forward_backward(&mut self, batch: &HostBatch) -> Result<f64, TrainError> {
         let Job { recipe, link, .. } = &self.job;
-        let micro_batch = recipe.batch.micro_batch.max(1) as usize;
-        let mut fed = Fed::default();
         self.replica.zero_gradient();
-        let mut micro_batches = batch.samples.chunks(micro_batch).peekable();
-        while let Some(samples) = micro_batches.next() {
+        let mut micro_batches = batch.micro_batches();
+        while let Some(input) = micro_batches.next() {
             if link.void() {
                 return Err(Voided.into());
             }
-            let micro = MicroBatch::new(
-                samples,
-                self.config.vocab,
-                recipe.data.reset_at_document,
-                self.place.device,
-            )
-            .map_err(TrainError::Mismatch)?;
             self.passes
                 .accumulate(
                     self.replica.params(),
                     self.replica.gradients(),
-                    &micro.input,
+                    &input,
                     recipe.optimizer.z_loss,
                     &mut Beside {
                         link,
                         exchange: &mut self.exchange,
-                        last: micro_batches.peek().is_none(),
+                        last: micro_batches.len() == 0,
                     },
                 )
                 .map_err(|error| match error {
@@ -263,19 +250,20 @@ impl Trainer {
                     StepError::Exchange(error) => TrainError::Devices(error),
                     StepError::Kernel(error) => TrainError::Kernel(error),
                 })?;
-            fed.targets += micro.targets;
-            fed.samples += samples.len() as u64;
-            fed.digest += micro.digest;
         }
         // A rank that was fed nothing has waited for no parameters yet.
         self.exchange.all_gathered()?;
         self.exchange.reduced()?;
-        fed.loss_sum = self.passes.take_loss().cross_entropy;
-        Ok(fed)
+        Ok(self.passes.take_loss().cross_entropy)
     }
 
     /// Applies the agreed gradient, or skips the step everywhere if it is not finite, and says so.
-    fn update(&mut self, step: u64, fed: &Fed, all: &Tally) -> Result<StepReport, TrainError> {
+    fn update(
+        &mut self,
+        step: u64,
+        fed: &HostBatch,
+        all: &Tally,
+    ) -> Result<StepReport, TrainError> {
         let scale = 1.0 / all.targets as f64;
         let grad_norm = all.squares.sqrt() * scale;
         let skip = !(all.loss_sum * scale).is_finite() || !grad_norm.is_finite();

@@ -19,8 +19,11 @@ impl RankSum {
     /// Compiles the kernel for the GPU with this index, or takes it from the cache, and loads it. The device has been opened
     /// by [`device::open`](crate::device::open).
     pub fn new(index: usize) -> Result<RankSum, KernelError> {
+        let mut gpu = Gpu::open(index)?;
+        let architecture = gpu.architecture()?;
+        load(&mut gpu, &architecture, &[reduce::SOURCE])?;
         Ok(RankSum {
-            gpu: load(index, &[reduce::SOURCE])?,
+            gpu,
             tensors: Tensors {
                 device: Device::Cuda(index),
             },
