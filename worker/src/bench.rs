@@ -1,13 +1,14 @@
-//! How fast the training step is: forward and backward over random tokens, with random weights of a model's shape; or with
-//! given ones, to compare what comes out with another program's.
+//! How fast the training step is: forward and backward over random tokens, or a whole optimizer step, with random weights of
+//! a model's shape; or with given ones, to compare what comes out with another program's.
 //!
 //! Random weights are drawn on the device: matrices from N(0, 0.02), norms' gains 1, biases 0. Tokens are fresh in every pass,
 //! since a GPU computes faster on numbers that it has seen, and much faster on zeros.
 
-use std::{collections::BTreeMap, rc::Rc, time::Instant};
+use std::{collections::BTreeMap, convert::Infallible, rc::Rc, time::Instant};
 
 use rand::{SeedableRng, seq::index};
 use rand_chacha::ChaCha8Rng;
+use supra_recipes::schema::Optimizer;
 use tch::{Device, Kind, Tensor};
 
 use crate::{
@@ -17,12 +18,14 @@ use crate::{
         timed::{Component, Cost},
     },
     model::{Documents, LossInput, ModelConfig, Params},
-    optim::{Layout, Slot},
+    optim::{AdamW, Layout, Part, Replica, Slot, clip, replica::Kinds},
     step::{Policy, Step, StepError},
 };
 
 /// Standard deviation of the entries of matrices.
 const SPREAD: f64 = 0.02;
+/// Of the steps; it changes no time.
+const LEARNING_RATE: f64 = 1e-5;
 /// Passes whose components are timed, after the others: marks on the stream cost a little.
 const WATCHED: u32 = 2;
 
@@ -41,6 +44,9 @@ pub struct StepBench {
     pub policy: Policy,
     /// Number format of weights and activations.
     pub precision: Kind,
+    /// Micro-batches of an optimizer step, with clipping and AdamW, which then is a pass; 0: forward and backward of one
+    /// micro-batch are a pass.
+    pub micro_batches: u32,
     /// Passes before the clock runs.
     pub warmup: u32,
     /// Passes that are timed.
@@ -67,11 +73,11 @@ pub struct Given {
 pub struct Measured {
     /// Parameters of the model.
     pub parameters: i64,
-    /// Seconds of each timed pass, forward and backward of one micro-batch.
+    /// Seconds of each timed pass.
     pub seconds: Vec<f64>,
     /// Mean loss of the last pass, in nats per token.
     pub loss: f64,
-    /// L2 norm of the gradient of the mean loss over all passes, the untimed ones too.
+    /// L2 norm of the gradient of the mean loss of the last pass.
     pub gradient_norm: f64,
     /// Where the time of one more pass goes.
     pub components: BTreeMap<Component, Cost>,
@@ -96,28 +102,34 @@ impl StepBench {
         let device = place.device;
         tch::manual_seed(self.seed);
         let layout = Layout::new(&self.config.params(), false, 1);
-        let weights_flat = Tensor::zeros([layout.elements()], (self.precision, device));
-        let gradient_flat = Tensor::zeros([layout.elements()], (Kind::Float, device));
+        let mut state = self.state(&layout, device);
         for slot in layout.slots() {
-            let mut weight = slot.view(&weights_flat);
+            let mut weight = state.weights().get(&slot.name).shallow_clone();
             match &self.given {
                 Some(given) => weight.copy_(given.weights.get(&slot.name)),
                 None => draw(&mut weight, slot),
             }
         }
-        let (weights, gradients) = (layout.views(&weights_flat), layout.views(&gradient_flat));
         let documents = self.documents(device);
-        let timed = Rc::new(Timed::new(kernels.clone(), device)?);
+        let timed = Rc::new(Timed::new(kernels, device)?);
         let mut step = Step::new(self.config.clone(), timed.clone(), self.policy, device);
-        let mut loss = f64::NAN;
+        let targets = (self.batch * self.tokens) as f64 * f64::from(self.micro_batches.max(1));
+        let (mut loss, mut passes) = (f64::NAN, 0.0);
         let mut pass = || -> Result<f64, StepError> {
             synchronize(device);
             let clock = Instant::now();
-            let input = self.input(device, documents.as_ref());
-            step.accumulate(&weights, &gradients, &input, 0.0, &mut || false)?;
+            state.begin();
+            for _ in 0..self.micro_batches.max(1) {
+                let input = self.input(device, documents.as_ref());
+                step.accumulate(state.weights(), state.gradients(), &input, 0.0, &mut || {
+                    false
+                })?;
+            }
+            state.update(timed.as_ref(), targets);
             synchronize(device);
             let seconds = clock.elapsed().as_secs_f64();
-            loss = step.take_loss().cross_entropy / self.targets();
+            loss = step.take_loss().cross_entropy / targets;
+            passes += 1.0;
             Ok(seconds)
         };
         for _ in 0..self.warmup {
@@ -131,22 +143,40 @@ impl StepBench {
         }
         let costs = timed.take()?.into_iter();
         let components = costs.map(|(component, cost)| (component, cost / f64::from(WATCHED)));
-        let passes = f64::from(self.warmup + self.passes + WATCHED);
-        let norm = kernels.squared_norm(&[gradient_flat]).sqrt();
-        kernels.check()?;
+        let components = components.collect();
+        let gradient_norm = state.gradient_norm(timed.as_ref()) / targets;
+        timed.check()?;
         Ok(Measured {
             parameters: layout.numbers(),
             seconds: seconds?,
             loss,
-            gradient_norm: norm / (passes * self.targets()),
-            components: components.collect(),
+            gradient_norm: gradient_norm / if self.micro_batches == 0 { passes } else { 1.0 },
+            components,
             watched,
             bandwidth: timed.bandwidth(),
         })
     }
 
-    fn targets(&self) -> f64 {
-        (self.batch * self.tokens) as f64
+    fn state(&self, layout: &Layout, device: Device) -> State {
+        if self.micro_batches == 0 {
+            let weights = Tensor::zeros([layout.elements()], (self.precision, device));
+            let gradient = Tensor::zeros([layout.elements()], (Kind::Float, device));
+            return State::Passes {
+                weights: layout.views(&weights),
+                gradients: layout.views(&gradient),
+                gradient,
+            };
+        }
+        let kinds = Kinds {
+            parameters: self.precision,
+            moments: Kind::Float,
+        };
+        let optimizer = Optimizer::default();
+        State::Steps {
+            replica: Replica::new(layout.clone(), Part::WHOLE, kinds, device),
+            adamw: AdamW::new(&optimizer, self.seed.cast_unsigned()),
+            clip: optimizer.clip,
+        }
     }
 
     fn input(&self, device: Device, documents: Option<&Documents>) -> LossInput {
@@ -183,6 +213,73 @@ impl StepBench {
             })
             .collect();
         Some(Documents::from_starts(&rows, self.tokens as usize).to_device(device))
+    }
+}
+
+/// What a benchmark computes on.
+enum State {
+    Passes {
+        weights: Params,
+        gradients: Params,
+        /// All gradients, flat.
+        gradient: Tensor,
+    },
+    Steps {
+        replica: Replica,
+        adamw: AdamW,
+        clip: f64,
+    },
+}
+
+impl State {
+    fn weights(&self) -> &Params {
+        match self {
+            State::Passes { weights, .. } => weights,
+            State::Steps { replica, .. } => replica.params(),
+        }
+    }
+
+    fn gradients(&self) -> &Params {
+        match self {
+            State::Passes { gradients, .. } => gradients,
+            State::Steps { replica, .. } => replica.gradients(),
+        }
+    }
+
+    /// A step forgets the gradient of the one before; without steps gradients add up over all passes.
+    fn begin(&mut self) {
+        if let State::Steps { replica, .. } = self {
+            replica.zero_gradient();
+        }
+    }
+
+    /// Updates the weights as training does, if steps are measured.
+    fn update(&mut self, kernels: &dyn Kernels, targets: f64) {
+        let State::Steps {
+            replica,
+            adamw,
+            clip,
+        } = self
+        else {
+            return;
+        };
+        let norm = kernels
+            .squared_norm(&replica.gradient_of(Part::WHOLE))
+            .sqrt()
+            / targets;
+        let scale = clip::coefficient(norm, *clip) / targets;
+        let Ok(()) = adamw.update(kernels, replica, LEARNING_RATE, scale, |_| {
+            Ok::<_, Infallible>(())
+        });
+    }
+
+    /// L2 norm of the gradient sum.
+    fn gradient_norm(&self, kernels: &dyn Kernels) -> f64 {
+        let squares = match self {
+            State::Passes { gradient, .. } => kernels.squared_norm(std::slice::from_ref(gradient)),
+            State::Steps { replica, .. } => kernels.squared_norm(&replica.gradient_of(Part::WHOLE)),
+        };
+        squares.sqrt()
     }
 }
 

@@ -36,7 +36,7 @@ pub struct Bench {
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// Time forward and backward of a micro-batch
+    /// Time forward and backward of a micro-batch, or whole optimizer steps
     Step(Step),
 }
 
@@ -51,7 +51,7 @@ enum Shape {
     Llama2_7b,
 }
 
-/// Times forward and backward of a micro-batch; gradients add up in fp32, as in training.
+/// Times forward and backward of a micro-batch, or whole optimizer steps; gradients add up in fp32, as in training.
 #[derive(Debug, Args)]
 struct Step {
     /// Shape of the model
@@ -84,6 +84,9 @@ struct Step {
     /// Safetensors file with `inputs` and `targets`, i64 [B, T], to take in place of random tokens, with --model
     #[arg(long, value_name = "FILE", requires = "model", conflicts_with_all = ["batch", "sequence_length"])]
     tokens: Option<PathBuf>,
+    /// Time optimizer steps of N micro-batches, with clipping and AdamW, in place of passes over one
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
+    micro_batches: Option<u32>,
     /// Timed passes, after three that are not
     #[arg(long, default_value_t = 10, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     passes: u32,
@@ -130,6 +133,8 @@ struct Answer {
     batch: i64,
     sequence_length: i64,
     documents: i64,
+    /// Of an optimizer step; 0: forward and backward only.
+    micro_batches: u32,
     policy: Keep,
     /// Median over the passes.
     milliseconds: f64,
@@ -202,6 +207,7 @@ impl Step {
             documents: self.documents,
             policy: self.policy.into(),
             precision,
+            micro_batches: self.micro_batches.unwrap_or(0),
             warmup: WARMUP,
             passes: self.passes,
             seed: i64::from(self.seed),
@@ -263,7 +269,8 @@ impl Step {
     }
 
     fn answer(&self, bench: &StepBench, measured: &Measured, place: &Place) -> Answer {
-        let tokens_per_second = (bench.batch * bench.tokens) as f64 / measured.median();
+        let tokens = (bench.batch * bench.tokens) as f64 * f64::from(bench.micro_batches.max(1));
+        let tokens_per_second = tokens / measured.median();
         Answer {
             device: place.model.clone(),
             parameters: measured.parameters,
@@ -271,6 +278,7 @@ impl Step {
             batch: bench.batch,
             sequence_length: bench.tokens,
             documents: bench.documents,
+            micro_batches: bench.micro_batches,
             policy: self.policy,
             milliseconds: measured.median() * 1e3,
             tokens_per_second,
