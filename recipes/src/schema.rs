@@ -1,5 +1,6 @@
 //! The typed recipe: units, defaults, validation, and errors that point at the line.
 
+mod base;
 mod bounds;
 mod check;
 mod explain;
@@ -11,9 +12,10 @@ mod report;
 mod syntax;
 mod units;
 
+pub use base::{Base, Shape};
 pub use recipe::{
-    Activations, Attention, Base, Batch, Budget, Checkpoint, Data, Decay, Model, NonFinite,
-    Optimizer, Precision, Recipe, Reduction, ReplicaCheck, RopeFrequencies, Weights, Workers,
+    Activations, Attention, Batch, Budget, Checkpoint, Data, Decay, Model, NonFinite,
+    Optimizer, Precision, Recipe, Reduction, ReplicaCheck, RopeFrequencies, Workers,
     json_schema,
 };
 pub use report::RecipeError;

@@ -355,7 +355,7 @@ impl Trainer {
         let contents = Contents {
             replica: &self.replica,
             config: &self.config,
-            base: &recipe.base.path,
+            base: recipe.base.directory(),
             manifest,
         };
         let receipt = checkpoint::write::write(&job.checkpoint_root, contents)?;

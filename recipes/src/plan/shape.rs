@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::schema::Attention;
+use crate::schema::{Attention, Shape};
 
 /// The dimensions that decide what a model needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -212,6 +212,15 @@ impl ModelShape {
         };
         let embeddings = self.vocab * self.dim * if self.tied { 1 } else { 2 };
         embeddings + self.layers * (layer + new) + self.dim
+    }
+}
+
+impl From<Shape> for ModelShape {
+    fn from(shape: Shape) -> ModelShape {
+        match shape {
+            Shape::Mistral7b => ModelShape::MISTRAL_7B,
+            Shape::Llama2_7b => ModelShape::LLAMA2_7B,
+        }
     }
 }
 

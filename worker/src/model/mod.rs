@@ -33,7 +33,7 @@ pub use documents::Documents;
 pub use error::ModelError;
 pub use files::load::{LoadReport, NewWeights, load_params};
 pub use files::save::{SaveFormat, save_model};
-pub use init::{init_all, init_new};
+pub use init::{init_all, init_new, init_one};
 pub use loss::{LossInput, LossSum};
 pub use params::{ParamSpec, Params};
 pub use state::State;

@@ -7,7 +7,7 @@ use supra_data::{Manifest, Reader};
 use supra_recipes::{
     Plan,
     plan::{Policy, VERSION},
-    schema::{self, Attention, Precision, Recipe, Weights},
+    schema::{self, Attention, Base, Precision, Recipe},
 };
 use tch::{Kind, Tensor};
 
@@ -44,7 +44,13 @@ impl Start {
         let reader = Reader::open(&recipe.data.train, u64::from(recipe.batch.sequence_length))?;
         let plan = Plan::new(recipe, reader.windows(), reader.manifest().hash())?;
         let config = trained_config(recipe)?;
-        check_data(reader.manifest(), &config, &recipe.base.path).map_err(TrainError::Mismatch)?;
+        check_data(
+            reader.manifest(),
+            &config,
+            &recipe.base.to_string(),
+            recipe.base.directory(),
+        )
+        .map_err(TrainError::Mismatch)?;
         // Before anything is on the device.
         let (policy, why) = policy::choose(recipe, &config.shape(), job.world, place.free_memory)?;
         job.link.log("INFO", why);
@@ -89,7 +95,10 @@ impl Start {
 
 /// The configuration that a recipe trains: the base's, with the recipe's attention.
 fn trained_config(recipe: &Recipe) -> Result<ModelConfig, TrainError> {
-    let base = ModelConfig::load(&recipe.base.path)?;
+    let base = match &recipe.base {
+        Base::Pretrained(path) | Base::Untrained(path) => ModelConfig::load(path)?,
+        Base::Random(shape) => ModelConfig::named(*shape),
+    };
     base.check_sequence_length(i64::from(recipe.batch.sequence_length))?;
     let attention = match recipe.attention {
         Attention::Softmax => AttentionKind::Softmax,
@@ -119,13 +128,13 @@ fn trained_config(recipe: &Recipe) -> Result<ModelConfig, TrainError> {
         {
             Err(TrainError::Mismatch(format!(
                 "{} is a SUPRA model with {there:?}, but the recipe's `model` says {asked:?}. Change the recipe",
-                recipe.base.path.display()
+                recipe.base
             )))
         }
         (AttentionKind::Supra(_), AttentionKind::Softmax) => Err(TrainError::Mismatch(format!(
             "{} is a SUPRA model already, but the recipe says attention: softmax. Write attention: supra, or take a \
              softmax base",
-            recipe.base.path.display()
+            recipe.base
         ))),
         _ => Ok(base.with_attention(attention)),
     }
@@ -133,11 +142,10 @@ fn trained_config(recipe: &Recipe) -> Result<ModelConfig, TrainError> {
 
 /// First values of all weights: from the base, with new ones drawn from the recipe's seed, or all from the seed.
 fn base_params(recipe: &Recipe, config: &ModelConfig) -> Result<Params, TrainError> {
-    match recipe.base.weights {
-        Weights::Random => Ok(model::init_all(config, recipe.seed)),
-        Weights::Pretrained => {
-            let (params, _) =
-                model::load_params(&recipe.base.path, config, NewWeights::Seeded(recipe.seed))?;
+    match &recipe.base {
+        Base::Untrained(_) | Base::Random(_) => Ok(model::init_all(config, recipe.seed)),
+        Base::Pretrained(path) => {
+            let (params, _) = model::load_params(path, config, NewWeights::Seeded(recipe.seed))?;
             Ok(params)
         }
     }
@@ -152,20 +160,28 @@ fn flatten(layout: &Layout, params: &Params) -> Tensor {
     Tensor::cat(&parts, 0)
 }
 
-/// Refuses data that another tokenizer made than the one in `model`, the directory of the model.
-pub fn check_data(manifest: &Manifest, config: &ModelConfig, model: &Path) -> Result<(), String> {
+/// Refuses data that does not fit the vocabulary of the model called `name`, or that another tokenizer made than the one
+/// in the model's directory.
+pub fn check_data(
+    manifest: &Manifest,
+    config: &ModelConfig,
+    name: &str,
+    directory: Option<&Path>,
+) -> Result<(), String> {
     let data = manifest.path().display();
     if i64::from(manifest.vocabulary()) > config.vocab {
         return Err(format!(
-            "{data} was made with a vocabulary of {} tokens, the model in {} has {}. Tokenize the text with the model's \
+            "{data} was made with a vocabulary of {} tokens, the model {name} has {}. Tokenize the text with the model's \
              own tokenizer",
             manifest.vocabulary(),
-            model.display(),
             config.vocab
         ));
     }
-    let tokenizer = model.join("tokenizer.json");
-    let Ok(bytes) = fs::read(&tokenizer) else {
+    let found = directory.and_then(|directory| {
+        let path = directory.join("tokenizer.json");
+        Some((fs::read(&path).ok()?, path))
+    });
+    let Some((bytes, tokenizer)) = found else {
         // A model without a tokenizer can be trained; nothing can be compared.
         return Ok(());
     };
