@@ -14,9 +14,8 @@ mod units;
 
 pub use base::{Base, Shape};
 pub use recipe::{
-    Activations, Attention, Batch, Budget, Checkpoint, Data, Decay, Model, NonFinite,
-    Optimizer, Precision, Recipe, Reduction, ReplicaCheck, RopeFrequencies, Workers,
-    json_schema,
+    Activations, Attention, Batch, Budget, Checkpoint, Data, Decay, Model, NonFinite, Optimizer,
+    Precision, Recipe, Reduction, ReplicaCheck, RopeFrequencies, Workers, json_schema,
 };
 pub use report::RecipeError;
 pub use units::{Fraction, RunName, Tokens, UnitError, Warmup};

@@ -4,9 +4,7 @@ use std::path::Path;
 
 use supra_recipes::Recipe;
 use supra_recipes::plan::ModelShape;
-use supra_recipes::schema::{
-    Attention, Base, Budget, Decay, Precision, Shape, Tokens, Warmup,
-};
+use supra_recipes::schema::{Attention, Base, Budget, Decay, Precision, Shape, Tokens, Warmup};
 
 const SMALLEST: &str =
     "name: t\nbase: { path: b }\ndata: { train: d }\nbudget: { pretraining_tokens: 2T }\n";

@@ -78,9 +78,10 @@ impl Programs {
     }
 }
 
-/// Root of the repository that this was built from.
+/// Root of the repository: the one that this was built from, or, on another machine, where the scripts run everything.
 pub fn repository() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .unwrap_or(Path::new("/"))
+    let built_from = Path::new(env!("CARGO_MANIFEST_DIR")).parent();
+    built_from
+        .filter(|root| root.is_dir())
+        .unwrap_or(Path::new("."))
 }

@@ -4,7 +4,7 @@
 //! Random weights are drawn on the device: matrices from N(0, 0.02), norms' gains 1, biases 0. Tokens are fresh in every pass,
 //! since a GPU computes faster on numbers that it has seen, and much faster on zeros.
 
-use std::{rc::Rc, time::Instant};
+use std::{collections::BTreeMap, rc::Rc, time::Instant};
 
 use rand::{SeedableRng, seq::index};
 use rand_chacha::ChaCha8Rng;
@@ -12,7 +12,10 @@ use tch::{Device, Kind, Tensor};
 
 use crate::{
     device::Place,
-    kernels::Kernels,
+    kernels::{
+        Kernels, Timed,
+        timed::{Component, Cost},
+    },
     model::{Documents, LossInput, ModelConfig, Params},
     optim::{Layout, Slot},
     step::{Policy, Step, StepError},
@@ -20,6 +23,8 @@ use crate::{
 
 /// Standard deviation of the entries of matrices.
 const SPREAD: f64 = 0.02;
+/// Passes whose components are timed, after the others: marks on the stream cost a little.
+const WATCHED: u32 = 2;
 
 /// What is measured.
 #[derive(Debug)]
@@ -68,6 +73,12 @@ pub struct Measured {
     pub loss: f64,
     /// L2 norm of the gradient of the mean loss over all passes, the untimed ones too.
     pub gradient_norm: f64,
+    /// Where the time of one more pass goes.
+    pub components: BTreeMap<Component, Cost>,
+    /// Seconds of that pass.
+    pub watched: f64,
+    /// Bytes per second between a GPU's memory and its processors, at most.
+    pub bandwidth: Option<f64>,
 }
 
 impl Measured {
@@ -96,29 +107,42 @@ impl StepBench {
         }
         let (weights, gradients) = (layout.views(&weights_flat), layout.views(&gradient_flat));
         let documents = self.documents(device);
-        let mut step = Step::new(self.config.clone(), kernels.clone(), self.policy, device);
-        let mut measured = Measured {
-            parameters: layout.elements(),
-            seconds: Vec::new(),
-            loss: f64::NAN,
-            gradient_norm: f64::NAN,
-        };
-        for pass in 0..self.warmup + self.passes {
+        let timed = Rc::new(Timed::new(kernels.clone(), device)?);
+        let mut step = Step::new(self.config.clone(), timed.clone(), self.policy, device);
+        let mut loss = f64::NAN;
+        let mut pass = || -> Result<f64, StepError> {
             synchronize(device);
             let clock = Instant::now();
             let input = self.input(device, documents.as_ref());
             step.accumulate(&weights, &gradients, &input, 0.0, &|| false)?;
             synchronize(device);
-            if pass >= self.warmup {
-                measured.seconds.push(clock.elapsed().as_secs_f64());
-            }
-            measured.loss = step.take_loss().cross_entropy / self.targets();
+            let seconds = clock.elapsed().as_secs_f64();
+            loss = step.take_loss().cross_entropy / self.targets();
+            Ok(seconds)
+        };
+        for _ in 0..self.warmup {
+            pass()?;
         }
-        let passes = f64::from(self.warmup + self.passes);
+        let seconds: Result<Vec<f64>, StepError> = (0..self.passes).map(|_| pass()).collect();
+        timed.start();
+        let mut watched = 0.0;
+        for _ in 0..WATCHED {
+            watched += pass()? / f64::from(WATCHED);
+        }
+        let costs = timed.take()?.into_iter();
+        let components = costs.map(|(component, cost)| (component, cost / f64::from(WATCHED)));
+        let passes = f64::from(self.warmup + self.passes + WATCHED);
         let norm = kernels.squared_norm(&gradient_flat).sqrt();
         kernels.check()?;
-        measured.gradient_norm = norm / (passes * self.targets());
-        Ok(measured)
+        Ok(Measured {
+            parameters: layout.elements(),
+            seconds: seconds?,
+            loss,
+            gradient_norm: norm / (passes * self.targets()),
+            components: components.collect(),
+            watched,
+            bandwidth: timed.bandwidth(),
+        })
     }
 
     fn targets(&self) -> f64 {

@@ -15,7 +15,10 @@ use std::{rc::Rc, time::Instant};
 
 use supra_agent::{CheckpointWritten, Formed, Job, Outcome, Phase, StepReport, Voided};
 use supra_data::{Batch, Loader, Prefetch};
-use supra_recipes::{Digest, Plan, plan::VERSION};
+use supra_recipes::{
+    Digest, Plan,
+    plan::{VERSION, memory::gib},
+};
 
 pub use error::TrainError;
 pub use micro::MicroBatch;
@@ -146,7 +149,7 @@ impl Trainer {
         let loader = Loader::new(reader, plan.clone());
         Ok(Trainer {
             batches: Prefetch::start(loader, step + 1, job.rank, job.world, READ_AHEAD),
-            adamw: AdamW::new(&job.recipe.optimizer),
+            adamw: AdamW::new(&job.recipe.optimizer, job.recipe.seed),
             passes: Step::new(config.clone(), kernels.clone(), policy, place.device),
             config,
             kernels,
@@ -216,6 +219,11 @@ impl Trainer {
 
     /// Parts from the other ranks in order.
     fn leave(self, outcome: Outcome) -> Result<Outcome, TrainError> {
+        // What libtorch has taken it keeps, so this is the most that there was.
+        if let Some(bytes) = self.place.memory_in_use() {
+            let text = format!("memory of the GPU in use: {bytes} bytes, {}", gib(bytes));
+            self.job.link.log("INFO", text);
+        }
         self.collective.finish()?;
         Ok(outcome)
     }

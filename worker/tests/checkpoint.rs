@@ -6,7 +6,7 @@ use supra_agent::{FaultKind, Outcome};
 use supra_worker::{
     checkpoint::{self, CheckpointError, Manifest},
     model::{self, ModelConfig, NewWeights},
-    optim::Layout,
+    optim::{Kinds, Layout},
 };
 use tch::{Device, Kind};
 
@@ -64,8 +64,11 @@ fn a_checkpoint_says_what_it_is_and_is_a_model_directory() {
     let (params, report) = model::load_params(&dir, &config, NewWeights::Refuse).unwrap();
     assert!(report.missing.is_empty());
     let layout = Layout::new(&config.params(), false);
-    let replica =
-        checkpoint::read::replica(&dir, &manifest, layout, Kind::Float, Device::Cpu).unwrap();
+    let kinds = Kinds {
+        parameters: Kind::Float,
+        moments: Kind::Float,
+    };
+    let replica = checkpoint::read::replica(&dir, &manifest, layout, kinds, Device::Cpu).unwrap();
     for (name, tensor) in params.iter() {
         assert_eq!(tensor, replica.params().get(name), "{name}");
     }

@@ -18,7 +18,7 @@ pub(super) const DEFAULT_FRACTION: f64 = 0.05;
 pub struct Recipe {
     /// Name of the run.
     pub name: RunName,
-    /// Seed of the initialisation of new weights.
+    /// Seed of the initialisation of new weights, and of the rounding of bf16 moments.
     #[serde(default = "default_seed")]
     pub seed: u64,
     /// The model that training begins with.
@@ -95,7 +95,7 @@ pub enum RopeFrequencies {
     Bf16,
 }
 
-/// Arithmetic of forward and backward; masters, moments and accumulation are fp32 either way.
+/// Form of floating-point numbers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
@@ -120,7 +120,7 @@ pub struct Model {
     #[serde(deserialize_with = "bounds::counting")]
     #[schemars(range(min = 1))]
     pub chunk: u32,
-    /// Arithmetic of forward and backward.
+    /// Arithmetic of forward and backward; masters and accumulation are fp32 either way.
     pub precision: Precision,
 }
 
@@ -292,6 +292,10 @@ pub struct Optimizer {
     #[serde(deserialize_with = "bounds::not_negative")]
     #[schemars(range(min = 0))]
     pub z_loss: f64,
+    /// Form in which the two moments are kept; bf16 is rounded at random, so that small updates are not lost.
+    pub moments: Precision,
+    /// What GPUs divide among themselves of what the optimizer keeps.
+    pub sharding: Sharding,
 }
 
 impl Default for Optimizer {
@@ -306,8 +310,21 @@ impl Default for Optimizer {
             decay_norms_and_biases: false,
             clip: 1.0,
             z_loss: 0.0,
+            moments: Precision::Fp32,
+            sharding: Sharding::default(),
         }
     }
+}
+
+/// What ranks divide among themselves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Sharding {
+    /// Nothing: every rank keeps all.
+    #[default]
+    None,
+    /// Moments and remainders of masters, 1 / ranks each (ZeRO, arXiv 1910.02054, stage 1).
+    Zero1,
 }
 
 /// How GPUs add their gradients. Between CPUs the order is always one that only the number of ranks decides.

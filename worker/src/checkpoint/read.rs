@@ -14,7 +14,7 @@ use super::{
     CheckpointError, EXP_AVG, EXP_AVG_SQ, MANIFEST, Manifest,
     manifest::{Slice, StoredFile},
 };
-use crate::optim::{Layout, Replica};
+use crate::optim::{Kinds, Layout, Replica};
 
 /// Reads the manifest of a published checkpoint; with `hash`, only the one that has this BLAKE3.
 pub fn manifest(dir: &Path, hash: Option<&[u8; 32]>) -> Result<Manifest, CheckpointError> {
@@ -37,7 +37,7 @@ pub fn replica(
     dir: &Path,
     manifest: &Manifest,
     layout: Layout,
-    precision: Kind,
+    kinds: Kinds,
     device: Device,
 ) -> Result<Replica, CheckpointError> {
     let mut flats = Flats::new(dir, manifest, &layout, device)?;
@@ -53,9 +53,9 @@ pub fn replica(
         flats.copy(name, &path, &bytes)?;
     }
     let [masters, exp_avg, exp_avg_sq] = flats.finish(dir)?;
-    let mut replica = Replica::new(layout, masters, precision, device);
-    replica.exp_avg = exp_avg;
-    replica.exp_avg_sq = exp_avg_sq;
+    let mut replica = Replica::new(layout, masters, kinds, device);
+    replica.exp_avg = exp_avg.to_kind(kinds.moments);
+    replica.exp_avg_sq = exp_avg_sq.to_kind(kinds.moments);
     replica.updates = manifest.updates;
     Ok(replica)
 }

@@ -8,6 +8,7 @@ use std::{
 };
 
 use serde_json::json;
+use tch::Kind;
 
 use super::{
     CheckpointError, EXP_AVG, EXP_AVG_SQ, MANIFEST, Manifest, PENDING,
@@ -130,12 +131,13 @@ impl Writer<'_> {
     /// The masters, in files that any reader of model directories understands.
     fn model(&mut self, replica: &Replica) -> Result<(), CheckpointError> {
         let slots = replica.layout().slots();
+        let masters = replica.masters();
         let entries = slots
             .iter()
             .map(|slot| Entry {
                 key: slot.name.clone(),
                 slot,
-                flat: &replica.masters,
+                flat: &masters,
             })
             .collect();
         let names = self.tensors("model", entries)?;
@@ -160,10 +162,10 @@ impl Writer<'_> {
 
     fn optimizer(&mut self, replica: &Replica) -> Result<(), CheckpointError> {
         let moments = [
-            (EXP_AVG, &replica.exp_avg),
-            (EXP_AVG_SQ, &replica.exp_avg_sq),
+            (EXP_AVG, replica.exp_avg.to_kind(Kind::Float)),
+            (EXP_AVG_SQ, replica.exp_avg_sq.to_kind(Kind::Float)),
         ];
-        let entries = moments.into_iter().flat_map(|(prefix, flat)| {
+        let entries = moments.iter().flat_map(|(prefix, flat)| {
             let slots = replica.layout().slots().iter();
             slots.map(move |slot| Entry {
                 key: format!("{prefix}{}", slot.name),

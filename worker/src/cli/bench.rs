@@ -12,7 +12,10 @@ use supra_worker::{
     bench::{Given, Measured, StepBench},
     device::Place,
     failure::chain,
-    kernels::{self, Choice},
+    kernels::{
+        self, Choice,
+        timed::{Component, Cost},
+    },
     model::{AttentionKind, ModelConfig, NewWeights, SupraConfig, load_params},
     step::Policy,
 };
@@ -138,6 +141,29 @@ struct Answer {
     loss: f64,
     gradient_norm: f64,
     seconds: Vec<f64>,
+    /// Where the time of a pass goes, with marks between the calls.
+    components: Vec<Line>,
+}
+
+/// One component of a pass.
+#[derive(Serialize)]
+struct Line {
+    component: Part,
+    milliseconds: f64,
+    /// Of the pass.
+    share: f64,
+    flops_per_second: f64,
+    bytes_per_second: f64,
+    /// What the GPU's peaks, of products or of memory, would allow at best.
+    roofline_milliseconds: Option<f64>,
+}
+
+/// A component, or what no component took.
+#[derive(Clone, Copy, Serialize)]
+#[serde(untagged)]
+enum Part {
+    Of(Component),
+    Rest(&'static str),
 }
 
 impl Bench {
@@ -191,6 +217,7 @@ impl Step {
         if self.json {
             return out::json(&answer);
         }
+        out::line(&answer.components())?;
         out::line(&format!(
             "{:.1} ms, {:.0} tokens/s, {:.1} % of {:.0} TFLOP/s, {} on {}",
             answer.milliseconds,
@@ -252,8 +279,63 @@ impl Step {
             loss: measured.loss,
             gradient_norm: measured.gradient_norm,
             seconds: measured.seconds.clone(),
+            components: lines(measured),
         }
     }
+}
+
+impl Answer {
+    /// A table of the components.
+    fn components(&self) -> String {
+        let mut table =
+            "component          ms    share   TFLOP/s     TB/s   roofline ms\n".to_owned();
+        for line in &self.components {
+            let name = match line.component {
+                Part::Of(component) => format!("{component:?}").to_lowercase(),
+                Part::Rest(name) => name.to_owned(),
+            };
+            let roofline = line
+                .roofline_milliseconds
+                .map_or("-".to_owned(), |milliseconds| format!("{milliseconds:.1}"));
+            table += &format!(
+                "{name:<12} {:>8.1} {:>7.1}% {:>9.1} {:>8.2} {roofline:>13}\n",
+                line.milliseconds,
+                100.0 * line.share,
+                line.flops_per_second / 1e12,
+                line.bytes_per_second / 1e12,
+            );
+        }
+        table
+    }
+}
+
+/// The components of a pass and, last, what none of them took: other operations of libtorch and an idle device.
+fn lines(measured: &Measured) -> Vec<Line> {
+    let whole = measured.watched * 1e3;
+    let line = |component, cost: Cost| Line {
+        component,
+        milliseconds: cost.milliseconds,
+        share: cost.milliseconds / whole,
+        flops_per_second: cost.flops / cost.milliseconds * 1e3,
+        bytes_per_second: cost.bytes / cost.milliseconds * 1e3,
+        roofline_milliseconds: measured
+            .bandwidth
+            .map(|bandwidth| 1e3 * (cost.flops / PEAK).max(cost.bytes / bandwidth)),
+    };
+    let busy: f64 = measured
+        .components
+        .values()
+        .map(|cost| cost.milliseconds)
+        .sum();
+    let rest = Cost {
+        milliseconds: whole - busy,
+        ..Cost::default()
+    };
+    let parts = measured.components.iter();
+    parts
+        .map(|(component, cost)| line(Part::Of(*component), *cost))
+        .chain([line(Part::Rest("other, idle"), rest)])
+        .collect()
 }
 
 fn flops_per_token(bench: &StepBench) -> f64 {

@@ -1,7 +1,8 @@
-//! The elementwise and attention work of a training step: everything between the matrix products, and the optimizer.
+//! The work of a training step: matrix products, everything between them, and the optimizer.
 //!
 //! One contract, [`Kernels`], whose implementations compute the same functions. [`Twin`] is plain libtorch: it serves the
 //! processor, fp32 and fp64, and is what tests compare with. [`cuda`] launches kernels of our own on bf16 tensors of a GPU.
+//! Matrix products are libtorch's in both. [`Timed`] lets either work and takes the time.
 //!
 //! Every output is a buffer of the caller's and is written completely, unless its name ends in `_sum`: then it is added
 //! to. Tensors are contiguous unless said otherwise. Letters beside the model's own: n = B T tokens, x what is said
@@ -9,6 +10,9 @@
 //! fp64 weights fp64. Whatever stands between inputs and outputs is not rounded to the compute kind unless said.
 
 pub mod cuda;
+pub mod mix;
+mod products;
+pub mod timed;
 pub mod twin;
 
 use std::{cell::OnceCell, rc::Rc};
@@ -17,6 +21,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::model::{ModelConfig, attention::chunkwise::Chunkwise};
 pub use cuda::{CudaKernels, KernelError};
+pub use timed::Timed;
 pub use twin::Twin;
 
 /// Who computes, and what people should know about it.
@@ -47,8 +52,24 @@ pub fn on(device: Device, kind: Kind, config: &ModelConfig) -> Result<Choice, Ke
     })
 }
 
-/// What blocks, embedding and loss need besides matrix products, forward and backward, and what the optimizer needs.
+/// What blocks, embedding and loss need, forward and backward, and what the optimizer needs.
 pub trait Kernels {
+    /// The matrix product of a linear layer: `y_no` = x W^T. Rows may be strided, here and in its gradients: slices of wider
+    /// matrices go in and out without a copy.
+    fn linear(&self, x_ni: &Tensor, weight_oi: &Tensor, y_no: &Tensor) {
+        products::linear(x_ni, weight_oi, y_no);
+    }
+
+    /// Its gradient of the input: `dx_ni` = dy W.
+    fn linear_input_gradient(&self, dy_no: &Tensor, weight_oi: &Tensor, dx_ni: &Tensor) {
+        products::input_gradient(dy_no, weight_oi, dx_ni);
+    }
+
+    /// Its gradient of the weight: dW += dy^T x, summed in the kind of `dweight_oi_sum`.
+    fn linear_weight_gradient(&self, dy_no: &Tensor, x_ni: &Tensor, dweight_oi_sum: &Tensor) {
+        products::weight_gradient(dy_no, x_ni, dweight_oi_sum);
+    }
+
     /// Residual and RMSNorm. The normed stream s is `x_nd`, or `x_nd + delta_nd` rounded to the compute kind:
     /// `rstd_n` = 1 / sqrt(mean(s^2) + eps), `normed_nd` = round(s * rstd) * gain.
     fn add_rms_norm(
@@ -160,8 +181,26 @@ pub trait Kernels {
     /// Its last bits depend on the device and the thread count, so ranks agree on one rank's value.
     fn squared_norm(&self, flat_m: &Tensor) -> f64;
 
-    /// One update of [`AdamW`](crate::optim::AdamW). Elementwise, each operation rounded to fp32 by itself.
+    /// Splits masters (fp32) into what the model computes on, `param_m` (bf16), and `remainder_m` (i16): the master to the
+    /// nearest bf16 number, ties away from zero, and the lower half of its bits. Nothing is lost: the parameter's bits,
+    /// 16 places up, plus the signed remainder are the master's bits. Any NaN becomes the quiet one, whose half is a NaN.
+    fn split(&self, master_m: &Tensor, param_m: &mut Tensor, remainder_m: &mut Tensor);
+
+    /// The masters again, to the bit, from what [`split`](Self::split) or [`adamw`](Self::adamw) made.
+    fn join(&self, param_m: &Tensor, remainder_m: &Tensor, master_m: &mut Tensor);
+
+    /// One update of [`AdamW`](crate::optim::AdamW). Elementwise, each operation rounded to fp32 by itself. Moments kept in
+    /// bf16 are rounded at random, up as often as makes the mean right (see [`Update::rounding`]), after the update has
+    /// used them.
     fn adamw(&self, shard: Shard<'_>, update: &Update);
+
+    /// What tells two buffers apart (fp32, bf16 or i16): for each of four keys drawn from `key` the sum, modulo 2^64, over
+    /// all numbers of a hash of the number's bits and index, `first` being that of the first one. Fingerprints of parts of
+    /// a buffer therefore add up to that of the whole. Waits for the device.
+    ///
+    /// # Errors
+    /// When it could not be had, for the kind of numbers or the device.
+    fn fingerprint(&self, flat_m: &Tensor, first: i64, key: u64) -> Result<[u64; 4], KernelError>;
 
     /// The first failure of any method since the last call: outputs of what failed were not written. Does not wait for
     /// the device.
@@ -232,20 +271,22 @@ pub struct HeadsGrad<'a> {
     pub dbiases_sum: Option<[&'a mut Tensor; 2]>,
 }
 
-/// The part of the flat buffers that one update changes: m numbers each.
+/// A part of the flat buffers that one update changes: m numbers each, contiguous, possibly views of larger buffers.
 pub struct Shard<'a> {
-    /// Masters: fp32 [m].
-    pub master_m: &'a mut Tensor,
+    /// What the model computes on, [m]: the masters themselves (fp32), or their upper halves (bf16).
+    pub param_m: &'a mut Tensor,
+    /// What [`Kernels::split`] leaves beside bf16 parameters: i16 [m].
+    pub remainder_m: Option<&'a mut Tensor>,
     /// Gradient sum: fp32 [m].
     pub gradient_m: &'a Tensor,
-    /// First moment: fp32 [m].
+    /// First moment: fp32 or bf16 [m].
     pub exp_avg_m: &'a mut Tensor,
-    /// Second moment: fp32 [m].
+    /// Second moment: likewise, of the same kind.
     pub exp_avg_sq_m: &'a mut Tensor,
-    /// The rounded masters, if the model computes on such: [m], compute kind.
-    pub compute_m: Option<&'a mut Tensor>,
     /// How many numbers, from the first one on, weight decay shrinks.
     pub decayed: i64,
+    /// Index of the first number among all parameters. Only random rounding looks at it.
+    pub first: i64,
 }
 
 /// What is the same for every number of one update; t is the number of the update, from 1.
@@ -263,6 +304,9 @@ pub struct Update {
     pub root_correction: f64,
     /// 1 - learning rate * weight decay.
     pub decay: f64,
+    /// Key of the random rounding of bf16 moments: from [`mix::number`] of this and the number's index come 16 bits for
+    /// the first moment (the highest) and 16 for the second (the next), which are added below the last place that is kept.
+    pub rounding: u64,
 }
 
 /// The decay of the heads over the rows of a batch, shared by all blocks.

@@ -31,9 +31,7 @@ pub fn init_new(config: &ModelConfig, seed: u64, spec: &ParamSpec) -> Tensor {
             config.heads
         };
     let bound = (fan_in as f64).sqrt().recip();
-    fill(spec, seed, |stream| {
-        bound * (2.0 * stream.uniform() - 1.0)
-    })
+    fill(spec, seed, |stream| bound * (2.0 * stream.uniform() - 1.0))
 }
 
 /// First value of any weight, for training from nothing, fp32 on the CPU: truncated normal, standard deviation

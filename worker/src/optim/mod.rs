@@ -1,4 +1,4 @@
-//! The optimizer: flat fp32 buffers, AdamW and clipping.
+//! The optimizer: flat buffers, AdamW and clipping.
 //!
 //! All parameters lie in one flat buffer, those with weight decay first, so that the optimizer is a
 //! handful of vector operations, the gradient is one all-reduce, and a shard is a range.
@@ -10,7 +10,7 @@ pub mod replica;
 
 pub use adamw::AdamW;
 pub use layout::{Layout, Slot};
-pub use replica::Replica;
+pub use replica::{Kinds, Replica};
 
 /// Elements that one of libtorch's vector operations on flat buffers touches: small enough for its temporaries to stay in
 /// cache on the processor and small beside the model on a GPU. Elementwise work does not depend on it.

@@ -1,14 +1,13 @@
 //! One transformer block by hand, forward and backward: x += attention(norm(x)); x += w3(silu(gate) * up) of norm(x).
 //!
 //! A layer's contribution waits in [`Scratch::work_nd`] until the next norm adds it to the residual stream, so that sum
-//! and norm are one pass over memory. Matrix products are libtorch's ([`linear`]), all else is [`Kernels`].
+//! and norm are one pass over memory. The work itself is [`Kernels`].
 
 use tch::Tensor;
 
 use super::{
     Policy,
     buffers::{BlockBuffers, Projected, Scratch, head_shape},
-    linear,
     qk_norm::QkNorm,
     softmax,
     tables::{Sight, Tables},
@@ -54,17 +53,21 @@ impl Block<'_> {
         );
         self.inside(at, scratch);
         self.kernels.swiglu(&at.gate_up_nx, &mut at.act_nf);
-        linear::forward(&at.act_nf, self.weights.w3, &scratch.work_nd);
+        self.kernels
+            .linear(&at.act_nf, self.weights.w3, &scratch.work_nd);
     }
 
     /// Everything between the first norm and the gate of the feed-forward layer.
     fn inside(&self, at: &mut BlockBuffers, scratch: &mut Scratch) {
         let weights = &self.weights;
         let projected = &at.projected;
-        linear::forward(&at.normed_in_nd, weights.in_proj, &projected.qkv_nx);
+        self.kernels
+            .linear(&at.normed_in_nd, weights.in_proj, &projected.qkv_nx);
         if let Some(maps) = &weights.features {
-            linear::forward(&projected.q_nx, maps.query.weight, &projected.pre_q_nx);
-            linear::forward(&projected.k_nx, maps.key.weight, &projected.pre_k_nx);
+            self.kernels
+                .linear(&projected.q_nx, maps.query.weight, &projected.pre_q_nx);
+            self.kernels
+                .linear(&projected.k_nx, maps.key.weight, &projected.pre_k_nx);
         }
         self.heads(at);
         let qkv = [&at.q_bhtd, &at.k_bktd, &at.v_bktd];
@@ -77,7 +80,8 @@ impl Block<'_> {
             }
         }
         self.tokens(at);
-        linear::forward(&at.o_nx, weights.out_proj, &scratch.work_nd);
+        self.kernels
+            .linear(&at.o_nx, weights.out_proj, &scratch.work_nd);
         let delta = Delta {
             delta_nd: &scratch.work_nd,
             sum_nd: &mut at.x_mid_nd,
@@ -93,7 +97,8 @@ impl Block<'_> {
             self.config.norm_eps,
             out,
         );
-        linear::forward(&at.normed_mid_nd, weights.w12, &at.gate_up_nx);
+        self.kernels
+            .linear(&at.normed_mid_nd, weights.w12, &at.gate_up_nx);
     }
 
     /// From the products of [`Projected`] to queries, keys and values by heads.
@@ -175,15 +180,19 @@ impl Block<'_> {
         scratch: &mut Scratch,
     ) {
         let weights = &self.weights;
-        linear::input_gradient(&scratch.dx_nd, weights.w3, &scratch.dact_nf);
+        self.kernels
+            .linear_input_gradient(&scratch.dx_nd, weights.w3, &scratch.dact_nf);
         // What was not kept comes back while gate and up are read anyway.
         let act_nf = (policy < Policy::Save).then_some(&mut at.act_nf);
         self.kernels
             .swiglu_backward(&mut at.gate_up_nx, &scratch.dact_nf, act_nf);
-        linear::weight_gradient(&scratch.dx_nd, &at.act_nf, dweights.w3);
+        self.kernels
+            .linear_weight_gradient(&scratch.dx_nd, &at.act_nf, dweights.w3);
         let dgate_up_nx = &at.gate_up_nx;
-        linear::weight_gradient(dgate_up_nx, &at.normed_mid_nd, dweights.w12);
-        linear::input_gradient(dgate_up_nx, weights.w12, &scratch.work_nd);
+        self.kernels
+            .linear_weight_gradient(dgate_up_nx, &at.normed_mid_nd, dweights.w12);
+        self.kernels
+            .linear_input_gradient(dgate_up_nx, weights.w12, &scratch.work_nd);
         self.kernels.rms_norm_backward(
             &scratch.work_nd,
             &at.x_mid_nd,
@@ -201,8 +210,10 @@ impl Block<'_> {
         scratch: &mut Scratch,
     ) {
         let weights = &self.weights;
-        linear::weight_gradient(&scratch.dx_nd, &at.o_nx, dweights.out_proj);
-        linear::input_gradient(&scratch.dx_nd, weights.out_proj, &scratch.work_nd);
+        self.kernels
+            .linear_weight_gradient(&scratch.dx_nd, &at.o_nx, dweights.out_proj);
+        self.kernels
+            .linear_input_gradient(&scratch.dx_nd, weights.out_proj, &scratch.work_nd);
         self.mixing_backward(at, scratch);
         self.heads_backward(dweights, at, scratch);
         let dprojected = &scratch.dprojected;
@@ -223,12 +234,16 @@ impl Block<'_> {
                     &dprojected.k_nx,
                 ),
             ] {
-                linear::weight_gradient(dpre_nx, x_nx, dmap.weight);
-                linear::input_gradient(dpre_nx, map.weight, dx_nx);
+                self.kernels
+                    .linear_weight_gradient(dpre_nx, x_nx, dmap.weight);
+                self.kernels
+                    .linear_input_gradient(dpre_nx, map.weight, dx_nx);
             }
         }
-        linear::weight_gradient(&dprojected.qkv_nx, &at.normed_in_nd, dweights.in_proj);
-        linear::input_gradient(&dprojected.qkv_nx, weights.in_proj, &scratch.work_nd);
+        self.kernels
+            .linear_weight_gradient(&dprojected.qkv_nx, &at.normed_in_nd, dweights.in_proj);
+        self.kernels
+            .linear_input_gradient(&dprojected.qkv_nx, weights.in_proj, &scratch.work_nd);
         self.kernels.rms_norm_backward(
             &scratch.work_nd,
             &at.x_in_nd,

@@ -1,13 +1,12 @@
 //! The training step by hand: forward and backward of the whole network, without autograd, into buffers that are there.
 //!
 //! It computes what [`Transformer::loss_sum`](crate::model::Transformer::loss_sum) and autograd compute, and is the only
-//! way to train. Elementwise and attention work is behind [`Kernels`]; matrix products are libtorch's. Gradients are
-//! added, in fp32 (beside fp64 weights in fp64), to tensors of the caller's. What the forward pass keeps is a
-//! [`Policy`]; whatever it does not keep is computed again by the same code, so gradients do not depend on it.
+//! way to train. The work itself is behind [`Kernels`]. Gradients are added, in fp32 (beside fp64 weights in fp64), to
+//! tensors of the caller's. What the forward pass keeps is a [`Policy`]; whatever it does not keep is computed again by the
+//! same code, so gradients do not depend on it.
 
 mod block;
 mod buffers;
-mod linear;
 mod qk_norm;
 mod softmax;
 mod tables;
@@ -223,7 +222,7 @@ impl<'a> Pass<'a> {
             let some = |x: &Tensor| x.narrow(0, start, c);
             let mut logits_cv = head.logits_cv.narrow(0, 0, c);
             let normed_cd = some(&head.normed_nd);
-            linear::forward(&normed_cd, output_vd, &logits_cv);
+            self.kernels.linear(&normed_cd, output_vd, &logits_cv);
             self.kernels.cross_entropy(
                 &mut logits_cv,
                 &some(&targets_n),
@@ -231,8 +230,10 @@ impl<'a> Pass<'a> {
                 z_loss,
                 loss_2,
             );
-            linear::weight_gradient(&logits_cv, &normed_cd, doutput_vd);
-            linear::input_gradient(&logits_cv, output_vd, &some(&scratch.work_nd));
+            self.kernels
+                .linear_weight_gradient(&logits_cv, &normed_cd, doutput_vd);
+            self.kernels
+                .linear_input_gradient(&logits_cv, output_vd, &some(&scratch.work_nd));
         }
 
         let _ = scratch.dx_nd.zero_();

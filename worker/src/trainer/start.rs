@@ -16,7 +16,7 @@ use crate::{
     checkpoint::{self, CheckpointError, Environment},
     device::Place,
     model::{self, AttentionKind, ModelConfig, NewWeights, Params, SupraConfig},
-    optim::{Layout, Replica},
+    optim::{Kinds, Layout, Replica},
 };
 
 /// Everything that a generation begins with.
@@ -55,16 +55,20 @@ impl Start {
         let (policy, why) = policy::choose(recipe, &config.shape(), job.world, place.free_memory)?;
         job.link.log("INFO", why);
         let layout = Layout::new(&config.params(), recipe.optimizer.decay_norms_and_biases);
-        let precision = match recipe.model.precision {
+        let kind = |precision| match precision {
             Precision::Bf16 => Kind::BFloat16,
             Precision::Fp32 => Kind::Float,
+        };
+        let kinds = Kinds {
+            parameters: kind(recipe.model.precision),
+            moments: kind(recipe.optimizer.moments),
         };
         let mut notes = Vec::new();
         let (replica, step) = match &job.restore {
             None => {
                 let params = base_params(recipe, &config)?;
                 let masters = flatten(&layout, &params);
-                (Replica::new(layout, masters, precision, place.device), 0)
+                (Replica::new(layout, masters, kinds, place.device), 0)
             }
             Some(restore) => {
                 let manifest =
@@ -74,7 +78,7 @@ impl Start {
                     &restore.path,
                     &manifest,
                     layout,
-                    precision,
+                    kinds,
                     place.device,
                 )?;
                 notes.extend(differences(&manifest, environment, job.world));

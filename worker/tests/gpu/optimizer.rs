@@ -1,16 +1,16 @@
-//! The optimizer's kernels: AdamW to the bit, the norm to the last digits of fp64.
+//! The optimizer's kernels: their twin's bits, the norm to the last digits of fp64.
 
 use std::time::Instant;
 
 use supra_recipes::schema::Optimizer;
 use supra_worker::{
-    kernels::{Kernels, Shard, Twin, Update, cuda::CudaKernels},
+    kernels::{Kernels, Shard, Twin, Update},
     model::ParamSpec,
-    optim::{AdamW, Layout, Replica},
+    optim::{AdamW, Kinds, Layout, Replica},
 };
 use tch::{Cuda, Device, Kind, Tensor};
 
-use super::bench::{GPU, distance, print_row};
+use super::bench::{GPU, print_row};
 use super::gpu;
 
 const UPDATE: Update = Update {
@@ -20,112 +20,223 @@ const UPDATE: Update = Update {
     step_size: 3e-4 / (1.0 - 0.9 * 0.9 * 0.9),
     root_correction: 0.377_655_927,
     decay: 1.0 - 3e-4 * 0.1,
+    rounding: 0xfeed_5eed_1234_5678,
 };
 
+/// Where parts begin in the buffers of these tests, and what is left behind them: neither is to be touched.
+const MARGIN: i64 = 64;
+
+/// Lengths of parts: ragged, whole, and of more than one round of all threads.
+const COUNTS: [i64; 5] = [1, 7, 4096, 4099, (1 << 23) + 5];
+
+fn part(flat: &Tensor, count: i64) -> Tensor {
+    flat.narrow(0, MARGIN, count)
+}
+
+/// Floats of any bits: NaN, infinite, subnormal and all.
+fn any_floats(count: i64) -> Tensor {
+    let bits = Tensor::randint_low(-(1 << 31), 1 << 31, [count], (Kind::Int64, Device::Cpu));
+    bits.to_kind(Kind::Int).view_dtype(Kind::Float)
+}
+
+/// Floats of either sign, about 2 to a power between these two.
+fn floats(count: i64, [least, most]: [f64; 2]) -> Tensor {
+    let normal = Tensor::randn([count], (Kind::Float, Device::Cpu));
+    let powers = normal.rand_like() * (most - least) + least;
+    normal * powers.exp2()
+}
+
+#[track_caller]
+fn assert_bits(name: &str, there: &Tensor, here: &Tensor) {
+    let [there, here] =
+        [there, here].map(|flat| flat.to_device(Device::Cpu).view_dtype(Kind::Int16));
+    let differing = there.ne_tensor(&here).sum(Kind::Int64).int64_value(&[]);
+    assert_eq!(differing, 0, "{name}: {differing} of {}", here.numel());
+}
+
 struct State {
-    master: Tensor,
+    param: Tensor,
+    remainder: Tensor,
     gradient: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
-    compute: Tensor,
 }
 
 impl State {
-    fn random(count: i64, device: Device) -> State {
-        let normal = || Tensor::randn([count], (Kind::Float, device));
+    /// Gradients from sizes whose squares are subnormal to large ones.
+    fn random(count: i64, moments: Kind) -> State {
+        let count = count + 2 * MARGIN;
+        let masters = floats(count, [-20.0, 4.0]);
+        let (mut param, mut remainder) = (
+            masters.to_kind(Kind::BFloat16),
+            masters.to_kind(Kind::Int16),
+        );
+        Twin.split(&masters, &mut param, &mut remainder);
         State {
-            master: normal(),
-            gradient: normal(),
-            exp_avg: normal(),
-            exp_avg_sq: normal().square(),
-            compute: Tensor::full([count], f64::NAN, (Kind::BFloat16, device)),
+            param,
+            remainder,
+            gradient: floats(count, [-70.0, 8.0]),
+            exp_avg: floats(count, [-70.0, 8.0]).to_kind(moments),
+            exp_avg_sq: floats(count, [-140.0, 16.0]).abs().to_kind(moments),
         }
     }
 
     fn to(&self, device: Device) -> State {
+        let copy = |flat: &Tensor| flat.to_device(device).copy();
         State {
-            master: self.master.to_device(device).copy(),
-            gradient: self.gradient.to_device(device).copy(),
-            exp_avg: self.exp_avg.to_device(device).copy(),
-            exp_avg_sq: self.exp_avg_sq.to_device(device).copy(),
-            compute: self.compute.to_device(device).copy(),
+            param: copy(&self.param),
+            remainder: copy(&self.remainder),
+            gradient: copy(&self.gradient),
+            exp_avg: copy(&self.exp_avg),
+            exp_avg_sq: copy(&self.exp_avg_sq),
         }
     }
 
-    fn update(&mut self, kernels: &CudaKernels, decayed: i64) {
+    fn update(&self, kernels: &dyn Kernels, count: i64, decayed: i64) {
         let shard = Shard {
-            master_m: &mut self.master,
-            gradient_m: &self.gradient,
-            exp_avg_m: &mut self.exp_avg,
-            exp_avg_sq_m: &mut self.exp_avg_sq,
-            compute_m: Some(&mut self.compute),
+            param_m: &mut part(&self.param, count),
+            remainder_m: Some(&mut part(&self.remainder, count)),
+            gradient_m: &part(&self.gradient, count),
+            exp_avg_m: &mut part(&self.exp_avg, count),
+            exp_avg_sq_m: &mut part(&self.exp_avg_sq, count),
             decayed,
+            first: 12_345_678_901,
         };
         kernels.adamw(shard, &UPDATE);
         kernels.check().unwrap();
     }
-
-    /// The same on the processor, operation by operation as the twin does it.
-    fn update_by_libtorch(&mut self, decayed: i64) {
-        let (beta1, beta2) = UPDATE.betas;
-        let gradient = &self.gradient * UPDATE.gradient_scale;
-        let _ = self
-            .exp_avg
-            .g_mul_scalar_(beta1)
-            .g_add_(&(&gradient * (1.0 - beta1)));
-        let _ = self
-            .exp_avg_sq
-            .g_mul_scalar_(beta2)
-            .g_add_(&(gradient.square() * (1.0 - beta2)));
-        // By way of fp64: libtorch's own root on the processor is not always rounded right.
-        let mut denominator = self
-            .exp_avg_sq
-            .to_kind(Kind::Double)
-            .sqrt()
-            .to_kind(Kind::Float);
-        let _ = denominator
-            .g_div_scalar_(UPDATE.root_correction)
-            .g_add_scalar_(UPDATE.eps);
-        let _ = self
-            .master
-            .narrow(0, 0, decayed)
-            .g_mul_scalar_(UPDATE.decay);
-        let step = self.exp_avg.g_div(&denominator) * UPDATE.step_size;
-        let _ = self.master.g_sub_(&step);
-        self.compute = self.master.to_kind(Kind::BFloat16);
-    }
-
-    fn assert_equal(&self, other: &State) {
-        let other = other.to(self.master.device());
-        for (name, a, b) in [
-            ("master", &self.master, &other.master),
-            ("exp_avg", &self.exp_avg, &other.exp_avg),
-            ("exp_avg_sq", &self.exp_avg_sq, &other.exp_avg_sq),
-            ("compute", &self.compute, &other.compute),
-        ] {
-            let differing = a.ne_tensor(b).sum(Kind::Int64).int64_value(&[]);
-            assert_eq!(differing, 0, "{name}: {differing} of {} differ", a.numel());
-        }
-    }
 }
 
 #[test]
-fn gpu_adamw_has_the_bits_of_its_formulas() {
+fn gpu_adamw_has_its_twins_bits() {
     let Some(kernels) = gpu("adamw") else { return };
-    for (count, decayed) in [(1, 1), (3, 0), (4097, 1000), (1 << 20, (1 << 19) + 1)] {
-        let mut here = State::random(count, Device::Cpu);
-        let mut there = here.to(GPU);
-        for _ in 0..3 {
-            here.update_by_libtorch(decayed);
-            there.update(&kernels, decayed);
+    for moments in [Kind::Float, Kind::BFloat16] {
+        for count in COUNTS {
+            let here = State::random(count, moments);
+            let there = here.to(GPU);
+            for _ in 0..3 {
+                here.update(&Twin, count, count / 3);
+                there.update(&kernels, count, count / 3);
+            }
+            for (name, there, here) in [
+                ("param", &there.param, &here.param),
+                ("remainder", &there.remainder, &here.remainder),
+                ("exp_avg", &there.exp_avg, &here.exp_avg),
+                ("exp_avg_sq", &there.exp_avg_sq, &here.exp_avg_sq),
+            ] {
+                assert_bits(&format!("{name} {count} {moments:?}"), there, here);
+            }
         }
-        here.assert_equal(&there);
     }
 }
 
-/// Gradients of 20 steps on either device; no step differs from the processor's by more than roundings of a root.
 #[test]
-fn gpu_replicas_go_where_the_processors_go() {
+fn gpu_adamw_refuses_what_it_is_not_made_for() {
+    let Some(kernels) = gpu("adamw's refusals") else {
+        return;
+    };
+    let count = 1024;
+    let refused = |change: &dyn Fn(&mut State), decayed: i64, says: &str| {
+        let mut state = State::random(count - 2 * MARGIN, Kind::Float).to(GPU);
+        change(&mut state);
+        let shard = Shard {
+            param_m: &mut state.param,
+            remainder_m: Some(&mut state.remainder),
+            gradient_m: &state.gradient,
+            exp_avg_m: &mut state.exp_avg,
+            exp_avg_sq_m: &mut state.exp_avg_sq,
+            decayed,
+            first: 0,
+        };
+        kernels.adamw(shard, &UPDATE);
+        let error = kernels.check().unwrap_err().to_string();
+        assert!(error.contains(says), "{says} is not in {error}");
+    };
+    refused(&|_| (), count + 1, "1025 of its 1024 numbers decay");
+    let fp32 = |state: &mut State| state.param = state.param.to_kind(Kind::Float);
+    refused(&fp32, 0, "param_m: it is Float, not BFloat16");
+    let mixed = |state: &mut State| state.exp_avg = state.exp_avg.to_kind(Kind::BFloat16);
+    refused(&mixed, 0, "exp_avg_sq_m: it is Float, not BFloat16");
+    let short = |state: &mut State| state.gradient = state.gradient.narrow(0, 0, 8);
+    refused(&short, 0, "gradient_m: its shape is [8], not [1024]");
+}
+
+#[test]
+fn gpu_masters_split_and_join_as_their_twin_does() {
+    let Some(kernels) = gpu("split and join") else {
+        return;
+    };
+    for count in COUNTS {
+        let whole = count + 2 * MARGIN;
+        let masters = any_floats(whole);
+        let poisoned = |device| {
+            (
+                Tensor::full([whole], f64::NAN, (Kind::BFloat16, device)),
+                Tensor::full([whole], 77, (Kind::Int16, device)),
+                Tensor::full([whole], f64::NAN, (Kind::Float, device)),
+            )
+        };
+        let run = |kernels: &dyn Kernels, device| {
+            let (param, remainder, back) = poisoned(device);
+            let [mut param_m, mut remainder_m, mut back_m] =
+                [&param, &remainder, &back].map(|flat| part(flat, count));
+            let masters = masters.to_device(device);
+            kernels.split(&part(&masters, count), &mut param_m, &mut remainder_m);
+            kernels.join(&param_m, &remainder_m, &mut back_m);
+            kernels.check().unwrap();
+            [param, remainder, back]
+        };
+        let there = run(&kernels, GPU);
+        let here = run(&Twin, Device::Cpu);
+        for (name, (there, here)) in ["param", "remainder", "back"]
+            .iter()
+            .zip(there.iter().zip(&here))
+        {
+            assert_bits(&format!("{name} {count}"), there, here);
+        }
+        let numbers = part(&masters, count).isnan().logical_not();
+        let [back, given] = [&here[2], &masters].map(|flat| {
+            part(flat, count)
+                .view_dtype(Kind::Int)
+                .masked_select(&numbers)
+        });
+        assert!(back == given, "what is no NaN comes back");
+    }
+}
+
+#[test]
+fn gpu_fingerprints_are_their_twins() {
+    let Some(kernels) = gpu("fingerprint") else {
+        return;
+    };
+    for kind in [Kind::Float, Kind::BFloat16, Kind::Int16] {
+        for count in COUNTS {
+            let floats = any_floats(count + 2 * MARGIN);
+            let here = match kind {
+                Kind::Float => floats,
+                kind => floats.view_dtype(kind).narrow(0, 0, count + 2 * MARGIN),
+            };
+            let there = here.to_device(GPU);
+            let first = 8_589_934_592 - count / 2;
+            let [expected, found, again] = [
+                Twin.fingerprint(&part(&here, count), first, 5),
+                kernels.fingerprint(&part(&there, count), first, 5),
+                kernels.fingerprint(&part(&there, count), first, 5),
+            ]
+            .map(Result::unwrap);
+            assert_eq!(found, expected, "{kind:?} {count}");
+            assert_eq!(found, again, "{kind:?} {count}");
+        }
+    }
+    let error = kernels
+        .fingerprint(&Tensor::zeros([8], (Kind::Float, Device::Cpu)), 0, 5)
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("flat_m") && error.contains("Cpu"), "{error}");
+}
+
+#[test]
+fn gpu_replicas_are_the_processors_after_twenty_steps() {
     let Some(kernels) = gpu("adamw on replicas") else {
         return;
     };
@@ -138,27 +249,26 @@ fn gpu_replicas_go_where_the_processors_go() {
     let specs = [spec("norm", &[64], false), spec("w", &[1000, 64], true)];
     let layout = Layout::new(&specs, false);
     let masters = Tensor::randn([layout.elements()], (Kind::Float, Device::Cpu));
-    let [mut here, mut there] = [Device::Cpu, GPU]
-        .map(|device| Replica::new(layout.clone(), masters.copy(), Kind::BFloat16, device));
-    let adamw = AdamW::new(&Optimizer::default());
-    for _ in 0..20 {
-        let gradient = masters.randn_like() * 3.0;
-        for replica in [&mut here, &mut there] {
-            replica.gradient.copy_(&gradient);
+    for moments in [Kind::Float, Kind::BFloat16] {
+        let kinds = Kinds {
+            parameters: Kind::BFloat16,
+            moments,
+        };
+        let [mut here, mut there] = [Device::Cpu, GPU]
+            .map(|device| Replica::new(layout.clone(), masters.copy(), kinds, device));
+        let adamw = AdamW::new(&Optimizer::default(), 17);
+        for _ in 0..20 {
+            let gradient = masters.randn_like() * 3.0;
+            for replica in [&mut here, &mut there] {
+                replica.gradient.copy_(&gradient);
+            }
+            adamw.update(&Twin, &mut here, 1e-2, 0.37);
+            adamw.update(&kernels, &mut there, 1e-2, 0.37);
         }
-        adamw.update(&Twin, &mut here, 1e-2, 0.37);
-        adamw.update(&kernels, &mut there, 1e-2, 0.37);
+        kernels.check().unwrap();
+        assert_eq!(there.hash(), here.hash(), "{moments:?}");
+        assert_bits("masters", &there.masters(), &here.masters());
     }
-    kernels.check().unwrap();
-    assert!(there.exp_avg.to_device(Device::Cpu) == here.exp_avg);
-    assert!(there.exp_avg_sq.to_device(Device::Cpu) == here.exp_avg_sq);
-    let error = distance(&there.masters.to_device(Device::Cpu), &here.masters);
-    assert!(error < 1e-6, "masters are off by {error:e}");
-    let rounded = there.layout().views(&there.masters.to_kind(Kind::BFloat16));
-    for (name, weight) in there.params().iter() {
-        assert!(weight == rounded.get(name), "{name}");
-    }
-    assert_eq!(there.updates, 20);
 }
 
 #[test]
@@ -191,7 +301,6 @@ fn gpu_optimizer_speed() {
         return;
     };
     let count = 1 << 28;
-    let mut state = State::random(count, GPU);
     let timed = |name: &str, bytes, launch: &mut dyn FnMut()| {
         let mut run = |times| {
             (0..times).for_each(|_| launch());
@@ -202,11 +311,38 @@ fn gpu_optimizer_speed() {
         run(20);
         print_row(name, 0.0, start.elapsed().as_secs_f64() / 20.0, bytes);
     };
-    let gradient = state.gradient.shallow_clone();
+    let normal = |kind| Tensor::randn([count + 2 * MARGIN], (Kind::Float, GPU)).to_kind(kind);
+    let mut state = State {
+        param: normal(Kind::BFloat16),
+        remainder: normal(Kind::Float).to_kind(Kind::Int16),
+        gradient: normal(Kind::Float),
+        exp_avg: normal(Kind::Float),
+        exp_avg_sq: normal(Kind::Float).square(),
+    };
     timed("squared_norm 2^28", count * 4, &mut || {
-        let _ = kernels.squared_norm(&gradient);
+        let _ = kernels.squared_norm(&part(&state.gradient, count));
     });
-    timed("adamw 2^28", count * 30, &mut || {
-        state.update(&kernels, count / 2);
+    timed("adamw 2^28", count * 28, &mut || {
+        state.update(&kernels, count, count / 2);
     });
+    state.exp_avg = state.exp_avg.to_kind(Kind::BFloat16);
+    state.exp_avg_sq = state.exp_avg_sq.to_kind(Kind::BFloat16);
+    timed("adamw, bf16 moments 2^28", count * 20, &mut || {
+        state.update(&kernels, count, count / 2);
+    });
+    let [mut master, mut param, mut remainder] =
+        [&state.gradient, &state.param, &state.remainder].map(|flat| part(flat, count));
+    timed("join 2^28", count * 8, &mut || {
+        kernels.join(&param, &remainder, &mut master);
+    });
+    timed("split 2^28", count * 8, &mut || {
+        kernels.split(&master, &mut param, &mut remainder);
+    });
+    for (name, flat, bytes) in [("fp32", &master, 4), ("bf16", &param, 2)] {
+        let name = format!("fingerprint, {name} 2^28");
+        timed(&name, count * bytes, &mut || {
+            kernels.fingerprint(flat, 0, 0).unwrap();
+        });
+    }
+    kernels.check().unwrap();
 }

@@ -25,7 +25,8 @@ pub struct Source {
 }
 
 /// What the sources include of ours.
-const HEADERS: [(&str, &str); 2] = [
+const HEADERS: [(&str, &str); 3] = [
+    ("bits.cuh", include_str!("bits.cuh")),
     ("common.cuh", include_str!("common.cuh")),
     ("warp.cuh", include_str!("warp.cuh")),
 ];

@@ -59,7 +59,7 @@ pub enum KernelError {
         architecture: u32,
     },
     /// A tensor is none that the kernels can read or write.
-    #[error("the CUDA kernels cannot take {tensor}: {problem}")]
+    #[error("the kernels cannot take {tensor}: {problem}")]
     Tensor {
         /// Its name in the contract.
         tensor: &'static str,

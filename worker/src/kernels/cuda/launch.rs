@@ -138,6 +138,38 @@ impl Gpu {
         opened().map_err(|error| refused(index, "open the GPU".to_owned(), &error))
     }
 
+    /// Its index among the visible ones.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Makes its context the calling thread's.
+    #[allow(unsafe_code)]
+    pub fn make_current(&self) -> Result<(), KernelError> {
+        // SAFETY: the context is retained for ever.
+        unsafe { result::ctx::set_current(self.context) }
+            .map_err(|error| refused(self.index, "use the GPU".to_owned(), &error))
+    }
+
+    /// Bytes per second between memory and processors, at most.
+    #[allow(unsafe_code)]
+    pub fn bandwidth(&self) -> Result<f64, KernelError> {
+        use sys::CUdevice_attribute::{
+            CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH as BITS,
+            CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE as KILOHERTZ,
+        };
+        let attribute = |name| {
+            let device = result::device::get(self.index.try_into().unwrap_or(i32::MAX))?;
+            // SAFETY: the device is the driver's own answer.
+            unsafe { result::device::get_attribute(device, name) }
+        };
+        let read = || Ok((attribute(KILOHERTZ)?, attribute(BITS)?));
+        let (kilohertz, bits) = read()
+            .map_err(|error| refused(self.index, "read the memory's speed".to_owned(), &error))?;
+        // Two transfers per cycle.
+        Ok(f64::from(kilohertz) * 1e3 * 2.0 * f64::from(bits) / 8.0)
+    }
+
     /// Multiprocessors.
     pub fn processors(&self) -> u32 {
         self.processors
@@ -260,7 +292,7 @@ unsafe fn allow_shared(kernel: &Kernel, bytes: u32) -> Result<(), DriverError> {
     unsafe { result::function::set_function_attribute(function, DYNAMIC_SHARED, bytes) }
 }
 
-fn refused(device: usize, what: String, error: &DriverError) -> KernelError {
+pub(super) fn refused(device: usize, what: String, error: &DriverError) -> KernelError {
     let cause = error.error_string().map_or_else(
         |_| error.to_string(),
         |text| text.to_string_lossy().into_owned(),

@@ -2,13 +2,14 @@
 //!
 //! Sources lie beside the Rust files that launch them. [`compile`] makes machine code of them, [`launch`] runs it, and in
 //! between every tensor is checked; so the kernels themselves check nothing. Sums over tokens come in two stages of fixed
-//! order, and no two blocks write to one place: the same inputs give the same bits.
+//! order, and no two blocks write to one place, unless it is a sum of integers: the same inputs give the same bits.
 
 mod attention;
 mod compile;
 mod cross_entropy;
 mod embedding;
 mod error;
+mod event;
 mod fit;
 mod head_norm;
 mod heads;
@@ -17,6 +18,7 @@ mod norm;
 mod nvrtc;
 mod optimizer;
 mod reduce;
+mod state;
 mod swiglu;
 mod tensors;
 #[cfg(test)]
@@ -30,13 +32,15 @@ use std::{
 use tch::{Device, Kind, Tensor};
 
 pub use self::error::KernelError;
+pub(super) use self::event::Event;
 pub(super) use self::fit::{left_to_libtorch, misfit};
-use self::{attention::Decays, compile::Source, launch::Gpu, nvrtc::Nvrtc, tensors::Tensors};
+pub(super) use self::launch::Gpu;
+use self::{attention::Decays, compile::Source, nvrtc::Nvrtc, tensors::Tensors};
 use super::{DecayTables, Delta, HeadsGrad, HeadsIn, Kernels, NormOut, Shard, Twin, Update};
 use crate::device;
 
 /// Everything that is compiled.
-const SOURCES: [Source; 9] = [
+const SOURCES: [Source; 10] = [
     norm::SOURCE,
     heads::SOURCE,
     head_norm::SOURCE,
@@ -45,6 +49,7 @@ const SOURCES: [Source; 9] = [
     cross_entropy::SOURCE,
     embedding::SOURCE,
     optimizer::SOURCE,
+    state::SOURCE,
     reduce::SOURCE,
 ];
 
@@ -230,8 +235,20 @@ impl Kernels for CudaKernels {
         })
     }
 
+    fn split(&self, master_m: &Tensor, param_m: &mut Tensor, remainder_m: &mut Tensor) {
+        self.note(self.try_split(master_m, param_m, remainder_m));
+    }
+
+    fn join(&self, param_m: &Tensor, remainder_m: &Tensor, master_m: &mut Tensor) {
+        self.note(self.try_join(param_m, remainder_m, master_m));
+    }
+
     fn adamw(&self, shard: Shard<'_>, update: &Update) {
         self.note(self.try_adamw(shard, update));
+    }
+
+    fn fingerprint(&self, flat_m: &Tensor, first: i64, key: u64) -> Result<[u64; 4], KernelError> {
+        self.try_fingerprint(flat_m, first, key)
     }
 
     fn check(&self) -> Result<(), KernelError> {

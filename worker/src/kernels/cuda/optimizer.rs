@@ -15,7 +15,7 @@ use crate::kernels::{Shard, Update};
 pub const SOURCE: Source = Source {
     name: "optimizer.cu",
     text: include_str!("optimizer.cu"),
-    kernels: &["square_parts", "square_sum", "adamw"],
+    kernels: &["square_parts", "square_sum", "adamw", "adamw_bf16_moments"],
 };
 
 fn blocks(number: u32, threads: u32) -> Grid {
@@ -47,28 +47,32 @@ impl CudaKernels {
     }
 
     pub(super) fn try_adamw(&self, shard: Shard<'_>, update: &Update) -> Result<(), KernelError> {
-        const THREADS: u32 = 256;
-        let count = shard.master_m.numel() as i64;
+        let count = shard.param_m.numel() as i64;
         if !(0..=count).contains(&shard.decayed) {
             let problem = format!("{} of its {count} numbers decay", shard.decayed);
-            return Err(wrong("master_m", problem));
+            return Err(wrong("param_m", problem));
         }
-        let flat =
-            |name, tensor: &Tensor| self.tensors.vectors(name, tensor, Kind::Float, &[count]);
-        let compute = shard.compute_m.map_or(Ok(Argument::NULL), |compute| {
-            self.tensors
-                .vectors("compute_m", compute, Kind::BFloat16, &[count])
-        });
+        let Some(remainder) = shard.remainder_m else {
+            let problem = "there is none, and the parameters are bf16".to_owned();
+            return Err(wrong("remainder_m", problem));
+        };
+        let (kernel, moments) = match shard.exp_avg_m.kind() {
+            Kind::BFloat16 => ("adamw_bf16_moments", Kind::BFloat16),
+            _ => ("adamw", Kind::Float),
+        };
+        let flat = |name, tensor: &Tensor, kind| self.tensors.vectors(name, tensor, kind, &[count]);
         let single = |number: f64| Argument::from(number as f32);
         let (beta1, beta2) = update.betas;
         let arguments = [
-            flat("master_m", shard.master_m)?,
-            flat("gradient_m", shard.gradient_m)?,
-            flat("exp_avg_m", shard.exp_avg_m)?,
-            flat("exp_avg_sq_m", shard.exp_avg_sq_m)?,
-            compute?,
+            flat("param_m", shard.param_m, Kind::BFloat16)?,
+            flat("remainder_m", remainder, Kind::Int16)?,
+            flat("gradient_m", shard.gradient_m, Kind::Float)?,
+            flat("exp_avg_m", shard.exp_avg_m, moments)?,
+            flat("exp_avg_sq_m", shard.exp_avg_sq_m, moments)?,
             count.into(),
             shard.decayed.into(),
+            shard.first.into(),
+            update.rounding.cast_signed().into(),
             single(update.gradient_scale),
             single(beta1),
             single(1.0 - beta1),
@@ -79,9 +83,6 @@ impl CudaKernels {
             single(update.root_correction),
             single(update.decay),
         ];
-        let wanted = (count as u64).div_ceil(4 * u64::from(THREADS)).max(1);
-        let number = wanted.min(u64::from(32 * self.gpu.processors())) as u32;
-        self.gpu
-            .launch("adamw", blocks(number, THREADS), &arguments)
+        self.gpu.launch(kernel, self.sweep(count), &arguments)
     }
 }

@@ -7,6 +7,7 @@ mod cross_entropy;
 mod heads;
 mod norm;
 mod optimizer;
+mod state;
 mod swiglu;
 #[cfg(test)]
 mod tests;
@@ -139,8 +140,20 @@ impl Kernels for Twin {
         optimizer::squared_norm(flat_m)
     }
 
+    fn split(&self, master_m: &Tensor, param_m: &mut Tensor, remainder_m: &mut Tensor) {
+        state::split(master_m, param_m, remainder_m);
+    }
+
+    fn join(&self, param_m: &Tensor, remainder_m: &Tensor, master_m: &mut Tensor) {
+        state::join(param_m, remainder_m, master_m);
+    }
+
     fn adamw(&self, shard: Shard<'_>, update: &Update) {
         optimizer::adamw(shard, update);
+    }
+
+    fn fingerprint(&self, flat_m: &Tensor, first: i64, key: u64) -> Result<[u64; 4], KernelError> {
+        state::fingerprint(flat_m, first, key)
     }
 
     fn check(&self) -> Result<(), KernelError> {

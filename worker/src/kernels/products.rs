@@ -5,7 +5,7 @@
 use tch::{Kind, Tensor};
 
 /// `y_no` = x W^T.
-pub fn forward(x_ni: &Tensor, weight_oi: &Tensor, y_no: &Tensor) {
+pub fn linear(x_ni: &Tensor, weight_oi: &Tensor, y_no: &Tensor) {
     let _ = x_ni.mm_out(y_no, &weight_oi.tr());
 }
 
