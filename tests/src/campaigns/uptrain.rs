@@ -48,7 +48,7 @@ impl Uptrain {
         let text = Text::tokenize(programs, &self.text, directory)?;
         let shape = directory.join("shape");
         let (size, pretraining) = if self.quick {
-            (Shape::TINY, 640_000)
+            (Shape::TINY, 400_000)
         } else {
             (Shape::SMALL, (PASSES * text.tokens).min(MOST_TOKENS))
         };
@@ -134,7 +134,7 @@ impl Study<'_> {
         let useful = up_loss < converted_loss && up_loss < random_loss;
         if !useful {
             return Err(Failure::new(format!(
-                "with {} ranks uptraining ends at {up_loss}: {converted_loss} before it, {random_loss} from random weights",
+                "ranks: {}: uptraining ends at {up_loss}: {converted_loss} before it, {random_loss} from random weights",
                 self.ranks
             )));
         }
@@ -165,7 +165,7 @@ impl Study<'_> {
         let end = self
             .cluster
             .wait_finished(&run, LIMIT)
-            .while_doing(format_args!("{name} with {ranks} ranks"))?;
+            .while_doing(format_args!("{name}, ranks: {ranks}"))?;
         self.cluster.audit(&run)?;
         let seconds: f64 = self
             .cluster
@@ -174,7 +174,7 @@ impl Study<'_> {
             .map(|step| step.seconds)
             .sum();
         println!(
-            "{name} with {ranks} ranks: loss {:.4} after {} tokens, {seconds:.1} s",
+            "{name}, ranks: {ranks}: loss {:.4} after {} tokens, {seconds:.1} s",
             end.loss, end.tokens
         );
         Ok(Trained {
