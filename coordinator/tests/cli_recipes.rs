@@ -115,6 +115,10 @@ fn the_mistral_recipe_is_planned_with_its_memory() {
     let cards = &plan["needs"]["cards"];
     assert!(cards[0]["name"] == "80 GB" && cards[0]["policy"].is_null());
     assert!(cards[1]["name"] == "141 GB" && cards[1]["policy"] == "recompute");
+    let ranks = plan["needs"]["by_workers"].as_array().unwrap();
+    let worlds: Vec<_> = ranks.iter().map(|rank| rank["world"].as_u64()).collect();
+    assert_eq!(worlds, [1, 2, 4, 8].map(Some));
+    assert_eq!(ranks[3]["memory_per_rank"], *memory);
     let text = run(&["plan", recipe, "--base", base, "--gpus", "8"])
         .expect_code(0)
         .stdout;
@@ -123,7 +127,8 @@ fn the_mistral_recipe_is_planned_with_its_memory() {
         "card of 141 GB (140 GiB)",
         "taken",
         "GiB",
-        "fp32 master parameters",
+        "remainders of fp32 masters",
+        "IN ALL: SAVE",
         "with 8 workers",
         "Learning rate",
     ] {

@@ -2,6 +2,7 @@
 //! they are, the learning rate, and when checkpoints are due. Pure functions of the recipe and the dataset's size and hash.
 
 mod digest;
+mod flat;
 pub mod memory;
 mod needs;
 mod order;
@@ -14,7 +15,7 @@ use std::ops::Range;
 
 pub use digest::Digest;
 pub use memory::Memory;
-pub use needs::{Fit, Needs};
+pub use needs::{Fit, Needs, Rank};
 pub use order::Pool;
 pub use policy::Policy;
 pub use probe::probe;

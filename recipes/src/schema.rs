@@ -15,7 +15,7 @@ mod units;
 pub use base::{Base, Shape};
 pub use recipe::{
     Activations, Attention, Batch, Budget, Checkpoint, Data, Decay, Model, NonFinite, Optimizer,
-    Precision, Recipe, Reduction, ReplicaCheck, RopeFrequencies, Workers, json_schema,
+    Precision, Recipe, Reduction, ReplicaCheck, RopeFrequencies, Sharding, Workers, json_schema,
 };
 pub use report::RecipeError;
 pub use units::{Fraction, RunName, Tokens, UnitError, Warmup};

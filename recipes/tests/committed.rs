@@ -68,8 +68,8 @@ fn headers_of_7b_recipes_state_the_memory_that_is_planned() {
     ] {
         let path = directory().join(file);
         let needs = Needs::new(&Recipe::load(&path).unwrap(), &shape, 8).unwrap();
-        let [_, fit] = needs.cards;
-        let mut plans = needs.memory_per_rank.iter();
+        let [_, fit] = needs.rank.cards;
+        let mut plans = needs.rank.memory_per_rank.iter();
         let plan = plans.find(|plan| fit.policy == Some(plan.policy)).unwrap();
         let gib = plan.bytes as f64 / f64::from(1 << 30);
         let expected = format!("{} (H200) per worker: {gib:.0} GiB", fit.card.name);

@@ -3,14 +3,14 @@
 use supra_agent::{FaultKind, Outcome};
 use supra_data::Reader;
 use supra_recipes::{
-    Digest, Plan,
+    Digest, Plan, Recipe,
     schema::{Activations, Attention, Base, Budget, Decay, Precision, Tokens},
 };
 use supra_worker::device::DeviceName;
 
 use crate::fixture::{Generation, Rank, World, fault, losses, restore};
 
-fn plan(world: &World, recipe: &supra_recipes::Recipe) -> (Plan, Reader) {
+fn plan(world: &World, recipe: &Recipe) -> (Plan, Reader) {
     let reader = Reader::open(&world.data(), 16).unwrap();
     let plan = Plan::new(recipe, reader.windows(), reader.manifest().hash()).unwrap();
     (plan, reader)
@@ -141,15 +141,27 @@ fn a_gpu_with_too_little_memory_is_refused_before_training() {
 }
 
 #[test]
-fn an_interrupted_run_ends_with_the_same_bits() {
-    let world = World::new(120);
-    let recipe = world.recipe("");
-    let whole = Generation::new(&recipe, &world.checkpoints("whole")).run(2);
+fn an_interrupted_run_ends_with_the_same_bits_in_every_form_of_its_state() {
+    for (precision, moments) in [
+        (Precision::Fp32, Precision::Fp32),
+        (Precision::Bf16, Precision::Fp32),
+        (Precision::Bf16, Precision::Bf16),
+    ] {
+        let world = World::new(120);
+        let mut recipe = world.recipe("");
+        recipe.model.precision = precision;
+        recipe.optimizer.moments = moments;
+        interrupt(&world, &recipe);
+    }
+}
+
+fn interrupt(world: &World, recipe: &Recipe) {
+    let whole = Generation::new(recipe, &world.checkpoints("whole")).run(2);
 
     let root = world.checkpoints("interrupted");
     let first = Generation {
         stop_after: Some(1),
-        ..Generation::new(&recipe, &root)
+        ..Generation::new(recipe, &root)
     }
     .run(2);
     assert_eq!(first[0].outcome, Outcome::Stopped);
@@ -162,7 +174,7 @@ fn an_interrupted_run_ends_with_the_same_bits() {
     );
     assert!(first[1].checkpoints.is_empty(), "rank 0 writes");
 
-    let second = Generation::new(&recipe, &root)
+    let second = Generation::new(recipe, &root)
         .from(restore(&root, stopped))
         .run(2);
     assert_eq!(second[0].outcome, Outcome::Finished);

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde::Serialize;
 use supra_data::Manifest;
-use supra_recipes::plan::{ModelShape, Needs};
+use supra_recipes::plan::{ModelShape, Needs, Rank, memory::CARDS};
 use supra_recipes::schema::{Activations, Base};
 use supra_recipes::{Plan as Order, Recipe};
 
@@ -169,7 +169,8 @@ impl Preview {
         text.push_str(&table.render());
         if let Some(needs) = &self.needs {
             text.push_str(&format!("\nNeeds\n{}", needs_table(needs).render()));
-            text.push_str(&format!("\n{}", memory_table(needs).render()));
+            text.push_str(&format!("\n{}", memory_table(&needs.rank).render()));
+            text.push_str(&format!("\n{}", workers_table(needs).render()));
         }
         if !self.notes.is_empty() {
             text.push('\n');
@@ -293,8 +294,8 @@ fn needs_table(needs: &Needs) -> Table {
 }
 
 /// What the GPU of a worker holds, by item, for each choice of activations; and what cards of usual sizes make of it.
-fn memory_table(needs: &Needs) -> Table {
-    let plans = &needs.memory_per_rank;
+fn memory_table(rank: &Rank) -> Table {
+    let plans = &rank.memory_per_rank;
     let mut table = Table::new(&["Memory per GPU", ">SAVE", ">LEAN", ">RECOMPUTE", ""]);
     let mut row = |name: String, [save, lean, recompute]: [String; 3], about: &str| {
         table.row([format!("  {name}"), save, lean, recompute, about.to_owned()]);
@@ -308,7 +309,7 @@ fn memory_table(needs: &Needs) -> Table {
     }
     let sums = plans.each_ref().map(|plan| format::bytes(plan.bytes));
     row("in all".to_owned(), sums, "");
-    for fit in &needs.cards {
+    for fit in &rank.cards {
         let verdicts = plans.each_ref().map(|plan| {
             let verdict = match fit.policy {
                 Some(policy) if policy == plan.policy => "taken",
@@ -319,6 +320,49 @@ fn memory_table(needs: &Needs) -> Table {
         });
         let size = format::bytes(fit.card.bytes);
         row(format!("card of {} ({size})", fit.card.name), verdicts, "");
+    }
+    table
+}
+
+/// What the GPU of one of so many workers holds, and which activations cards of usual sizes have room for.
+fn workers_table(needs: &Needs) -> Table {
+    let mut table = Table::new(&[
+        "GPUs",
+        ">PARAMETERS",
+        ">GRADIENTS",
+        ">OPTIMIZER",
+        ">EXCHANGE",
+        ">IN ALL: SAVE",
+        ">LEAN",
+        ">RECOMPUTE",
+        CARDS[0].name,
+        CARDS[1].name,
+    ]);
+    for rank in &needs.by_workers {
+        let plans = &rank.memory_per_rank;
+        let size = |kinds: &[&str]| {
+            let components = plans[0].components.iter();
+            let of_kind =
+                components.filter(|part| kinds.iter().any(|kind| part.name.ends_with(kind)));
+            format::bytes(of_kind.map(|part| part.bytes).sum())
+        };
+        let [save, lean, recompute] = plans.each_ref().map(|plan| format::bytes(plan.bytes));
+        let [small, large] = rank.cards.map(|fit| match fit.policy {
+            Some(policy) => policy.to_string(),
+            None => "too small".to_owned(),
+        });
+        table.row([
+            format!("  {}", rank.world),
+            size(&["parameters"]),
+            size(&["fp32 gradients"]),
+            size(&["masters", "moments"]),
+            size(&["other ranks"]),
+            save,
+            lean,
+            recompute,
+            small,
+            large,
+        ]);
     }
     table
 }

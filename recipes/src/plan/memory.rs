@@ -8,7 +8,8 @@ use std::fmt;
 
 use serde::Serialize;
 
-use super::sizes::{BF16, FP32, Sizes};
+use super::flat::Flat;
+use super::sizes::{BF16, FP32, Sizes, element};
 use super::{ModelShape, Policy};
 use crate::schema::{Precision, Recipe, Reduction};
 
@@ -66,26 +67,29 @@ pub struct Memory {
 impl Memory {
     /// For `recipe` on a model of `shape`, on each of `world` workers.
     pub fn new(recipe: &Recipe, shape: &ModelShape, world: u32, policy: Policy) -> Memory {
-        let parameters = u128::from(shape.parameters(recipe.attention, recipe.model.qk_norm));
         let sizes = Sizes::new(recipe, shape, world);
+        let flat = Flat::new(recipe, shape, world);
+        let (parameters, masters) = match recipe.model.precision {
+            // A master is its parameter and 16 bits more.
+            Precision::Bf16 => ("bf16 parameters", BF16 * flat.own),
+            Precision::Fp32 => ("fp32 parameters", 0),
+        };
+        let (first, second) = match recipe.optimizer.moments {
+            Precision::Bf16 => ("bf16 first moments", "bf16 second moments"),
+            Precision::Fp32 => ("fp32 first moments", "fp32 second moments"),
+        };
+        let moment = element(recipe.optimizer.moments) * flat.own;
         let components = [
-            (
-                "bf16 parameters",
-                match recipe.model.precision {
-                    Precision::Bf16 => BF16 * parameters,
-                    Precision::Fp32 => 0,
-                },
-            ),
-            ("fp32 master parameters", FP32 * parameters),
-            ("fp32 gradients", FP32 * parameters),
-            ("fp32 first moments", FP32 * parameters),
-            ("fp32 second moments", FP32 * parameters),
-            // All other ranks' gradients of this rank's part, and their sum: as much as all gradients of one.
+            (parameters, element(recipe.model.precision) * flat.whole),
+            ("remainders of fp32 masters", masters),
+            ("fp32 gradients", FP32 * flat.whole),
+            (first, moment),
+            (second, moment),
             (
                 "gradients of other ranks",
                 match recipe.reduction {
-                    Reduction::Ordered if world > 1 => FP32 * parameters,
-                    Reduction::Ordered | Reduction::Nccl => 0,
+                    Reduction::Ordered => FP32 * flat.others,
+                    Reduction::Nccl => 0,
                 },
             ),
             ("activations, per block", sizes.per_block(policy)),
@@ -186,7 +190,7 @@ mod tests {
             };
             let memory = Memory::new(&recipe(""), &shape, 1, policy);
             let optimizer = [
-                "fp32 master parameters",
+                "remainders of fp32 masters",
                 "fp32 first moments",
                 "fp32 second moments",
             ];
@@ -202,16 +206,46 @@ mod tests {
         }
     }
 
+    const PARAMETERS: u64 = 7_812_321_280;
+
+    /// What parameters, gradients and the optimizer's state take on each of `world` ranks.
+    fn state(more: &str, world: u32) -> u64 {
+        let shape = &ModelShape::MISTRAL_7B;
+        let memory = Memory::new(&recipe(more), shape, world, Policy::Lean);
+        memory.components[..5].iter().map(|part| part.bytes).sum()
+    }
+
     #[test]
-    fn parameters_and_optimizer_take_eighteen_bytes_each_in_bf16_and_sixteen_in_fp32() {
-        let replicated = |more: &str| -> u64 {
-            let shape = &ModelShape::MISTRAL_7B;
-            let memory = Memory::new(&recipe(more), shape, 1, Policy::Lean);
-            memory.components[..5].iter().map(|part| part.bytes).sum()
-        };
-        let parameters = 7_812_321_280;
-        assert_eq!(replicated(""), 18 * parameters);
-        assert_eq!(replicated("model: { precision: fp32 }"), 16 * parameters);
+    fn parameters_and_optimizer_take_sixteen_bytes_each_and_twelve_with_bf16_moments() {
+        assert_eq!(state("", 1), 16 * PARAMETERS);
+        assert_eq!(state("", 1), 124_997_140_480, "125 GB of an H200's 150.7");
+        assert_eq!(state("model: { precision: fp32 }", 1), 16 * PARAMETERS);
+        assert_eq!(state("optimizer: { moments: bf16 }", 1), 12 * PARAMETERS);
+        let smallest = "model: { precision: fp32 }\noptimizer: { moments: bf16 }";
+        assert_eq!(state(smallest, 1), 12 * PARAMETERS);
+    }
+
+    #[test]
+    fn zero1_divides_moments_and_remainders_and_nothing_else() {
+        for (more, whole, divided) in [
+            ("optimizer: { sharding: zero1 }", 6, 10),
+            ("optimizer: { sharding: zero1, moments: bf16 }", 6, 6),
+            (
+                "model: { precision: fp32 }\noptimizer: { sharding: zero1 }",
+                8,
+                8,
+            ),
+        ] {
+            for world in [1, 2, 4, 8] {
+                let expected = whole * PARAMETERS + divided * PARAMETERS / u64::from(world);
+                assert_eq!(state(more, world), expected, "{more} {world}");
+            }
+        }
+        assert_eq!(
+            state("", 8),
+            state("", 1),
+            "nothing is divided unless asked"
+        );
     }
 
     #[test]
@@ -245,12 +279,31 @@ mod tests {
         assert_eq!(chosen(lean - 1), None);
     }
 
+    /// On H200s, which have 150.7 GB, of which 149.9 GB are free for a worker.
     #[test]
-    fn mistral_trains_on_one_card_of_141_gb_with_recomputation() {
-        let [small, large] = CARDS.map(|card| card.bytes);
-        assert!(mistral(Policy::Recompute).bytes < large);
-        assert!(mistral(Policy::Lean).bytes > large);
-        assert!(mistral(Policy::Recompute).bytes > small);
+    fn mistral_trains_on_one_h200_with_fp32_masters_and_moments() {
+        const FREE: u64 = 149_900_000_000;
+        let taken = |more: &str, world| {
+            let recipe = recipe(more);
+            let plans = Memory::of_all(&recipe, &ModelShape::MISTRAL_7B, world);
+            let plan = fitting(&plans, &recipe, FREE)?;
+            Some((plan.policy, (plan.bytes as f64 / 1e8).round() / 10.0))
+        };
+        let bf16_moments = "optimizer: { moments: bf16 }";
+        let zero1 = "optimizer: { sharding: zero1 }";
+        let found = [
+            taken("", 1),
+            taken("batch: { micro_batch: 2 }", 1),
+            taken(bf16_moments, 1),
+            taken(zero1, 2),
+        ];
+        let expected = [
+            (Policy::Recompute, 130.7),
+            (Policy::Save, 148.8),
+            (Policy::Save, 140.6),
+            (Policy::Save, 132.7),
+        ];
+        assert_eq!(found, expected.map(Some), "in GB");
     }
 
     #[test]
@@ -260,14 +313,16 @@ mod tests {
     }
 
     #[test]
-    fn adding_in_rank_order_takes_as_much_as_the_gradients() {
+    fn adding_in_rank_order_takes_what_others_send_of_the_largest_bucket() {
         let ordered = recipe("reduction: ordered");
         let more = |world| {
             let shape = &ModelShape::MISTRAL_7B;
             let memory = Memory::new(&ordered, shape, world, Policy::Lean);
             part(&memory, "gradients of other ranks")
         };
-        assert_eq!([more(1), more(2)], [0, 4 * 7_812_321_280]);
+        // That of a block, 235,942,912 numbers.
+        let block = 4 * 235_942_912;
+        assert_eq!([1, 2, 4].map(more), [0, block / 2, block / 4 * 3]);
     }
 
     #[test]
@@ -284,7 +339,7 @@ mod tests {
     #[test]
     fn a_plan_reads_as_one_line() {
         let line = mistral(Policy::Recompute).to_string();
-        assert!(line.starts_with("136."), "{line}");
+        assert!(line.starts_with("121.7 GiB"), "{line}");
         assert!(line.contains("fp32 gradients 29.1 GiB, "), "{line}");
         assert!(!line.contains("temporaries"), "{line}");
     }

@@ -3,8 +3,9 @@
 use serde::Serialize;
 
 use super::memory::{self, CARDS, Card, Memory};
+use super::sizes::element;
 use super::{ModelShape, Plan, PlanError, Policy};
-use crate::schema::{Attention, Recipe};
+use crate::schema::{Attention, Recipe, Sharding};
 
 const FP32: u64 = 4;
 
@@ -31,15 +32,15 @@ pub struct Needs {
     pub tokens_in_last_step: u64,
     /// Tokens of warm-up.
     pub warmup_tokens: u64,
-    /// Workers that share a step.
-    pub world: u32,
     /// Forward and backward passes per step on the busiest rank.
     pub micro_batches_per_rank: u64,
-    /// Memory of one rank, for every policy.
-    pub memory_per_rank: [Memory; 3],
-    /// What the recipe's choice of activations comes to on GPUs of usual sizes.
-    pub cards: [Fit; 2],
-    /// Bytes that one rank sends per step: a ring all-reduce of fp32 gradients.
+    /// What a rank holds.
+    #[serde(flatten)]
+    pub rank: Rank,
+    /// The same with other numbers of workers: 1, 2, 4 and 8, as far as a step has samples for them.
+    pub by_workers: Vec<Rank>,
+    /// Bytes that one rank sends per step: the fp32 gradients, scattered and gathered around a ring; with
+    /// `sharding: zero1` parameters are gathered instead.
     pub wire_bytes_per_rank_per_step: u64,
     /// Checkpoints written in the whole run.
     pub checkpoints: u64,
@@ -61,6 +62,32 @@ pub struct Fit {
     pub policy: Option<Policy>,
 }
 
+/// What one of so many ranks holds.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Rank {
+    /// Workers that share a step.
+    pub world: u32,
+    /// Memory of one rank, for every policy.
+    pub memory_per_rank: [Memory; 3],
+    /// What the recipe's choice of activations comes to on GPUs of usual sizes.
+    pub cards: [Fit; 2],
+}
+
+impl Rank {
+    fn new(recipe: &Recipe, shape: &ModelShape, world: u32) -> Rank {
+        let memory_per_rank = Memory::of_all(recipe, shape, world);
+        let cards = CARDS.map(|card| Fit {
+            card,
+            policy: memory::fitting(&memory_per_rank, recipe, card.bytes).map(|plan| plan.policy),
+        });
+        Rank {
+            world,
+            memory_per_rank,
+            cards,
+        }
+    }
+}
+
 impl Needs {
     /// Evaluates `recipe` on `shape` for `world` workers.
     ///
@@ -74,11 +101,12 @@ impl Needs {
         let checkpoint_bytes = 3 * FP32 * parameters;
         let rank_samples = plan.rank_samples(1, 0, world);
         let micro_batch = memory::rows(recipe, world);
-        let memory_per_rank = Memory::of_all(recipe, shape, world);
-        let cards = CARDS.map(|card| Fit {
-            card,
-            policy: memory::fitting(&memory_per_rank, recipe, card.bytes).map(|plan| plan.policy),
-        });
+        let shared = |world: &u32| u64::from(*world) <= plan.batch_samples;
+        let by_workers = [1, 2, 4, 8].into_iter().filter(shared);
+        let gathered = match recipe.optimizer.sharding {
+            Sharding::None => FP32,
+            Sharding::Zero1 => element(recipe.model.precision) as u64,
+        };
         let checkpoints = checkpoints(&plan, recipe.checkpoint.every_tokens.0);
         let kept = checkpoints.min(u64::from(recipe.checkpoint.keep) + 1);
         Ok(Needs {
@@ -92,11 +120,12 @@ impl Needs {
             tokens_per_step: plan.batch_samples * plan.sequence_length,
             tokens_in_last_step: plan.tokens_after(plan.steps) - plan.tokens_after(plan.steps - 1),
             warmup_tokens: plan.warmup_tokens,
-            world,
             micro_batches_per_rank: rank_samples.end.div_ceil(micro_batch),
-            memory_per_rank,
-            cards,
-            wire_bytes_per_rank_per_step: 2 * FP32 * parameters * u64::from(world - 1)
+            rank: Rank::new(recipe, shape, world),
+            by_workers: by_workers
+                .map(|world| Rank::new(recipe, shape, world))
+                .collect(),
+            wire_bytes_per_rank_per_step: (FP32 + gathered) * parameters * u64::from(world - 1)
                 / u64::from(world),
             checkpoints,
             checkpoint_bytes,
@@ -132,7 +161,7 @@ mod tests {
     fn each_card_is_told_what_it_holds() {
         let taken = |text: &str| {
             let needs = Needs::new(&recipe(text), &ModelShape::MISTRAL_7B, 1).unwrap();
-            needs.cards.map(|fit| fit.policy)
+            needs.rank.cards.map(|fit| fit.policy)
         };
         let budget = "budget: { tokens: 20B }\n";
         assert_eq!(taken(budget), [None, Some(Policy::Recompute)]);
@@ -196,13 +225,37 @@ mod tests {
     }
 
     #[test]
-    fn a_ring_of_one_sends_nothing_and_a_long_ring_twice_the_gradients() {
-        let recipe = recipe("budget: { tokens: 20B }");
-        let sent = |world| {
-            Needs::new(&recipe, &ModelShape::MISTRAL_7B, world)
-                .unwrap()
-                .wire_bytes_per_rank_per_step
+    fn a_ring_of_one_sends_nothing_and_a_long_ring_gradients_and_what_is_gathered() {
+        let sent = |optimizer: &str, world| {
+            let recipe = recipe(&format!("budget: {{ tokens: 20B }}\n{optimizer}"));
+            let needs = Needs::new(&recipe, &ModelShape::MISTRAL_7B, world).unwrap();
+            needs.wire_bytes_per_rank_per_step
         };
-        assert_eq!((sent(1), sent(2)), (0, 4 * 7_812_321_280));
+        let parameters = 7_812_321_280;
+        assert_eq!([1, 2].map(|world| sent("", world)), [0, 4 * parameters]);
+        let zero1 = "optimizer: { sharding: zero1 }";
+        assert_eq!([1, 2].map(|world| sent(zero1, world)), [0, 3 * parameters]);
+    }
+
+    #[test]
+    fn more_ranks_hold_less_each_where_the_optimizer_is_sharded() {
+        let text = "budget: { tokens: 20B }\noptimizer: { sharding: zero1 }";
+        let needs = Needs::new(&recipe(text), &ModelShape::MISTRAL_7B, 3).unwrap();
+        assert_eq!(needs.rank.world, 3);
+        let ranks = needs.by_workers.iter();
+        let taken: Vec<_> = ranks
+            .map(|rank| (rank.world, rank.cards.map(|fit| fit.policy)))
+            .collect();
+        let [recompute, save] = [Policy::Recompute, Policy::Save].map(Some);
+        let expected = [
+            (1, [None, recompute]),
+            (2, [None, save]),
+            (4, [recompute, save]),
+            (8, [recompute, save]),
+        ];
+        assert_eq!(taken, expected);
+        let few = format!("{text}\nbatch: {{ tokens: 4Ki }}");
+        let needs = Needs::new(&recipe(&few), &ModelShape::MISTRAL_7B, 1).unwrap();
+        assert_eq!(needs.by_workers.len(), 2, "a step has two samples");
     }
 }

@@ -192,6 +192,12 @@ impl ModelShape {
     /// Parameters of the model with this kind of attention: for [`Attention::Supra`] with the dense feature map over all
     /// query heads, a second one over the key heads where those are fewer, and the gains of q and k norms if asked for.
     pub fn parameters(&self, attention: Attention, qk_norm: bool) -> u64 {
+        let [embedding, block, output] = self.buckets(attention, qk_norm);
+        embedding + self.layers * block + output
+    }
+
+    /// The same of the embedding, of one block, and of what comes after the last: its norm and the output's matrix.
+    pub fn buckets(&self, attention: Attention, qk_norm: bool) -> [u64; 3] {
         let keys = self.kv_heads * self.head_dim();
         let projections = (self.dim + 2 * keys) * self.dim + self.dim * self.dim;
         let feed_forward = 3 * self.dim * self.ffn;
@@ -210,8 +216,9 @@ impl ModelShape {
                 map(self.dim) + second + gains
             }
         };
-        let embeddings = self.vocab * self.dim * if self.tied { 1 } else { 2 };
-        embeddings + self.layers * (layer + new) + self.dim
+        let embedding = self.vocab * self.dim;
+        let matrix = if self.tied { 0 } else { embedding };
+        [embedding, layer + new, self.dim + matrix]
     }
 }
 

@@ -10,6 +10,14 @@ pub const FP32: u128 = 4;
 pub const BF16: u128 = 2;
 const INT64: u128 = 8;
 
+/// Bytes of a number of this form.
+pub fn element(precision: Precision) -> u128 {
+    match precision {
+        Precision::Bf16 => BF16,
+        Precision::Fp32 => FP32,
+    }
+}
+
 /// Tokens of a chunk in the worker's attention kernels, which keep one state at each boundary inside a row.
 const KERNEL_CHUNK: u128 = 128;
 
@@ -73,10 +81,7 @@ impl Sizes {
 
     /// Bytes of an activation.
     fn element(&self) -> u128 {
-        match self.precision {
-            Precision::Bf16 => BF16,
-            Precision::Fp32 => FP32,
-        }
+        element(self.precision)
     }
 
     /// Queries, keys and values as matrix products give them: channels of a token.

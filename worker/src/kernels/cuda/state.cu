@@ -55,7 +55,7 @@ struct Fingerprint {
 // Adds to `sums` [LANES]. Sums of integers do not depend on who comes first.
 template <typename Bits>
 __device__ __forceinline__ void add_fingerprint(Fingerprint<Bits> work, unsigned long long *sums, long long count) {
-    sweep<16 / sizeof(Bits)>(count, work);
+    sweep<4>(count, work);
     for (int lane = 0; lane < LANES; ++lane) {
         const unsigned long long sum = block_sum(work.sums[lane]);
         if (threadIdx.x == 0) atomicAdd(sums + lane, sum);
