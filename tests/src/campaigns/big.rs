@@ -74,6 +74,7 @@ impl Big {
     }
 
     fn recipe(&self, text: &Text, directory: &Path) -> Result<String> {
+        // Two samples at once leave room to keep all but elementwise work.
         let (base, batch, length, lr) = if self.quick {
             let shape = directory.join("shape");
             Shape::TINY.write(&shape)?;
@@ -88,7 +89,7 @@ impl Big {
              base: {base}\n\
              data: {{ train: {data}, repeat: true }}\n\
              budget: {{ tokens: {budget} }}\n\
-             batch: {{ tokens: {batch}, micro_batch: 4, sequence_length: {length} }}\n\
+             batch: {{ tokens: {batch}, micro_batch: 2, sequence_length: {length} }}\n\
              optimizer: {{ lr: {lr}, final_lr: 1e-5, warmup: 5 steps }}\n\
              checkpoint: {{ every_tokens: {budget}, keep: 1 }}\n\
              workers: {{ min: 1, max: 1 }}\n",
