@@ -3,6 +3,7 @@
 pub mod big;
 pub mod components;
 pub mod curves;
+pub mod feed;
 pub mod kills;
 pub mod plot;
 pub mod precision;

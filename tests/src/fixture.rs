@@ -55,7 +55,7 @@ impl Fixture {
             data: root.join("tokens"),
         };
         write_model(&fixture.base)?;
-        write_tokenizer(&fixture.base)?;
+        write_tokenizer(&fixture.base, VOCABULARY)?;
         let text = root.join("text");
         fs::create_dir_all(&text)?;
         write_text(&text.join("part-00000.parquet"), 1)?;
@@ -246,9 +246,10 @@ fn write_model(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-fn write_tokenizer(directory: &Path) -> Result<()> {
+/// Writes a tokenizer of so many words, at least the special ones: `<s>` is 0, `</s>` 1 and `<unk>` 2.
+pub fn write_tokenizer(directory: &Path, words: usize) -> Result<()> {
     let mut vocabulary = serde_json::Map::new();
-    for id in 0..VOCABULARY {
+    for id in 0..words {
         vocabulary.insert(word(id), id.into());
     }
     let special = |id: usize| {

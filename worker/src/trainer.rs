@@ -16,12 +16,12 @@ use std::{rc::Rc, time::Instant};
 use supra_agent::{CheckpointWritten, Formed, Job, Outcome, Phase, StepReport, Voided};
 use supra_data::{Batch, Loader, Prefetch};
 use supra_recipes::{
-    Digest, Plan,
+    Plan,
     plan::{VERSION, memory::gib},
 };
 
 pub use error::TrainError;
-pub use micro::MicroBatch;
+pub use micro::{HostBatch, Layout, LayoutError};
 use start::Start;
 pub use start::check_data;
 use tally::Tally;
@@ -67,7 +67,7 @@ struct Trainer {
     environment: Environment,
     collective: Box<dyn DeviceCollective>,
     plan: Plan,
-    batches: Prefetch,
+    batches: Prefetch<Result<HostBatch, LayoutError>>,
     dataset: DatasetFacts,
     config: ModelConfig,
     kernels: Rc<dyn Kernels>,
@@ -84,15 +84,6 @@ struct Trainer {
 struct DatasetFacts {
     hash: String,
     tokenizer: String,
-}
-
-/// What this rank put into a step.
-#[derive(Default)]
-struct Fed {
-    samples: u64,
-    digest: Digest,
-    loss_sum: f64,
-    targets: u64,
 }
 
 impl Trainer {
@@ -147,14 +138,21 @@ impl Trainer {
             note.iter().for_each(|note| job.link.log("WARN", note));
         }
         let loader = Loader::new(reader, plan.clone());
+        let layout = Layout {
+            vocabulary: config.vocab,
+            reset_at_document: job.recipe.data.reset_at_document,
+            rows: job.recipe.batch.micro_batch.max(1) as usize,
+            device: place.device,
+        };
+        let lay_out = move |batch: Batch| layout.lay_out(&batch.samples);
         Ok(Trainer {
-            batches: Prefetch::start(loader, step + 1, job.rank, job.world, READ_AHEAD),
+            batches: Prefetch::start(loader, step + 1, job.rank, job.world, READ_AHEAD, lay_out),
             adamw: AdamW::new(&job.recipe.optimizer, job.recipe.seed),
             passes: Step::new(config.clone(), kernels.clone(), policy, place.device),
             config,
             kernels,
-            place: place.clone(),
             skipped: 0,
+            place: place.clone(),
             job,
             environment,
             collective,
@@ -175,20 +173,20 @@ impl Trainer {
             let waiting = Instant::now();
             let batch = self.next_batch(step)?;
             let data_seconds = waiting.elapsed().as_secs_f64();
-            let fed = self.forward_backward(&batch)?;
+            let loss_sum = self.forward_backward(&batch)?;
 
             let waiting = Instant::now();
             self.replica.reduce_gradient(self.collective.as_mut())?;
             let mine = Tally {
-                loss_sum: fed.loss_sum,
-                targets: fed.targets,
+                loss_sum,
+                targets: batch.targets,
                 grad_norm: self.kernels.squared_norm(&self.replica.gradient).sqrt(),
                 stop: self.job.link.stop_requested(),
             };
             let all = mine.gather(self.collective.host())?;
             let comm_seconds = waiting.elapsed().as_secs_f64();
 
-            let mut report = self.update(step, &fed, &all)?;
+            let mut report = self.update(step, &batch, &all)?;
             self.step = step;
             report.data_seconds = data_seconds;
             report.comm_seconds = comm_seconds;
@@ -228,36 +226,28 @@ impl Trainer {
         Ok(outcome)
     }
 
-    fn next_batch(&mut self, step: u64) -> Result<Batch, TrainError> {
+    fn next_batch(&mut self, step: u64) -> Result<HostBatch, TrainError> {
         match self.batches.next() {
-            Some(Ok((number, batch))) if number == step => Ok(batch),
+            Some(Ok((number, batch))) if number == step => Ok(batch?),
             Some(Err(error)) => Err(error.into()),
             Some(Ok(_)) | None => Err(TrainError::NoBatch { step }),
         }
     }
 
-    /// Forward and backward over this rank's samples; their gradients end up summed in the replica.
-    fn forward_backward(&mut self, batch: &Batch) -> Result<Fed, TrainError> {
+    /// Forward and backward over this rank's samples; their gradients end up summed in the replica. Returns the sum of the
+    /// loss over targets.
+    fn forward_backward(&mut self, batch: &HostBatch) -> Result<f64, TrainError> {
         let Job { recipe, link, .. } = &self.job;
-        let micro_batch = recipe.batch.micro_batch.max(1) as usize;
-        let mut fed = Fed::default();
         self.replica.zero_gradient();
-        for samples in batch.samples.chunks(micro_batch) {
+        for input in batch.micro_batches() {
             if link.void() {
                 return Err(Voided.into());
             }
-            let micro = MicroBatch::new(
-                samples,
-                self.config.vocab,
-                recipe.data.reset_at_document,
-                self.place.device,
-            )
-            .map_err(TrainError::Mismatch)?;
             self.passes
                 .accumulate(
                     self.replica.params(),
                     self.replica.gradients(),
-                    &micro.input,
+                    &input,
                     recipe.optimizer.z_loss,
                     &|| link.void(),
                 )
@@ -265,16 +255,17 @@ impl Trainer {
                     StepError::Stopped => Voided.into(),
                     StepError::Kernel(error) => TrainError::Kernel(error),
                 })?;
-            fed.targets += micro.targets;
-            fed.samples += samples.len() as u64;
-            fed.digest += micro.digest;
         }
-        fed.loss_sum = self.passes.take_loss().cross_entropy;
-        Ok(fed)
+        Ok(self.passes.take_loss().cross_entropy)
     }
 
     /// Applies the agreed gradient, or skips the step everywhere if it is not finite, and says so.
-    fn update(&mut self, step: u64, fed: &Fed, all: &Tally) -> Result<StepReport, TrainError> {
+    fn update(
+        &mut self,
+        step: u64,
+        fed: &HostBatch,
+        all: &Tally,
+    ) -> Result<StepReport, TrainError> {
         let scale = 1.0 / all.targets as f64;
         let grad_norm = all.grad_norm * scale;
         let skip = !(all.loss_sum * scale).is_finite() || !grad_norm.is_finite();

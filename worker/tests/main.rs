@@ -11,5 +11,6 @@ mod golden;
 mod gpu;
 mod import;
 mod network;
+mod padding;
 mod step;
 mod train;

@@ -1,4 +1,6 @@
-//! `supra data`: tokenize, index, inspect and pack training data.
+//! `supra data`: tokenize, index, inspect and pack training data, and measure how fast it is read.
+
+mod bench;
 
 use std::fmt::Display;
 use std::io::{IsTerminal, stderr};
@@ -31,6 +33,8 @@ pub enum Data {
     Inspect(Inspect),
     /// Write a dataset as one flat packed store: faster to read than compressed parquet
     Pack(Pack),
+    /// Time how fast the samples of a run are read here, in one thread
+    Bench(bench::Bench),
 }
 
 /// Arguments of `supra data tokenize`.
@@ -140,6 +144,7 @@ pub fn run(command: Data) -> Result<Exit, Failure> {
         Data::Index(command) => index(command),
         Data::Inspect(command) => inspect(command),
         Data::Pack(command) => pack(&command),
+        Data::Bench(command) => bench::run(&command),
     }?;
     Ok(Exit::Done)
 }

@@ -11,7 +11,7 @@ use supra_tests::campaigns::curves::{self, Curves};
 use supra_tests::campaigns::kills::{self, Kills};
 use supra_tests::campaigns::precision::{self, Precision};
 use supra_tests::campaigns::uptrain::{self, Uptrain};
-use supra_tests::campaigns::{components, step, worlds};
+use supra_tests::campaigns::{components, feed, step, worlds};
 use supra_tests::failure::Result;
 use supra_tests::models::quickstart;
 use supra_tests::programs::repository;
@@ -52,6 +52,8 @@ enum Campaign {
     Kills,
     /// Loss of the uptrained quickstart model, of one from random weights, and of the softmax base.
     Curves,
+    /// Tokens per second that one thread reads in the order of a run, from parquet and from the packed store.
+    Feed,
     /// World sizes 1, 2 and 4 give the same losses.
     Worlds,
     /// Speed of the training step of a 7B model beside PyTorch's; needs an NVIDIA GPU and the peer's Python packages.
@@ -103,6 +105,10 @@ fn prove(arguments: &Arguments) -> Result<()> {
                 worlds::run(&programs, scratch.path(), steps)?,
             )
         }
+        Campaign::Feed => (
+            feed::ABOUT,
+            feed::run(&programs, scratch.path(), arguments.quick)?,
+        ),
         Campaign::Step => (
             step::ABOUT,
             step::run(&programs, scratch.path(), arguments.quick)?,

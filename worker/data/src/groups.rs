@@ -1,9 +1,14 @@
-//! The row groups of token parquet: fetches stretches of the stream, decoding and checking each row group once.
+//! The row groups of token parquet: fetches stretches of the stream.
+//!
+//! The first visit decodes a row group as a whole and checks it against the manifest. It leaves behind where the pieces of
+//! the stream lie in the file and a checksum of each, so that later visits decode, and check, only pieces that are wanted.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 
 use crate::manifest::{Content, RowGroup};
+use crate::pages::Chart;
+use crate::rows::Extent;
 use crate::scan::TokenFile;
 use crate::stream::{Assembler, Checksum, Chunk, Rules, Sieve};
 use crate::{DataError, Manifest};
@@ -26,6 +31,24 @@ struct Decoded {
     tokens: Vec<u32>,
     /// Ascending positions in `tokens`.
     starts: Vec<u32>,
+}
+
+/// Some rows of a row group, about a page, and the state in which they are met.
+struct Piece {
+    extent: Extent,
+    /// Its tokens in the row group's part of the stream.
+    tokens: Range<u64>,
+    /// Whether its first token continues a document.
+    continues: bool,
+    /// Number of the document that the token before belongs to.
+    document: u32,
+}
+
+/// What the first visit to a row group leaves behind.
+struct Visited {
+    chart: Chart,
+    /// Pieces that add tokens, in order, and their checksums.
+    pieces: Vec<(Piece, blake3::Hash)>,
 }
 
 /// Consecutive tokens of the stream.
@@ -90,6 +113,8 @@ pub(crate) struct Groups {
     /// Whole row groups, the most recently used last, and how many tokens they may hold in all.
     cache: VecDeque<Decoded>,
     pub cache_tokens: u64,
+    /// By number of the place.
+    visited: HashMap<usize, Visited>,
 }
 
 impl Groups {
@@ -113,6 +138,7 @@ impl Groups {
             recent: Vec::new(),
             cache: VecDeque::new(),
             cache_tokens: CACHE_TOKENS,
+            visited: HashMap::new(),
         }
     }
 
@@ -147,11 +173,7 @@ impl Groups {
                 .take_while(|stretch| stretch.range.start < tokens.end)
                 .count();
             if met > 0 {
-                let met = &mut stretches[first..first + met];
-                self.visit(manifest, number, |offset, chunk| {
-                    met.iter_mut()
-                        .for_each(|stretch| stretch.append(tokens.start + offset, chunk));
-                })?;
+                self.visit(manifest, number, &mut stretches[first..first + met])?;
                 number += 1;
             } else if let Some(next) = stretches.get(first) {
                 number = self
@@ -164,76 +186,132 @@ impl Groups {
         Ok(stretches)
     }
 
-    /// Hands on the stream of row group `number`, from the cache if it lies there, with offsets into the row group.
+    /// Appends to `stretches` what row group `number` has of them: from the cache if it lies there.
     fn visit(
         &mut self,
         manifest: &Manifest,
         number: usize,
-        mut sink: impl FnMut(u64, Chunk<'_>),
+        stretches: &mut [Stretch],
     ) -> Result<(), DataError> {
         let place = &self.places[number];
-        let size = place.tokens.end - place.tokens.start;
-        // Row groups too large to keep several of them are streamed.
-        if size > self.cache_tokens / 4 {
-            return stream(manifest, place, &self.rules, sink);
-        }
-        let decoded = match self
+        if let Some(known) = self
             .cache
             .iter()
             .position(|decoded| decoded.place == number)
         {
-            Some(known) => self
+            let decoded = self
                 .cache
                 .remove(known)
-                .expect("invariant: the position was just found"),
-            None => {
-                let mut decoded = Decoded {
-                    place: number,
-                    tokens: Vec::with_capacity(size as usize),
-                    starts: Vec::new(),
-                };
-                stream(manifest, place, &self.rules, |offset, chunk| {
-                    decoded
-                        .starts
-                        .extend(chunk.starts.iter().map(|start| offset as u32 + start));
-                    decoded.tokens.extend_from_slice(chunk.tokens);
-                })?;
-                decoded
+                .expect("invariant: the position was just found");
+            decoded.copy_to(place.tokens.start, stretches);
+            self.keep(decoded);
+            return Ok(());
+        }
+        if let Some(visited) = self.visited.get(&number) {
+            return visited.copy_to(manifest, place, &self.rules, stretches);
+        }
+        let size = place.tokens.end - place.tokens.start;
+        // Row groups too large to keep several of them are streamed.
+        let mut decoded = (size <= self.cache_tokens / 4).then(|| Decoded {
+            place: number,
+            tokens: Vec::with_capacity(size as usize),
+            starts: Vec::new(),
+        });
+        let mut pieces = Vec::new();
+        let chart = stream(manifest, place, &self.rules, |piece, chunk| {
+            append_all(stretches, place.tokens.start + piece.tokens.start, chunk);
+            if let Some(decoded) = &mut decoded {
+                decoded.append(chunk);
             }
-        };
-        sink(
-            0,
-            Chunk {
-                tokens: &decoded.tokens,
-                starts: &decoded.starts,
-            },
-        );
+            if !chunk.tokens.is_empty() {
+                pieces.push((piece, chunk.checksum()));
+            }
+        })?;
+        self.visited.insert(number, Visited { chart, pieces });
+        if let Some(decoded) = decoded {
+            self.keep(decoded);
+        }
+        Ok(())
+    }
+
+    /// Puts a row group into the cache; the oldest ones make room.
+    fn keep(&mut self, decoded: Decoded) {
         self.cache.push_back(decoded);
-        let mut kept: u64 = self
-            .cache
-            .iter()
-            .map(|decoded| decoded.tokens.len() as u64)
-            .sum();
+        let kept = self.cache.iter();
+        let mut kept: u64 = kept.map(|decoded| decoded.tokens.len() as u64).sum();
         while kept > self.cache_tokens {
             let Some(oldest) = self.cache.pop_front() else {
                 break;
             };
             kept -= oldest.tokens.len() as u64;
         }
+    }
+}
+
+impl Decoded {
+    fn append(&mut self, chunk: Chunk<'_>) {
+        let here = self.tokens.len() as u32;
+        self.starts
+            .extend(chunk.starts.iter().map(|start| here + start));
+        self.tokens.extend_from_slice(chunk.tokens);
+    }
+
+    fn copy_to(&self, first: u64, stretches: &mut [Stretch]) {
+        let chunk = Chunk {
+            tokens: &self.tokens,
+            starts: &self.starts,
+        };
+        append_all(stretches, first, chunk);
+    }
+}
+
+impl Visited {
+    /// Decodes the pieces that `stretches` meet, and checks them against the first visit.
+    fn copy_to(
+        &self,
+        manifest: &Manifest,
+        place: &Place,
+        rules: &Rules,
+        stretches: &mut [Stretch],
+    ) -> Result<(), DataError> {
+        let (file, expected) = open(manifest, place)?;
+        let group = expected.number as usize;
+        let first = place.tokens.start;
+        for (piece, checksum) in &self.pieces {
+            let (start, end) = (first + piece.tokens.start, first + piece.tokens.end);
+            let wanted = |stretch: &Stretch| stretch.range.start < end && start < stretch.range.end;
+            if !stretches.iter().any(wanted) {
+                continue;
+            }
+            let mut assembler = Assembler::new(*rules, piece.continues);
+            let mut sieve = Sieve::after(&expected.selection, piece.document);
+            let mut unchanged = false;
+            file.rows(group, &self.chart, &piece.extent, |rows| {
+                let chunk = sieve.select(assembler.assemble(rows));
+                unchanged = chunk.checksum() == *checksum;
+                append_all(stretches, start, chunk);
+            })?;
+            if !unchanged {
+                let cause = format!("row group {group} changed since it was first read");
+                return Err(DataError::changed(file.file().path(), cause));
+            }
+        }
         Ok(())
     }
 }
 
-/// Decodes the row group at `place` and checks it against the manifest; an error comes after the last chunk.
-fn stream(
-    manifest: &Manifest,
-    place: &Place,
-    rules: &Rules,
-    mut sink: impl FnMut(u64, Chunk<'_>),
-) -> Result<(), DataError> {
+/// Appends what `chunk`, which begins at `first` of the stream, has of each stretch.
+fn append_all(stretches: &mut [Stretch], first: u64, chunk: Chunk<'_>) {
+    stretches
+        .iter_mut()
+        .for_each(|stretch| stretch.append(first, chunk));
+}
+
+/// The file of the row group at `place`, and what the manifest says of the row group.
+fn open<'a>(manifest: &'a Manifest, place: &Place) -> Result<(TokenFile, &'a RowGroup), DataError> {
     let content: &Content = manifest.content();
     let listed = &content.files[place.file];
-    let expected: &RowGroup = &listed.row_groups[place.group];
+    let expected = &listed.row_groups[place.group];
     let path = manifest.directory().join(&listed.name);
     let group = expected.number as usize;
     let file = TokenFile::open(&path, &content.column, content.vocabulary)?;
@@ -244,22 +322,42 @@ fn stream(
         );
         return Err(DataError::changed(&path, cause));
     }
+    Ok((file, expected))
+}
+
+/// Decodes the row group at `place` and checks it against the manifest; an error comes after the last piece.
+fn stream(
+    manifest: &Manifest,
+    place: &Place,
+    rules: &Rules,
+    mut sink: impl FnMut(Piece, Chunk<'_>),
+) -> Result<Chart, DataError> {
+    let (file, expected) = open(manifest, place)?;
+    let group = expected.number as usize;
     let mut assembler = Assembler::new(*rules, expected.continues);
     let mut sieve = Sieve::new(&expected.selection);
     let mut checksum = Checksum::default();
-    file.scan(group, |rows| {
+    let chart = file.chart(group, |rows, extent| {
+        let (continues, document) = (!assembler.at_start(), sieve.document());
         let chunk = sieve.select(assembler.assemble(rows));
-        sink(checksum.tokens(), chunk);
+        let first = checksum.tokens();
         checksum.update(chunk);
+        let piece = Piece {
+            extent,
+            tokens: first..checksum.tokens(),
+            continues,
+            document,
+        };
+        sink(piece, chunk);
         true
     })?;
     if checksum.finish() != expected.checksum {
         return Err(DataError::changed(
-            &path,
+            file.file().path(),
             format!("row group {group} does not have the checksum in the manifest"),
         ));
     }
-    Ok(())
+    Ok(chart)
 }
 
 /// The whole stream of a parquet dataset in order, checked.

@@ -105,25 +105,33 @@ pub fn batch(loader: &mut Loader, step: u64, rank: u32, world: u32) -> Result<Ba
     })
 }
 
-/// A thread that reads one rank's batches ahead; an iterator over `(step, batch)`.
+/// A thread that reads one rank's batches ahead, and makes something of each; an iterator over `(step, that)`.
 ///
 /// It ends after the plan's last step or after an error. Dropping it ends the thread.
-pub struct Prefetch {
+pub struct Prefetch<T> {
     /// `None` only while it is dropped.
-    receiver: Option<Receiver<Result<(u64, Batch), DataError>>>,
+    receiver: Option<Receiver<Result<(u64, T), DataError>>>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Prefetch {
+impl<T: Send + 'static> Prefetch<T> {
     /// Reads the batches of rank `rank` of `world` from step `first` to the plan's last, up to `ahead` steps ahead (at
-    /// least one). When the system gives no thread, the first item says so.
-    pub fn start(mut loader: Loader, first: u64, rank: u32, world: u32, ahead: usize) -> Prefetch {
+    /// least one), and calls `prepare` with each. When the system gives no thread, the first item says so.
+    pub fn start(
+        mut loader: Loader,
+        first: u64,
+        rank: u32,
+        world: u32,
+        ahead: usize,
+        mut prepare: impl FnMut(Batch) -> T + Send + 'static,
+    ) -> Prefetch<T> {
         let (sender, receiver) = sync_channel(ahead.max(1));
         let path = loader.manifest().path().to_owned();
         let no_thread = sender.clone();
         let read = move || {
             for step in first..=loader.plan.steps {
-                let item = batch(&mut loader, step, rank, world).map(|batch| (step, batch));
+                let item =
+                    batch(&mut loader, step, rank, world).map(|batch| (step, prepare(batch)));
                 let failed = item.is_err();
                 if sender.send(item).is_err() || failed {
                     return;
@@ -144,8 +152,8 @@ impl Prefetch {
     }
 }
 
-impl Iterator for Prefetch {
-    type Item = Result<(u64, Batch), DataError>;
+impl<T> Iterator for Prefetch<T> {
+    type Item = Result<(u64, T), DataError>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if let Ok(item) = self.receiver.as_ref()?.recv() {
@@ -161,7 +169,7 @@ impl Iterator for Prefetch {
     }
 }
 
-impl Drop for Prefetch {
+impl<T> Drop for Prefetch<T> {
     fn drop(&mut self) {
         // Closing the channel first frees a thread that waits to send.
         self.receiver = None;
@@ -172,7 +180,7 @@ impl Drop for Prefetch {
     }
 }
 
-impl fmt::Debug for Prefetch {
+impl<T> fmt::Debug for Prefetch<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Prefetch")
     }

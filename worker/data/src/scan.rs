@@ -1,27 +1,26 @@
-//! Reads parquet: opens a file with clear errors, and decodes a list column of token ids batch by batch.
+//! Reads parquet: opens a file with clear errors, and decodes its rows: a text column, or a list column of token ids.
 //!
 //! Token ids come in any integer type and any list type. The arrow schema that writers embed is ignored, so that list,
 //! large list and fixed-size list all arrive as one type; the parquet annotations keep the integer's width and sign.
 
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use arrow::array::{Array, ArrayRef, ArrowPrimitiveType, ListArray, PrimitiveArray};
-use arrow::datatypes::{
-    DataType, Int8Type, Int16Type, Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type,
-    UInt64Type,
-};
+use arrow::array::ArrayRef;
+use arrow::datatypes::DataType;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder,
 };
+use parquet::errors::ParquetError;
 use parquet::file::metadata::ParquetMetaData;
 
 use crate::DataError;
+use crate::pages::{BadValue, Chart, Pages, Trouble};
+use crate::rows::{Batch, Extent, Rows};
 
-/// Tokens decoded at a time, roughly: large enough to amortise, small enough to stay in cache and memory.
-const BATCH_TOKENS: u64 = 1 << 18;
 const INCOMPLETE: &str = "it is damaged or incomplete: copy it again, or remove it";
 
 /// An open parquet file and one of its columns.
@@ -107,12 +106,7 @@ impl ColumnFile {
         group: usize,
         rows: usize,
     ) -> Result<impl Iterator<Item = Result<ArrayRef, DataError>>, DataError> {
-        let unreadable = move |source| DataError::Parquet {
-            path: self.path.clone(),
-            place: format!("row group {group}: "),
-            source,
-            remedy: INCOMPLETE,
-        };
+        let unreadable = move |source| self.unreadable(group, source);
         let file = self
             .file
             .try_clone()
@@ -132,30 +126,23 @@ impl ColumnFile {
             Err(error) => Err(unreadable(error.into())),
         }))
     }
-}
 
-/// Some rows of a row group.
-#[derive(Clone, Copy)]
-pub(crate) struct Rows<'a> {
-    /// Their tokens, one row after the other.
-    pub tokens: &'a [u32],
-    /// Where rows begin and end in `tokens`: one more than there are rows, from 0 to `tokens.len()`.
-    pub bounds: &'a [usize],
-}
-
-impl<'a> Rows<'a> {
-    /// The rows one by one.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = &'a [u32]> {
-        let tokens = self.tokens;
-        self.bounds
-            .windows(2)
-            .map(move |pair| &tokens[pair[0]..pair[1]])
+    fn unreadable(&self, group: usize, source: ParquetError) -> DataError {
+        DataError::Parquet {
+            path: self.path.clone(),
+            place: format!("row group {group}: "),
+            source,
+            remedy: INCOMPLETE,
+        }
     }
 }
 
 /// An open file of token rows.
 pub(crate) struct TokenFile {
     file: ColumnFile,
+    /// The column's number among the leaves of the schema.
+    leaf: usize,
+    unsigned: bool,
     vocabulary: u32,
 }
 
@@ -163,10 +150,17 @@ impl TokenFile {
     /// Opens the file at `path`, whose column `column` holds lists of token ids below `vocabulary`.
     pub(crate) fn open(path: &Path, column: &str, vocabulary: u32) -> Result<TokenFile, DataError> {
         let file = ColumnFile::open(path, column)?;
+        let schema = file.metadata().file_metadata().schema_descr();
+        let leaf = (0..schema.num_columns())
+            .find(|leaf| schema.get_column_root_idx(*leaf) == file.column)
+            .unwrap_or_default();
         match file.data_type() {
-            DataType::List(item) if item.data_type().is_integer() => {
-                Ok(TokenFile { file, vocabulary })
-            }
+            DataType::List(item) if item.data_type().is_integer() => Ok(TokenFile {
+                leaf,
+                unsigned: item.data_type().is_unsigned_integer(),
+                file,
+                vocabulary,
+            }),
             other => {
                 let cause = format!("column {column:?} is {other}, not a list of integers");
                 let remedy = "name the column of token ids with --column; text is made into tokens by \
@@ -190,156 +184,100 @@ impl TokenFile {
         group: usize,
         mut sink: impl FnMut(Rows<'_>) -> bool,
     ) -> Result<(), DataError> {
-        let rows = self.file.group_rows(group).max(1);
-        let values = self
-            .file
-            .metadata()
-            .row_group(group)
-            .columns()
-            .iter()
-            .map(|column| column.num_values())
-            .max();
-        let rows_per_batch = BATCH_TOKENS * rows / (values.unwrap_or(1).max(1) as u64);
-        let (mut tokens, mut bounds) = (Vec::new(), Vec::new());
-        let mut first_row = 0;
-        for array in self
-            .file
-            .batches(group, rows_per_batch.clamp(1, 1 << 16) as usize)?
-        {
-            let array = array?;
-            tokens.clear();
-            bounds.clear();
-            self.decode(&array, &mut tokens, &mut bounds)
-                .map_err(|fault| {
-                    let cause = format!(
-                        "row group {group}, row {}: {}",
-                        first_row + fault.row,
-                        fault.cause
-                    );
-                    DataError::content(self.file.path(), cause, fault.remedy)
-                })?;
-            if !sink(Rows {
-                tokens: &tokens,
-                bounds: &bounds,
-            }) {
-                return Ok(());
+        self.chart(group, |rows, _| sink(rows)).map(drop)
+    }
+
+    /// The same, and where each batch of rows lies, for [`TokenFile::rows`]; returns where the pages that were read lie.
+    pub(crate) fn chart(
+        &self,
+        group: usize,
+        mut sink: impl FnMut(Rows<'_>, Extent) -> bool,
+    ) -> Result<Chart, DataError> {
+        let (mut pages, mut batch) = (self.pages(group, None)?, Batch::default());
+        while self.next(group, &mut pages, &mut batch)? {
+            if batch.is_headless() {
+                let cause = format!("row group {group} begins in the middle of a row");
+                return Err(DataError::content(self.file.path(), cause, INCOMPLETE));
             }
-            first_row += array.len();
+            if let Some((rows, extent)) = batch.complete()
+                && !sink(rows, extent)
+            {
+                return Ok(pages.read);
+            }
+            batch.advance();
+        }
+        if let Some((rows, extent)) = batch.rest() {
+            sink(rows, extent);
+        }
+        let (found, expected) = (batch.rows_done(), self.file.group_rows(group));
+        if found != expected {
+            let cause = format!(
+                "row group {group} holds {found} rows where the file's footer says {expected}"
+            );
+            return Err(DataError::content(self.file.path(), cause, INCOMPLETE));
+        }
+        Ok(pages.read)
+    }
+
+    /// Decodes the rows of row group `group` at `extent` of a chart, and hands them on together.
+    ///
+    /// # Errors
+    /// As [`TokenFile::scan`], rows counted from the first one that begins in these pages; when there are not so many rows.
+    pub(crate) fn rows(
+        &self,
+        group: usize,
+        chart: &Chart,
+        extent: &Extent,
+        sink: impl FnOnce(Rows<'_>),
+    ) -> Result<(), DataError> {
+        let mut pages = self.pages(group, Some((chart, &extent.pages)))?;
+        let mut batch = Batch::default();
+        while self.next(group, &mut pages, &mut batch)? {
+            batch.append();
+        }
+        match batch.slice(extent) {
+            Some(rows) => sink(rows),
+            None => {
+                let cause = format!("row group {group} no longer holds the rows that it held");
+                return Err(DataError::changed(self.file.path(), cause));
+            }
         }
         Ok(())
     }
 
-    fn decode(
-        &self,
-        array: &ArrayRef,
-        tokens: &mut Vec<u32>,
-        bounds: &mut Vec<usize>,
-    ) -> Result<(), Fault> {
-        let Some(list) = array.as_any().downcast_ref::<ListArray>() else {
-            return Err(Fault::new(
-                0,
-                format!("is {}, not a list", array.data_type()),
-            ));
+    fn pages(&self, group: usize, some: Option<(&Chart, &Range<u32>)>) -> Result<Pages, DataError> {
+        let chunk = self.file.metadata().row_group(group).column(self.leaf);
+        let file = (self.file.path(), &self.file.file);
+        Pages::open(file, chunk, some, self.unsigned, self.vocabulary)?
+            .map_err(|source| self.file.unreadable(group, source))
+    }
+
+    /// The next page; false when there is none.
+    fn next(&self, group: usize, pages: &mut Pages, batch: &mut Batch) -> Result<bool, DataError> {
+        pages
+            .next(&mut batch.page)
+            .map_err(|trouble| match trouble {
+                Trouble::Parquet(source) => self.file.unreadable(group, source),
+                Trouble::Value { row, what } => {
+                    // Without a beginning in this page it is the last row that began before.
+                    let row = (batch.rows_begun() + row.map_or(0, |row| row as u64 + 1)).max(1) - 1;
+                    self.bad_value(group, row, &what)
+                }
+            })
+    }
+
+    fn bad_value(&self, group: usize, row: u64, what: &BadValue) -> DataError {
+        let whole = "write the file without nulls, as lists of integers";
+        let (cause, remedy) = match what {
+            BadValue::NullRow => ("is null".to_owned(), whole),
+            BadValue::NullToken => ("holds a null token".to_owned(), whole),
+            BadValue::Outside(value) => {
+                let most = self.vocabulary.saturating_sub(1);
+                let cause = format!("token id {value} is outside the vocabulary (0 to {most})");
+                (cause, "give the tokenizer that made these tokens")
+            }
         };
-        if let Some(nulls) = list.nulls().filter(|nulls| nulls.null_count() > 0) {
-            let row = (0..list.len()).find(|row| nulls.is_null(*row)).unwrap_or(0);
-            return Err(Fault::new(row, "is null".to_owned()));
-        }
-        let offsets = list.value_offsets();
-        let (first, last) = (offsets[0] as usize, offsets[list.len()] as usize);
-        bounds.extend(offsets.iter().map(|offset| *offset as usize - first));
-        let values = list.values().slice(first, last - first);
-        let row_of = |position: usize| {
-            bounds
-                .partition_point(|bound| *bound <= position)
-                .saturating_sub(1)
-        };
-        if let Some(nulls) = values.nulls().filter(|nulls| nulls.null_count() > 0) {
-            let position = (0..values.len())
-                .find(|position| nulls.is_null(*position))
-                .unwrap_or(0);
-            return Err(Fault::new(
-                row_of(position),
-                "holds a null token".to_owned(),
-            ));
-        }
-        let bad = match values.data_type() {
-            DataType::Int8 => widen::<Int8Type>(&values, self.vocabulary, tokens),
-            DataType::Int16 => widen::<Int16Type>(&values, self.vocabulary, tokens),
-            DataType::Int32 => widen::<Int32Type>(&values, self.vocabulary, tokens),
-            DataType::Int64 => widen::<Int64Type>(&values, self.vocabulary, tokens),
-            DataType::UInt8 => widen::<UInt8Type>(&values, self.vocabulary, tokens),
-            DataType::UInt16 => widen::<UInt16Type>(&values, self.vocabulary, tokens),
-            DataType::UInt32 => widen::<UInt32Type>(&values, self.vocabulary, tokens),
-            DataType::UInt64 => widen::<UInt64Type>(&values, self.vocabulary, tokens),
-            other => return Err(Fault::new(0, format!("holds {other}, not integers"))),
-        };
-        let Some((position, value)) = bad else {
-            return Ok(());
-        };
-        Err(Fault {
-            row: row_of(position),
-            cause: format!(
-                "token id {value} is outside the vocabulary (0 to {})",
-                self.vocabulary.saturating_sub(1)
-            ),
-            remedy: "give the tokenizer that made these tokens",
-        })
+        let cause = format!("row group {group}, row {row}: {cause}");
+        DataError::content(self.file.path(), cause, remedy)
     }
 }
-
-/// What is wrong with a row of a batch.
-struct Fault {
-    row: usize,
-    cause: String,
-    remedy: &'static str,
-}
-
-impl Fault {
-    fn new(row: usize, cause: String) -> Fault {
-        Fault {
-            row,
-            cause,
-            remedy: "write the file without nulls, as lists of integers",
-        }
-    }
-}
-
-/// Appends `values` to `tokens`; the first one that is not below `vocabulary` is returned with its position.
-fn widen<T: ArrowPrimitiveType>(
-    values: &ArrayRef,
-    vocabulary: u32,
-    tokens: &mut Vec<u32>,
-) -> Option<(usize, String)>
-where
-    T::Native: Id,
-{
-    let values: &PrimitiveArray<T> = values
-        .as_any()
-        .downcast_ref()
-        .expect("invariant: the data type was matched");
-    let mut outside = false;
-    // No early exit, so that the loop is vectorised; the offender is looked for only when there is one.
-    tokens.extend(values.values().iter().map(|value| {
-        outside |= value.id() >= u64::from(vocabulary);
-        value.id() as u32
-    }));
-    if !outside {
-        return None;
-    }
-    let position = values
-        .values()
-        .iter()
-        .position(|value| value.id() >= u64::from(vocabulary))?;
-    Some((position, values.value(position).to_string()))
-}
-
-/// An integer as a token id: negative ones become huge.
-trait Id: Copy + std::fmt::Display {
-    fn id(self) -> u64;
-}
-
-macro_rules! id {
-    ($($integer:ty),*) => { $(impl Id for $integer { fn id(self) -> u64 { self as u64 } })* };
-}
-id!(i8, i16, i32, i64, u8, u16, u32, u64);

@@ -1,7 +1,7 @@
 //! From rows to the packed stream: adds BOS and EOT, finds where documents begin, leaves out what is not selected.
 
 use crate::manifest::{Content, Documents, Selection};
-use crate::scan::Rows;
+use crate::rows::Rows;
 
 /// How rows become the packed stream.
 #[derive(Debug, Clone, Copy)]
@@ -34,6 +34,15 @@ pub(crate) struct Chunk<'a> {
     pub starts: &'a [u32],
 }
 
+impl Chunk<'_> {
+    /// BLAKE3 of the piece alone, as [`Checksum`] takes it.
+    pub(crate) fn checksum(self) -> blake3::Hash {
+        let mut checksum = Checksum::default();
+        checksum.update(self);
+        checksum.hash()
+    }
+}
+
 /// Turns the rows of one row group into chunks, batch by batch.
 pub(crate) struct Assembler {
     rules: Rules,
@@ -52,6 +61,11 @@ impl Assembler {
             tokens: Vec::new(),
             starts: Vec::new(),
         }
+    }
+
+    /// Whether the next token begins a document ([`Documents::EndOfText`] only).
+    pub(crate) fn at_start(&self) -> bool {
+        self.at_start
     }
 
     /// Whether the row group after this one continues a document.
@@ -123,13 +137,24 @@ pub(crate) struct Sieve<'a> {
 }
 
 impl<'a> Sieve<'a> {
+    /// From the beginning of a row group on.
     pub(crate) fn new(selection: &'a Selection) -> Sieve<'a> {
+        Sieve::after(selection, 0)
+    }
+
+    /// From where the last token belonged to document number `document`.
+    pub(crate) fn after(selection: &'a Selection, document: u32) -> Sieve<'a> {
         Sieve {
             selection,
-            document: 0,
+            document,
             tokens: Vec::new(),
             starts: Vec::new(),
         }
+    }
+
+    /// Number of the document that the last token belonged to.
+    pub(crate) fn document(&self) -> u32 {
+        self.document
     }
 
     /// The selected part of `chunk`.
@@ -203,9 +228,13 @@ impl Checksum {
     }
 
     /// The checksum, in hexadecimal.
-    pub(crate) fn finish(mut self) -> String {
+    pub(crate) fn finish(self) -> String {
+        self.hash().to_hex().to_string()
+    }
+
+    fn hash(mut self) -> blake3::Hash {
         self.hasher.update(bytemuck::cast_slice(&self.starts));
-        self.hasher.finalize().to_hex().to_string()
+        self.hasher.finalize()
     }
 }
 

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use crate::index::Auto3;
 use crate::manifest::Documents;
-use crate::scan::{Rows, TokenFile};
+use crate::rows::Rows;
+use crate::scan::TokenFile;
 use crate::stream::Rules;
 use crate::{DataError, TextTokenizer};
 

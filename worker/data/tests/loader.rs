@@ -76,7 +76,7 @@ fn over_changing_world_sizes_every_sample_appears_once_and_is_the_same() {
 fn reading_ahead_yields_the_same_batches_and_ends_with_the_plan() {
     let place = dataset();
     let mut plain = loader(&place);
-    let ahead = Prefetch::start(loader(&place), 5, 1, 3, 2);
+    let ahead = Prefetch::start(loader(&place), 5, 1, 3, 2, |batch| batch);
     let mut next = 5;
     for item in ahead {
         let (step, found) = item.unwrap();
@@ -92,12 +92,12 @@ fn reading_ahead_yields_the_same_batches_and_ends_with_the_plan() {
 #[test]
 fn reading_ahead_reports_an_error_once_and_stops_when_dropped() {
     let place = dataset();
-    drop(Prefetch::start(loader(&place), 1, 0, 1, 1));
+    drop(Prefetch::start(loader(&place), 1, 0, 1, 1, drop));
     let broken = loader(&place);
     for name in ["a.parquet", "b.parquet"] {
         std::fs::write(place.data().join(name), b"gone").unwrap();
     }
-    let mut ahead = Prefetch::start(broken, 1, 0, 1, 1);
+    let mut ahead = Prefetch::start(broken, 1, 0, 1, 1, drop);
     assert_error(
         ahead.next().unwrap(),
         &[".parquet: cannot be read as parquet"],

@@ -9,7 +9,7 @@ use thiserror::Error;
 use super::load::LoadedModel;
 use crate::{
     model::ModelError,
-    trainer::{MicroBatch, check_data},
+    trainer::{Layout, check_data},
 };
 
 /// What is evaluated, and how.
@@ -91,16 +91,20 @@ pub fn evaluate(
                     .map(|(tokens, starts)| Sample { id, tokens, starts })
             })
             .collect::<Result<Vec<_>, _>>()?;
-        let micro = MicroBatch::new(
-            &samples,
-            config.vocab,
-            options.reset_at_document,
-            params.device(),
-        )
-        .map_err(EvaluateError::Mismatch)?;
-        let loss = tch::no_grad(|| transformer.loss_sum(params, &micro.input, 0.0));
-        loss_sum += loss.cross_entropy.double_value(&[]);
-        targets += micro.targets;
+        let layout = Layout {
+            vocabulary: config.vocab,
+            reset_at_document: options.reset_at_document,
+            rows: samples.len(),
+            device: params.device(),
+        };
+        let batch = layout
+            .lay_out(&samples)
+            .map_err(|error| EvaluateError::Mismatch(error.to_string()))?;
+        for input in batch.micro_batches() {
+            let loss = tch::no_grad(|| transformer.loss_sum(params, &input, 0.0));
+            loss_sum += loss.cross_entropy.double_value(&[]);
+        }
+        targets += batch.targets;
         progress(last, windows);
     }
     let loss = loss_sum / targets as f64;

@@ -16,11 +16,12 @@ pub struct Documents {
 impl Documents {
     /// From the ascending positions at which documents begin, one list per row, for rows of `tokens` tokens. Starts
     /// behind the end of the row are ignored.
-    pub fn from_starts(rows: &[Vec<u32>], tokens: usize) -> Documents {
+    pub fn from_starts(rows: &[impl AsRef<[u32]>], tokens: usize) -> Documents {
         let mut positions = Vec::with_capacity(rows.len() * tokens);
         let mut segments = Vec::with_capacity(rows.len() * tokens);
         for starts in rows {
-            let mut upcoming = starts.iter().map(|&start| start as usize).peekable();
+            let starts = starts.as_ref().iter();
+            let mut upcoming = starts.map(|&start| start as usize).peekable();
             let (mut segment, mut begin) = (0i64, 0);
             for token in 0..tokens {
                 while let Some(start) = upcoming.next_if(|&start| start <= token) {

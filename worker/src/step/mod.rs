@@ -5,11 +5,11 @@
 //! tensors of the caller's. What the forward pass keeps is a [`Policy`]; whatever it does not keep is computed again by the
 //! same code, so gradients do not depend on it.
 
-mod block;
-mod buffers;
+pub mod block;
+pub mod buffers;
 mod qk_norm;
 mod softmax;
-mod tables;
+pub mod tables;
 
 use std::rc::Rc;
 

@@ -8,6 +8,7 @@ use supra_recipes::{
 };
 use thiserror::Error;
 
+use super::micro::LayoutError;
 use crate::{
     checkpoint::{CheckpointError, store::ProbeError},
     collective::DeviceCollectiveError,
@@ -33,6 +34,9 @@ pub enum TrainError {
     /// The dataset does not hold the budget.
     #[error(transparent)]
     Plan(#[from] PlanError),
+    /// Samples cannot be laid out for the device.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
     /// The base cannot be read or is not what the recipe needs.
     #[error(transparent)]
     Model(#[from] ModelError),
@@ -93,11 +97,13 @@ impl TrainError {
             | TrainError::Collective(_)
             | TrainError::Devices(_)
             | TrainError::Kernel(_)
+            | TrainError::Layout(LayoutError::Memory(_))
             | TrainError::NoBatch { .. } => FaultKind::Transient,
             TrainError::Checkpoint(error) => error.fault_kind(),
             TrainError::Data(_)
             | TrainError::Plan(_)
             | TrainError::Model(_)
+            | TrainError::Layout(LayoutError::Token { .. })
             | TrainError::NoRoom { .. }
             | TrainError::Mismatch(_) => FaultKind::Input,
             TrainError::Diverged { .. } => FaultKind::Diverged,

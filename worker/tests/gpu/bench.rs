@@ -1,6 +1,6 @@
 //! One kernel beside its twin: right, the same every time, and how fast.
 
-use std::time::Instant;
+use std::{env, time::Instant};
 
 use supra_worker::kernels::{Kernels, Twin, cuda::CudaKernels};
 use tch::{Cuda, Device, Kind, Tensor};
@@ -27,6 +27,20 @@ pub struct Case<'a> {
     pub outputs: Vec<Tensor>,
     /// The call itself.
     pub call: &'a Call<'a>,
+}
+
+/// Whether a sanitizer looks on, as scripts/test-gpu says: then nothing is timed, and large cases are left out, for every
+/// access takes long.
+pub fn sanitized() -> bool {
+    env::var_os("SUPRA_SANITIZED").is_some()
+}
+
+/// Numbers of the largest tensor that a sanitizer gets to see.
+const SANITIZED_NUMBERS: usize = 1 << 20;
+
+/// Whether to leave a case out that has this as its largest tensor.
+pub fn too_large(numbers: usize) -> bool {
+    sanitized() && numbers > SANITIZED_NUMBERS
 }
 
 /// Fresh numbers from N(0, 1), rounded to bf16.
@@ -88,7 +102,14 @@ impl Case<'_> {
 
     /// Checks, times, and prints a line of the table. `bytes` is what one call has to move.
     pub fn measure(&self, kernels: &CudaKernels, bytes: i64) {
+        let tensors = self.inputs.iter().chain(&self.outputs);
+        if too_large(tensors.map(Tensor::numel).max().unwrap_or(0)) {
+            return;
+        }
         let error = self.check(kernels);
+        if sanitized() {
+            return;
+        }
         let mut outputs: Vec<Tensor> = self.outputs.iter().map(Tensor::copy).collect();
         let mut launch = |times| {
             for _ in 0..times {

@@ -2,8 +2,10 @@
 
 mod attention;
 mod bench;
+mod block;
 mod kernels;
 mod optimizer;
+mod padding;
 
 use std::path::Path;
 
@@ -21,4 +23,18 @@ pub fn gpu(test: &str) -> Option<CudaKernels> {
     }
     device::open(DeviceName::Cuda(0), 4).unwrap_or_else(|error| panic!("{error}"));
     Some(CudaKernels::new(0).unwrap_or_else(|error| panic!("{error}")))
+}
+
+/// The kernels on the first GPU without what only Hopper has; none where they would be the same or there is no GPU.
+pub fn gpu_without_warpgroups(test: &str) -> Option<CudaKernels> {
+    gpu(test)?;
+    match CudaKernels::compiled_for(0, "sm_90") {
+        Ok(kernels) => Some(kernels),
+        // An older GPU does not run it, and never has warpgroups.
+        Err(error) if error.to_string().contains("no kernel image") => {
+            println!("skipped: {test} needs an NVIDIA GPU that runs sm_90");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
 }

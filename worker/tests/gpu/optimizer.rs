@@ -10,7 +10,7 @@ use supra_worker::{
 };
 use tch::{Cuda, Device, Kind, Tensor};
 
-use super::bench::{GPU, print_row};
+use super::bench::{GPU, print_row, too_large};
 use super::gpu;
 
 const UPDATE: Update = Update {
@@ -301,6 +301,9 @@ fn gpu_optimizer_speed() {
         return;
     };
     let count = 1 << 28;
+    if too_large(count as usize) {
+        return;
+    }
     let timed = |name: &str, bytes, launch: &mut dyn FnMut()| {
         let mut run = |times| {
             (0..times).for_each(|_| launch());

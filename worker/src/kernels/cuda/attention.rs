@@ -62,6 +62,9 @@ const PIECE: i64 = 64;
 const STAGES: i64 = 3;
 const COLUMNS: i64 = 64;
 
+/// The architecture for which attention is compiled with products of warpgroups; others get products of warps.
+pub const WARPGROUPS: &str = "sm_90a";
+
 /// Bytes of a bf16.
 const BF16: i64 = 2;
 
@@ -155,18 +158,20 @@ impl Lengths {
         grid((batch * heads, d / COLUMNS), 128, shared)
     }
 
-    fn outputs_grid(&self) -> Grid {
-        self.chunks_grid(2 * CHUNK, 3)
+    fn outputs_grid(&self, warpgroups: bool) -> Grid {
+        // Warpgroups read two heads' rows and states from shared memory: one that is computed, one that is fetched.
+        let (tiles, states) = if warpgroups { (4, 2) } else { (3, 1) };
+        self.chunks_grid(2 * CHUNK, tiles, states)
     }
 
     fn key_value_gradients_grid(&self) -> Grid {
-        self.chunks_grid(4 * CHUNK, 4)
+        self.chunks_grid(4 * CHUNK, 4, 1)
     }
 
-    /// A block for each chunk of each key and value head, with room for so many tiles of a chunk's rows, and a state.
-    fn chunks_grid(&self, threads: i64, tiles: i64) -> Grid {
+    /// A block for each chunk of each key and value head, with room for so many tiles of a chunk's rows, and states.
+    fn chunks_grid(&self, threads: i64, tiles: i64, states: i64) -> Grid {
         let [batch, kv_heads, _, d] = self.k_bktd;
-        let shared = (tiles * CHUNK * d + d * d) * BF16;
+        let shared = (tiles * CHUNK * d + states * d * d) * BF16;
         grid((batch * kv_heads, self.chunks), threads, shared)
     }
 }
@@ -220,7 +225,7 @@ impl CudaKernels {
         ]
         .concat();
         self.gpu
-            .launch(l.names.outputs, l.outputs_grid(), &arguments)
+            .launch(l.names.outputs, l.outputs_grid(self.warpgroups), &arguments)
     }
 
     pub(super) fn try_linear_attention_backward(
@@ -246,8 +251,8 @@ impl CudaKernels {
 
         self.keep_states(&l, &context, k, v)?;
         let arguments = [&[d_o, v, k, states], weights, &[dq], &l.counts].concat();
-        self.gpu
-            .launch(l.names.query_gradients, l.outputs_grid(), &arguments)?;
+        let grid = l.outputs_grid(self.warpgroups);
+        self.gpu.launch(l.names.query_gradients, grid, &arguments)?;
         // The states have been read: their gradients take their place.
         if l.chunks > 1 {
             let arguments = [&[q, d_o], weights, &[states], &l.counts[..2]].concat();

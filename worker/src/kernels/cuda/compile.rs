@@ -25,10 +25,16 @@ pub struct Source {
 }
 
 /// What the sources include of ours.
-const HEADERS: [(&str, &str); 3] = [
+const HEADERS: [(&str, &str); 6] = [
+    (
+        "attention_warpgroups.cuh",
+        include_str!("attention_warpgroups.cuh"),
+    ),
+    ("attention_warps.cuh", include_str!("attention_warps.cuh")),
     ("bits.cuh", include_str!("bits.cuh")),
     ("common.cuh", include_str!("common.cuh")),
     ("warp.cuh", include_str!("warp.cuh")),
+    ("warpgroup.cuh", include_str!("warpgroup.cuh")),
 ];
 
 /// Bytes of a BLAKE3 hash.

@@ -59,6 +59,8 @@ const SOURCES: [Source; 10] = [
 /// is kept, and [`check`](Kernels::check) tells it.
 pub struct CudaKernels {
     gpu: Gpu,
+    /// Whether attention is compiled for products of warpgroups.
+    warpgroups: bool,
     tensors: Tensors,
     scratch: RefCell<Tensor>,
     decays: RefCell<Option<Decays>>,
@@ -69,17 +71,27 @@ impl CudaKernels {
     /// Compiles all kernels for the GPU with this index, or takes them from the cache, and loads them. The device has been
     /// opened by [`device::open`].
     pub fn new(index: usize) -> Result<CudaKernels, KernelError> {
-        let mut gpu = Gpu::open(index)?;
+        let gpu = Gpu::open(index)?;
         let architecture = gpu.architecture()?;
+        CudaKernels::compiled(gpu, &architecture)
+    }
+
+    /// The same, compiled for `architecture`, which this GPU runs, too: `sm_90` does without what only `sm_90a` has.
+    pub fn compiled_for(index: usize, architecture: &str) -> Result<CudaKernels, KernelError> {
+        CudaKernels::compiled(Gpu::open(index)?, architecture)
+    }
+
+    fn compiled(mut gpu: Gpu, architecture: &str) -> Result<CudaKernels, KernelError> {
         let nvrtc = Nvrtc::open(&cuda_libraries())?;
         let cache = compile::cache_folder();
         for source in &SOURCES {
-            let cubin = compile::cubin(&nvrtc, source, &architecture, cache.as_deref())?;
+            let cubin = compile::cubin(&nvrtc, source, architecture, cache.as_deref())?;
             gpu.load(&cubin, source.kernels)?;
         }
-        let device = Device::Cuda(index);
+        let device = Device::Cuda(gpu.index());
         Ok(CudaKernels {
             gpu,
+            warpgroups: architecture == attention::WARPGROUPS,
             tensors: Tensors { device },
             scratch: RefCell::new(Tensor::empty([0], (Kind::Uint8, device))),
             decays: RefCell::new(None),
