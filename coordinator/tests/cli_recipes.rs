@@ -87,6 +87,18 @@ fn a_plan_counts_to_the_token() {
 }
 
 #[test]
+fn a_shape_with_a_name_is_planned_without_a_directory() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("named.yaml");
+    let text =
+        "name: t\nbase: { random: mistral-7b }\ndata: { train: d }\nbudget: { tokens: 20B }\n";
+    fs::write(&path, text).unwrap();
+    let answer = run(&["plan", path.to_str().unwrap(), "--json"]).expect_code(0);
+    let plan: serde_json::Value = serde_json::from_str(&answer.stdout).unwrap();
+    assert_eq!(plan["needs"]["parameters"], 7_812_321_280_u64);
+}
+
+#[test]
 fn the_mistral_recipe_is_planned_with_its_memory() {
     let base = tempfile::tempdir().unwrap();
     let config = serde_json::json!({

@@ -1,5 +1,6 @@
 //! The typed recipe: units, defaults, validation, and errors that point at the line.
 
+mod base;
 mod bounds;
 mod check;
 mod explain;
@@ -11,10 +12,10 @@ mod report;
 mod syntax;
 mod units;
 
+pub use base::{Base, Shape};
 pub use recipe::{
-    Activations, Attention, Base, Batch, Budget, Checkpoint, Data, Decay, Model, NonFinite,
-    Optimizer, Precision, Recipe, Reduction, ReplicaCheck, RopeFrequencies, Sharding, Weights,
-    Workers, json_schema,
+    Activations, Attention, Batch, Budget, Checkpoint, Data, Decay, Model, NonFinite, Optimizer,
+    Precision, Recipe, Reduction, ReplicaCheck, RopeFrequencies, Sharding, Workers, json_schema,
 };
 pub use report::RecipeError;
 pub use units::{Fraction, RunName, Tokens, UnitError, Warmup};

@@ -128,6 +128,11 @@ fn the_schema_refuses_what_the_program_refuses() {
             "/base",
             serde_json::json!({ "path": "b", "wieghts": "random" }),
         ),
+        ("/base", serde_json::json!({})),
+        (
+            "/base",
+            serde_json::json!({ "path": "b", "random": "mistral-7b" }),
+        ),
         ("/data", serde_json::json!({})),
     ];
     for (pointer, value) in changes {

@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use supra_recipes::Recipe;
-use supra_recipes::schema::{Attention, Budget, Decay, Precision, Tokens, Warmup, Weights};
+use supra_recipes::plan::ModelShape;
+use supra_recipes::schema::{Attention, Base, Budget, Decay, Precision, Shape, Tokens, Warmup};
 
 const SMALLEST: &str =
     "name: t\nbase: { path: b }\ndata: { train: d }\nbudget: { pretraining_tokens: 2T }\n";
@@ -16,7 +17,7 @@ fn parse(text: &str) -> Recipe {
 fn the_defaults_are_the_papers() {
     let recipe = parse(SMALLEST);
     assert_eq!(recipe.attention, Attention::Supra);
-    assert_eq!(recipe.base.weights, Weights::Pretrained);
+    assert_eq!(recipe.base, Base::Pretrained("b".into()));
     assert_eq!(
         (
             recipe.model.decay,
@@ -55,6 +56,28 @@ fn the_defaults_are_the_papers() {
 }
 
 #[test]
+fn random_weights_take_their_shape_from_a_directory_or_a_name() {
+    let base = |keys: &str| {
+        let recipe = parse(&SMALLEST.replace("path: b", keys)).resolved(Path::new("/r"));
+        assert_eq!(parse(&recipe.to_yaml()), recipe);
+        recipe.base
+    };
+    let untrained = base("path: b, weights: random");
+    assert_eq!(untrained, Base::Untrained("/r/b".into()));
+    assert_eq!(untrained.directory(), Some(Path::new("/r/b")));
+    for (name, shape, known) in [
+        ("mistral-7b", Shape::Mistral7b, ModelShape::MISTRAL_7B),
+        ("llama2-7b", Shape::Llama2_7b, ModelShape::LLAMA2_7B),
+    ] {
+        let named = base(&format!("random: {name}"));
+        assert_eq!(named, Base::Random(shape));
+        assert_eq!(named.to_string(), name);
+        assert_eq!(named.directory(), None);
+        assert_eq!(ModelShape::from(shape), known);
+    }
+}
+
+#[test]
 fn the_resolved_recipe_says_everything() {
     insta::assert_snapshot!(parse(SMALLEST).resolved(Path::new("/recipes")).to_yaml());
 }
@@ -82,7 +105,7 @@ fn paths_are_taken_from_the_recipes_directory() {
     )
     .unwrap();
     let recipe = Recipe::load(&file).unwrap();
-    assert_eq!(recipe.base.path, directory.path().join("b"));
+    assert_eq!(recipe.base, Base::Pretrained(directory.path().join("b")));
     assert_eq!(recipe.data.train, Path::new("/abs"));
     assert_eq!(recipe.data.heldout, Some(directory.path().join("h.json")));
 }
@@ -150,6 +173,6 @@ fn comments_quotes_and_punctuation_inside_values_are_text() {
         .replace("{ path: b }", "{ path: 'models/*&!/it''s' } # & * !")
         .replace("{ train: d }", "\n  train: /data/R, &D *x* [1] #1 !\n");
     let recipe = parse(&text);
-    assert_eq!(recipe.base.path, Path::new("models/*&!/it's"));
+    assert_eq!(recipe.base, Base::Pretrained("models/*&!/it's".into()));
     assert_eq!(recipe.data.train, Path::new("/data/R, &D *x* [1]"));
 }

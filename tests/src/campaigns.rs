@@ -1,9 +1,12 @@
 //! Long campaigns: `scripts/prove NAME` runs them large, the tests run the same code small.
 
+pub mod big;
 pub mod components;
 pub mod curves;
 pub mod feed;
 pub mod kills;
 pub mod plot;
+pub mod precision;
 pub mod step;
+pub mod uptrain;
 pub mod worlds;

@@ -8,6 +8,7 @@ use std::process::Command;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use clap::ValueEnum;
 use supra_proto::v1::{Checkpoint, LedgerRecord, RunState, RunStatus, StepMetrics};
 use supra_proto::{Client, ClientError};
 
@@ -17,6 +18,37 @@ use crate::programs::Programs;
 
 /// How long a command of the command line may take.
 pub const COMMAND_LIMIT: Duration = Duration::from_secs(60);
+
+/// How long workers may take to open their devices.
+const ATTACH_LIMIT: Duration = Duration::from_secs(90);
+
+/// Where the workers of a cluster compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Device {
+    /// On the processor.
+    Cpu,
+    /// Each on a GPU of its own, or all on the first, if there are fewer GPUs.
+    Cuda,
+}
+
+impl Device {
+    /// The device of one of so many workers, as `supra-worker --device` takes it.
+    pub fn of_worker(self, number: u32, workers: u32) -> String {
+        match self {
+            Device::Cpu => "cpu".to_owned(),
+            Device::Cuda if workers > gpus() => "cuda:0".to_owned(),
+            Device::Cuda => format!("cuda:{number}"),
+        }
+    }
+}
+
+/// GPUs that the driver shows here.
+fn gpus() -> u32 {
+    let nodes = std::fs::read_dir("/dev").into_iter().flatten().flatten();
+    let names = nodes.filter_map(|node| node.file_name().into_string().ok());
+    let numbers = names.filter_map(|name| name.strip_prefix("nvidia")?.parse::<u32>().ok());
+    numbers.count() as u32
+}
 
 /// A coordinator with its workers. Dropping it ends all of them.
 pub struct Cluster {
@@ -50,6 +82,30 @@ impl Cluster {
             cluster.start_worker(&format!("w{worker}"))?;
         }
         Ok(cluster)
+    }
+
+    /// Starts a coordinator and workers that share the whole machine, and waits until they are there.
+    pub fn on(device: Device, programs: &Programs, directory: &Path, workers: u32) -> Result<Self> {
+        let mut cluster = Self::start(programs, directory)?;
+        for number in 0..workers {
+            cluster.start_worker_on(device, number, workers)?;
+        }
+        cluster.wait_attached(workers as usize, ATTACH_LIMIT)?;
+        Ok(cluster)
+    }
+
+    /// Starts worker `w<number>` of so many that share the whole machine.
+    pub fn start_worker_on(&mut self, device: Device, number: u32, workers: u32) -> Result<()> {
+        let name = format!("w{number}");
+        let mut command = self.programs.worker();
+        command.args(["run", "--coordinator", &self.url, "--name", &name]);
+        command.args(["--device", &device.of_worker(number, workers)]);
+        command.args(["--local-workers", &workers.to_string()]);
+        if device == Device::Cuda && workers > gpus() {
+            // Those that share a GPU are hosts of their own for NCCL.
+            command.env("NCCL_HOSTID", &name);
+        }
+        self.adopt_worker(&name, command)
     }
 
     /// Address of the coordinator.
@@ -241,6 +297,12 @@ impl Cluster {
     /// Metrics of all applied steps, in order.
     pub fn metrics(&self, run: &str) -> Result<Vec<StepMetrics>> {
         ask(async { self.client().await?.metrics(run).await?.all().await })
+    }
+
+    /// What the run's workers and the coordinator said, in order.
+    pub fn log_lines(&self, run: &str) -> Result<Vec<String>> {
+        let entries = ask(async { self.client().await?.logs(run, false).await?.all().await })?;
+        Ok(entries.into_iter().map(|entry| entry.text).collect())
     }
 
     /// The ledger, in order.

@@ -18,6 +18,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 
 use crate::failure::Result;
+use crate::models::Shape;
 use crate::process::run;
 use crate::programs::Programs;
 
@@ -53,7 +54,6 @@ impl Fixture {
             base: root.join("base"),
             data: root.join("tokens"),
         };
-        fs::create_dir_all(&fixture.base)?;
         write_model(&fixture.base)?;
         write_tokenizer(&fixture.base, VOCABULARY)?;
         let text = root.join("text");
@@ -186,25 +186,15 @@ struct Weight {
 }
 
 fn write_model(directory: &Path) -> Result<()> {
-    let config = json!({
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "hidden_size": DIM,
-        "intermediate_size": FFN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "vocab_size": VOCABULARY,
-        "max_position_embeddings": 256,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": false,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "torch_dtype": "float32",
-    });
-    fs::write(directory.join("config.json"), format!("{config:#}\n"))?;
+    let shape = Shape {
+        vocab: VOCABULARY,
+        dim: DIM,
+        layers: LAYERS,
+        heads: HEADS,
+        kv_heads: KV_HEADS,
+        ffn: FFN,
+    };
+    shape.write(directory)?;
 
     let mut random = ChaCha8Rng::seed_from_u64(7);
     let mut weights = BTreeMap::new();

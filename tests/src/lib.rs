@@ -9,12 +9,13 @@ pub mod cluster;
 pub mod failure;
 pub mod fixture;
 pub mod ledger;
+pub mod models;
 pub mod process;
 pub mod programs;
 pub mod report;
 pub mod weights;
 
-pub use cluster::Cluster;
+pub use cluster::{Cluster, Device};
 pub use failure::{Failure, Result};
 pub use fixture::{Fixture, TinyRecipe};
 pub use process::Process;

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::LazyLock;
 
 use crate::failure::{Failure, Result};
 
@@ -78,9 +79,14 @@ impl Programs {
     }
 }
 
-/// Root of the repository that this was built from.
+/// Root of the repository: the one that this was built from, or, on another machine, where the scripts run everything.
 pub fn repository() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .unwrap_or(Path::new("/"))
+    static ROOT: LazyLock<PathBuf> = LazyLock::new(|| {
+        let built_from = Path::new(env!("CARGO_MANIFEST_DIR")).parent();
+        match built_from.filter(|root| root.is_dir()) {
+            Some(root) => root.to_owned(),
+            None => std::env::current_dir().unwrap_or_default(),
+        }
+    });
+    &ROOT
 }

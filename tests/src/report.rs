@@ -47,33 +47,40 @@ pub fn rounded(value: f64, digits: i32) -> f64 {
 pub struct Report {
     name: String,
     command: String,
+    commit: String,
+    dirty: bool,
     started: Timestamp,
     clock: Instant,
 }
 
 impl Report {
     /// Starts the clock. `command` repeats the campaign.
-    pub fn begin(name: &str, command: &str) -> Self {
-        Self {
+    ///
+    /// # Errors
+    /// When git does not say which commit this is: asked now, not after an hour.
+    pub fn begin(name: &str, command: &str) -> Result<Self> {
+        Ok(Self {
             name: name.to_owned(),
             command: command.to_owned(),
+            commit: git(&["rev-parse", "HEAD"])?,
+            dirty: !git(&["status", "--porcelain", "--untracked-files=no"])?.is_empty(),
             started: Timestamp::now(),
             clock: Instant::now(),
-        }
+        })
     }
 
     /// Where and how it ran, and what came out.
-    pub fn to_json(&self, rows: &[Row]) -> Result<Value> {
-        Ok(json!({
+    pub fn to_json(&self, rows: &[Row]) -> Value {
+        json!({
             "name": self.name,
-            "commit": git(&["rev-parse", "HEAD"])?,
-            "dirty": !git(&["status", "--porcelain", "--untracked-files=no"])?.is_empty(),
+            "commit": self.commit,
+            "dirty": self.dirty,
             "command": self.command,
             "machine": machine(),
             "started": self.started.to_string(),
             "seconds": rounded(self.clock.elapsed().as_secs_f64(), 1),
             "rows": rows.iter().map(Row::to_json).collect::<Vec<_>>(),
-        }))
+        })
     }
 
     /// Writes both files and returns the path of the Markdown one. `about` says in a paragraph what
@@ -81,7 +88,7 @@ impl Report {
     pub fn write(&self, about: &str, rows: &[Row], directory: &Path) -> Result<std::path::PathBuf> {
         fs::create_dir_all(directory)?;
         let stem = self.stem();
-        let json = self.to_json(rows)?;
+        let json = self.to_json(rows);
         fs::write(
             directory.join(format!("{stem}.json")),
             format!("{json:#}\n"),

@@ -42,21 +42,25 @@ pub fn hashes(directory: &Path) -> Result<BTreeMap<String, blake3::Hash>> {
 
 /// Fails, naming the tensors, unless both directories hold the same bits.
 pub fn expect_same(one: &Path, other: &Path) -> Result<()> {
-    let (a, b) = (hashes(one)?, hashes(other)?);
-    let differing: Vec<_> = a
+    expect(&hashes(one)?, other).while_doing(one.display())
+}
+
+/// Fails, naming the tensors, unless a directory holds the tensors of these [`hashes`].
+pub fn expect(expected: &BTreeMap<String, blake3::Hash>, directory: &Path) -> Result<()> {
+    let found = hashes(directory)?;
+    let differing: Vec<_> = expected
         .keys()
-        .chain(b.keys().filter(|name| !a.contains_key(*name)))
-        .filter(|name| a.get(*name) != b.get(*name))
+        .chain(found.keys().filter(|name| !expected.contains_key(*name)))
+        .filter(|name| expected.get(*name) != found.get(*name))
         .collect();
     if differing.is_empty() {
         return Ok(());
     }
     Err(Failure::new(format!(
-        "{} of {} tensors of {} and {} differ: {differing:?}",
+        "{} of {} tensors in {} differ from those expected: {differing:?}",
         differing.len(),
-        a.len(),
-        one.display(),
-        other.display()
+        expected.len(),
+        directory.display()
     )))
 }
 

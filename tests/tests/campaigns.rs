@@ -2,9 +2,13 @@
 
 use std::time::Duration;
 
+use supra_tests::campaigns::big::Big;
 use supra_tests::campaigns::kills::Kills;
+use supra_tests::campaigns::precision::Precision;
+use supra_tests::campaigns::uptrain::Uptrain;
 use supra_tests::campaigns::{curves::Curves, worlds};
-use supra_tests::{Programs, Result};
+use supra_tests::models::quickstart;
+use supra_tests::{Device, Programs, Result};
 
 #[test]
 fn kills_at_random_moments_change_nothing() -> Result<()> {
@@ -39,4 +43,35 @@ fn uptraining_beats_random_weights() -> Result<()> {
     curves.run(&Programs::find()?, scratch.path())?;
     assert!(plot.is_file());
     Ok(())
+}
+
+#[test]
+fn a_model_from_random_weights_learns_as_planned() -> Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let big = Big {
+        quick: true,
+        device: Device::Cpu,
+    };
+    big.run(&Programs::find()?, scratch.path()).map(drop)
+}
+
+#[test]
+fn uptraining_on_a_twentieth_of_the_tokens_is_worth_it_with_one_rank_and_two() -> Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let uptrain = Uptrain {
+        quick: true,
+        device: Device::Cpu,
+        text: quickstart("text"),
+    };
+    uptrain.run(&Programs::find()?, scratch.path()).map(drop)
+}
+
+#[test]
+fn bf16_learns_like_fp32() -> Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let precision = Precision {
+        quick: true,
+        device: Device::Cpu,
+    };
+    precision.run(&Programs::find()?, scratch.path()).map(drop)
 }

@@ -11,7 +11,7 @@ use crate::{LIMIT, Stage};
 /// How long the survivors of a killed rank may take to train again.
 const RECOVERY: Duration = Duration::from_secs(5);
 
-fn gpu_is_missing() -> bool {
+pub fn gpu_is_missing() -> bool {
     let driver = ["/proc/driver/nvidia/version", "/dev/nvidiactl"];
     let missing = !driver.iter().any(|path| Path::new(path).exists());
     if missing {

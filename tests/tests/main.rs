@@ -11,6 +11,7 @@ mod end_to_end;
 mod gpu;
 mod resume;
 mod setup;
+mod widths;
 
 use std::time::Duration;
 

@@ -17,7 +17,10 @@ use std::{rc::Rc, time::Instant};
 
 use supra_agent::{CheckpointWritten, Formed, Job, Outcome, Phase, StepReport, Voided};
 use supra_data::{Batch, Loader, Prefetch};
-use supra_recipes::{Plan, plan::VERSION};
+use supra_recipes::{
+    Plan,
+    plan::{VERSION, memory::gib},
+};
 use tch::Tensor;
 
 use beside::Beside;
@@ -65,6 +68,7 @@ pub fn train(job: Job, place: &Place, build: &str) -> Outcome {
 /// A rank at work.
 struct Trainer {
     job: Job,
+    place: Place,
     environment: Environment,
     // Before the replica, whose memory it works on until it is dropped.
     exchange: Exchange,
@@ -146,6 +150,7 @@ impl Trainer {
             config,
             kernels,
             skipped: 0,
+            place: place.clone(),
             environment,
             exchange,
             plan,
@@ -211,6 +216,11 @@ impl Trainer {
 
     /// Parts from the other ranks in order.
     fn leave(self, outcome: Outcome) -> Result<Outcome, TrainError> {
+        // What libtorch has taken it keeps, so this is the most that there was.
+        if let Some(bytes) = self.place.memory_in_use() {
+            let text = format!("memory of the GPU in use: {bytes} bytes, {}", gib(bytes));
+            self.job.link.log("INFO", text);
+        }
         self.exchange.finish()?;
         Ok(outcome)
     }
@@ -364,7 +374,7 @@ impl Trainer {
             replica: &mut self.replica,
             collective: self.exchange.collective(),
             config: &self.config,
-            base: &recipe.base.path,
+            base: recipe.base.directory(),
             manifest,
         };
         let receipt = checkpoint::write::write(&job.checkpoint_root, contents)?;

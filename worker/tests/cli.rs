@@ -3,7 +3,7 @@
 use std::{path::Path, process::Command};
 
 use serde_json::Value;
-use supra_recipes::schema::{Attention, Budget, Tokens};
+use supra_recipes::schema::{Attention, Base, Budget, Tokens};
 
 use crate::fixture::{Generation, World};
 
@@ -87,8 +87,7 @@ fn a_base_is_pretrained_exported_converted_uptrained_and_used() {
     let converted_loss = loss(&converted, &heldout);
 
     recipe.attention = Attention::Supra;
-    recipe.base.path = base;
-    recipe.base.weights = supra_recipes::schema::Weights::Pretrained;
+    recipe.base = Base::Pretrained(base);
     recipe.budget = Budget::exactly(Tokens(1600));
     let root = world.checkpoints("uptrained");
     let ranks = Generation::new(&recipe, &root).run(1);

@@ -4,7 +4,7 @@ use supra_agent::{FaultKind, Outcome};
 use supra_data::Reader;
 use supra_recipes::{
     Digest, Plan, Recipe,
-    schema::{Activations, Attention, Budget, Decay, Precision, Sharding, Tokens, Weights},
+    schema::{Activations, Attention, Base, Budget, Decay, Precision, Sharding, Tokens},
 };
 use supra_worker::device::DeviceName;
 
@@ -379,8 +379,7 @@ fn a_supra_base_trains_on_as_what_it_is() {
     let mut recipe = world.recipe("");
     let root = world.checkpoints("a");
     let first = Generation::new(&recipe, &root).run(1);
-    recipe.base.path = root.join(&first[0].checkpoints.last().unwrap().path);
-    recipe.base.weights = Weights::Pretrained;
+    recipe.base = Base::Pretrained(root.join(&first[0].checkpoints.last().unwrap().path));
     let second = Generation::new(&recipe, &world.checkpoints("b")).run(1);
     assert_eq!(second[0].outcome, Outcome::Finished);
     assert!(losses(&second[0].steps)[0] < losses(&first[0].steps)[0] - 0.1);

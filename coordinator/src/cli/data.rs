@@ -199,7 +199,7 @@ fn inspect(command: Inspect) -> Result<(), Failure> {
     let dataset = dataset.ok_or_else(|| Failure::input("name a DATASET or a --recipe."))?;
     let tokenizer = command
         .tokenizer
-        .or_else(|| recipe.as_ref().map(|recipe| recipe.base.path.clone()));
+        .or_else(|| Some(recipe.as_ref()?.base.directory()?.to_owned()));
     let length = recipe.as_ref().map_or(command.sequence_length, |recipe| {
         recipe.batch.sequence_length
     });

@@ -6,7 +6,7 @@ use clap::Args;
 use serde::Serialize;
 use supra_data::Manifest;
 use supra_recipes::plan::{ModelShape, Needs, Rank, memory::CARDS};
-use supra_recipes::schema::Activations;
+use supra_recipes::schema::{Activations, Base};
 use supra_recipes::{Plan as Order, Recipe};
 
 use super::failure::{Exit, Failure, chain};
@@ -23,7 +23,7 @@ pub struct Plan {
     /// Workers, one per GPU, that share each step [default: workers.min of the recipe]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     gpus: Option<u32>,
-    /// Directory with the config.json of the base [default: base.path of the recipe]
+    /// Directory with the config.json of the base [default: the recipe's base]
     #[arg(long, value_name = "DIR")]
     base: Option<PathBuf>,
     #[command(flatten)]
@@ -89,11 +89,7 @@ pub fn run(command: &Plan) -> Result<Exit, Failure> {
     let recipe =
         Recipe::load(&command.recipe).map_err(|error| Failure::input(error.to_string()))?;
     let workers = command.gpus.unwrap_or(recipe.workers.min).max(1);
-    let preview = Preview::new(
-        &recipe,
-        workers,
-        command.base.as_deref().unwrap_or(&recipe.base.path),
-    )?;
+    let preview = Preview::new(&recipe, workers, command.base.as_deref())?;
     if command.json.json {
         out::json(&preview)?;
     } else {
@@ -103,10 +99,14 @@ pub fn run(command: &Plan) -> Result<Exit, Failure> {
 }
 
 impl Preview {
-    fn new(recipe: &Recipe, workers: u32, base: &Path) -> Result<Preview, Failure> {
+    fn new(recipe: &Recipe, workers: u32, base: Option<&Path>) -> Result<Preview, Failure> {
         let mut notes = Vec::new();
         let manifest = manifest(&recipe.data.train, &mut notes)?;
-        let shape = shape(base, &mut notes)?;
+        let shape = match (&recipe.base, base) {
+            (Base::Random(shape), None) => Some((*shape).into()),
+            (Base::Pretrained(path) | Base::Untrained(path), None) => shape(path, &mut notes)?,
+            (_, Some(path)) => shape(path, &mut notes)?,
+        };
         let length = u64::from(recipe.batch.sequence_length);
         // How much there is to do does not depend on the data: any that is large enough stands in.
         let (windows, hash) = manifest

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::schema::Attention;
+use crate::schema::{Attention, Shape};
 
 /// The dimensions that decide what a model needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -219,6 +219,15 @@ impl ModelShape {
         let embedding = self.vocab * self.dim;
         let matrix = if self.tied { 0 } else { embedding };
         [embedding, layer + new, self.dim + matrix]
+    }
+}
+
+impl From<Shape> for ModelShape {
+    fn from(shape: Shape) -> ModelShape {
+        match shape {
+            Shape::Mistral7b => ModelShape::MISTRAL_7B,
+            Shape::Llama2_7b => ModelShape::LLAMA2_7B,
+        }
     }
 }
 

@@ -7,15 +7,11 @@ use super::recipe::Recipe;
 use super::report::Finding;
 
 /// What to write for a required key.
-const REQUIRED: [(&str, &str); 6] = [
+const REQUIRED: [(&str, &str); 5] = [
     ("name", "`name: my-run`"),
     (
         "base",
         "`base: { path: DIRECTORY }`, the Hugging Face directory of the model",
-    ),
-    (
-        "path",
-        "`path: DIRECTORY`, the Hugging Face directory of the model",
     ),
     (
         "data",

@@ -50,7 +50,7 @@ impl Recipe {
     #[must_use]
     pub fn resolved(mut self, base_dir: &Path) -> Recipe {
         let resolve = |path: &mut PathBuf| *path = base_dir.join(&*path);
-        resolve(&mut self.base.path);
+        self.base = self.base.resolved(base_dir);
         resolve(&mut self.data.train);
         self.data.heldout.iter_mut().for_each(resolve);
         self.checkpoint.to.iter_mut().for_each(resolve);

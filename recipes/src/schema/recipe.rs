@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::base::Base;
 use super::units::{Fraction, RunName, Tokens, Warmup};
 use super::{bounds, paths};
 
@@ -57,29 +58,6 @@ pub struct Recipe {
 
 fn default_seed() -> u64 {
     17
-}
-
-/// The model that training begins with.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
-pub struct Base {
-    /// A Hugging Face directory: `config.json`, safetensors, `tokenizer.json`.
-    #[serde(deserialize_with = "paths::path", serialize_with = "paths::write")]
-    pub path: PathBuf,
-    /// Whether the directory's weights are taken.
-    #[serde(default)]
-    pub weights: Weights,
-}
-
-/// Where the first weights come from.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Weights {
-    /// From the base directory.
-    #[default]
-    Pretrained,
-    /// From the seed; only configuration and tokenizer of the base directory are read.
-    Random,
 }
 
 /// Kind of attention.

@@ -1,18 +1,22 @@
 //! `scripts/prove NAME`: runs a campaign large and writes what it showed to `docs/benchmarks`.
 #![forbid(unsafe_code)]
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
-use supra_tests::Programs;
+use supra_tests::campaigns::big::{self, Big};
 use supra_tests::campaigns::curves::{self, Curves};
 use supra_tests::campaigns::kills::{self, Kills};
+use supra_tests::campaigns::precision::{self, Precision};
+use supra_tests::campaigns::uptrain::{self, Uptrain};
 use supra_tests::campaigns::{components, feed, step, worlds};
 use supra_tests::failure::Result;
+use supra_tests::models::quickstart;
 use supra_tests::programs::repository;
 use supra_tests::report::{Report, table};
+use supra_tests::{Device, Programs};
 
 /// Runs a proof campaign with the programs of this build.
 #[derive(Parser)]
@@ -23,6 +27,23 @@ struct Arguments {
     /// Run it small and write nothing.
     #[arg(long)]
     quick: bool,
+    /// Where big, uptrain and precision train [default: cuda; with --quick cpu].
+    #[arg(long, value_enum)]
+    device: Option<Device>,
+    /// Folder with text (parquet, column `content`) that uptrain takes in place of the quickstart's.
+    #[arg(long, value_name = "DIR")]
+    text: Option<PathBuf>,
+}
+
+impl Arguments {
+    fn device(&self) -> Device {
+        let usual = if self.quick {
+            Device::Cpu
+        } else {
+            Device::Cuda
+        };
+        self.device.unwrap_or(usual)
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -39,6 +60,12 @@ enum Campaign {
     Step,
     /// Where the time of the step of a 7B model goes; needs an NVIDIA GPU of 141 GB.
     Components,
+    /// 20 real steps of a model with 7.81 B parameters; needs an NVIDIA GPU of 141 GB and room for a checkpoint of 94 GB below TMPDIR.
+    Big,
+    /// A model of 30 M parameters is pretrained and uptrained, by one rank and by two; needs an NVIDIA GPU.
+    Uptrain,
+    /// bf16 on a GPU learns like fp32 on the processor; needs an NVIDIA GPU.
+    Precision,
 }
 
 fn main() -> ExitCode {
@@ -58,7 +85,7 @@ fn prove(arguments: &Arguments) -> Result<()> {
         .campaign
         .to_possible_value()
         .map_or_else(String::new, |value| value.get_name().to_owned());
-    let report = Report::begin(&name, &format!("scripts/prove {name}"));
+    let report = Report::begin(&name, &format!("scripts/prove {name}"))?;
     let benchmarks = repository().join("docs/benchmarks");
     let plot = if arguments.quick {
         scratch.path()
@@ -90,6 +117,28 @@ fn prove(arguments: &Arguments) -> Result<()> {
             components::ABOUT,
             components::run(&programs, arguments.quick)?,
         ),
+        Campaign::Big => {
+            let big = Big {
+                quick: arguments.quick,
+                device: arguments.device(),
+            };
+            (big::ABOUT, big.run(&programs, scratch.path())?)
+        }
+        Campaign::Uptrain => {
+            let uptrain = Uptrain {
+                quick: arguments.quick,
+                device: arguments.device(),
+                text: arguments.text.clone().unwrap_or_else(|| quickstart("text")),
+            };
+            (uptrain::ABOUT, uptrain.run(&programs, scratch.path())?)
+        }
+        Campaign::Precision => {
+            let precision = Precision {
+                quick: arguments.quick,
+                device: arguments.device(),
+            };
+            (precision::ABOUT, precision.run(&programs, scratch.path())?)
+        }
         Campaign::Curves => {
             let curves = if arguments.quick {
                 Curves {

@@ -4,12 +4,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use supra_recipes::schema::{Budget, Recipe, Tokens, Warmup, Weights};
+use supra_recipes::schema::{Base, Budget, Recipe, Tokens, Warmup};
 
 use crate::campaigns::plot::{self, Curve};
-use crate::cluster::Cluster;
+use crate::cluster::{Cluster, Device};
 use crate::failure::{Failure, Result, While};
-use crate::process;
+use crate::models::{Evaluation, Text, convert, quickstart};
 use crate::programs::{Programs, repository};
 use crate::report::{Row, rounded};
 
@@ -33,11 +33,8 @@ pub struct Curves {
 
 /// Points of a line of training losses.
 const POINTS: usize = 50;
-/// Documents that are held out, as scripts/quickstart does.
-const HELDOUT: &str = "64";
 const WORKERS: u32 = 2;
 const RUN_LIMIT: Duration = Duration::from_secs(3600);
-const EVALUATION_LIMIT: Duration = Duration::from_secs(600);
 
 impl Curves {
     /// Runs the campaign and draws the plot.
@@ -52,13 +49,16 @@ impl Curves {
             recipe: &recipe,
             windows: self.windows,
         };
-        let base = study.evaluate(&recipe.base.path)?;
-        let untrained = study.evaluate(&study.convert()?)?;
+        let base = study.evaluate(&quickstart("base"))?;
+        let converted = directory.join("converted");
+        convert(programs, &quickstart("base"), &converted)?;
+        let untrained = study.evaluate(&converted)?;
 
         let cluster = Cluster::with_workers(programs, &directory.join("cluster"), WORKERS)?;
-        let mut uptrained = study.train(&cluster, "uptrained", Weights::Pretrained)?;
+        let mut uptrained =
+            study.train(&cluster, "uptrained", Base::Pretrained(quickstart("base")))?;
         uptrained.heldout.insert(0, (0.0, untrained));
-        let random = study.train(&cluster, "random", Weights::Random)?;
+        let random = study.train(&cluster, "random", Base::Untrained(quickstart("base")))?;
 
         let tokens = recipe.budget.tokens();
         let curves = [
@@ -95,18 +95,9 @@ impl Curves {
     fn recipe(&self, programs: &Programs, directory: &Path) -> Result<Recipe> {
         let source = repository().join("recipes/quickstart.yaml");
         let mut recipe = Recipe::load(&source).map_err(|error| Failure::new(error.to_string()))?;
-        let tokens = directory.join("tokens");
-        let mut tokenize = programs.supra();
-        tokenize.args(["data", "tokenize", "--heldout", HELDOUT]);
-        tokenize
-            .arg("--tokenizer")
-            .arg(&recipe.base.path)
-            .arg("--output")
-            .arg(&tokens);
-        tokenize.arg(repository().join("recipes/quickstart/text"));
-        process::run(tokenize, EVALUATION_LIMIT)?.expect_code(0)?;
-        recipe.data.train = tokens.join("dataset.json");
-        recipe.data.heldout = Some(tokens.join("heldout.json"));
+        let text = Text::tokenize(programs, &quickstart("text"), directory)?;
+        recipe.data.train = text.train;
+        recipe.data.heldout = Some(text.heldout);
 
         let budget = recipe.budget.tokens() / self.shorter;
         recipe.budget = Budget::exactly(Tokens(budget));
@@ -144,22 +135,9 @@ impl Trained {
 }
 
 impl Study<'_> {
-    /// Directory of the base, converted and not trained.
-    fn convert(&self) -> Result<PathBuf> {
-        let converted = self.directory.join("converted");
-        let mut convert = self.programs.worker();
-        convert
-            .arg("convert")
-            .arg("--base")
-            .arg(&self.recipe.base.path);
-        convert.arg("--out").arg(&converted);
-        process::run(convert, EVALUATION_LIMIT)?.expect_code(0)?;
-        Ok(converted)
-    }
-
-    fn train(&self, cluster: &Cluster, name: &str, weights: Weights) -> Result<Trained> {
+    fn train(&self, cluster: &Cluster, name: &str, base: Base) -> Result<Trained> {
         let mut recipe = self.recipe.clone();
-        recipe.base.weights = weights;
+        recipe.base = base;
         let path = self.directory.join(format!("{name}.yaml"));
         fs::write(&path, recipe.to_yaml())?;
         let run = cluster.submit(&path)?;
@@ -185,22 +163,13 @@ impl Study<'_> {
     fn evaluate(&self, model: &Path) -> Result<f64> {
         let heldout = self.recipe.data.heldout.as_ref();
         let heldout = heldout.ok_or_else(|| Failure::new("the recipe has no held-out data"))?;
-        let length = self.recipe.batch.sequence_length.to_string();
-        let mut command = self.programs.worker();
-        command
-            .arg("eval")
-            .arg("--model")
-            .arg(model)
-            .arg("--data")
-            .arg(heldout);
-        command.args(["--sequence-length", &length, "--json"]);
-        if let Some(windows) = self.windows {
-            command.args(["--windows", &windows.to_string()]);
-        }
-        let output = process::run(command, EVALUATION_LIMIT)?.expect_code(0)?;
-        let answer: serde_json::Value = serde_json::from_str(&output.stdout)?;
-        let loss = answer["loss"].as_f64();
-        loss.ok_or_else(|| Failure::new(format!("eval --json has no `loss`: {answer}")))
+        let evaluation = Evaluation {
+            heldout,
+            length: self.recipe.batch.sequence_length,
+            windows: self.windows,
+            device: Device::Cpu,
+        };
+        evaluation.loss(self.programs, model)
     }
 }
 

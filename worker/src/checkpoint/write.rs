@@ -36,8 +36,8 @@ pub struct Contents<'a> {
     pub collective: &'a mut dyn DeviceCollective,
     /// The model's configuration.
     pub config: &'a ModelConfig,
-    /// Directory whose tokenizer files belong to the model.
-    pub base: &'a Path,
+    /// Directory whose tokenizer files belong to the model, if there is one.
+    pub base: Option<&'a Path>,
     /// All facts; tensors and files are filled in here.
     pub manifest: Manifest,
 }
@@ -244,10 +244,14 @@ impl Writer<'_> {
     }
 
     /// What makes the directory a model directory: configuration and tokenizer.
-    fn side_files(&mut self, config: &ModelConfig, base: &Path) -> Result<(), CheckpointError> {
+    fn side_files(
+        &mut self,
+        config: &ModelConfig,
+        base: Option<&Path>,
+    ) -> Result<(), CheckpointError> {
         config
             .save(self.dir)
-            .and_then(|()| copy_companions(base, self.dir))
+            .and_then(|()| base.map_or(Ok(()), |base| copy_companions(base, self.dir)))
             .map_err(CheckpointError::companions)?;
         let entries =
             fs::read_dir(self.dir).map_err(|source| CheckpointError::writing(self.dir, source))?;

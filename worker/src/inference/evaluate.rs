@@ -79,7 +79,8 @@ pub fn evaluate(
     } = model;
     let config = transformer.config();
     config.check_sequence_length(sequence_length as i64)?;
-    check_data(reader.manifest(), config, dir).map_err(EvaluateError::Mismatch)?;
+    let name = dir.display().to_string();
+    check_data(reader.manifest(), config, &name, Some(dir)).map_err(EvaluateError::Mismatch)?;
     let (mut loss_sum, mut targets) = (0.0, 0);
     for first in (0..windows).step_by(options.batch.max(1)) {
         let last = windows.min(first + options.batch.max(1) as u64);

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use supra_recipes::plan::ModelShape;
+use supra_recipes::schema::Shape;
 // A recipe chooses among these, so the recipe's types are the model's.
 pub use supra_recipes::schema::{Decay, RopeFrequencies};
 
@@ -95,6 +96,40 @@ impl ModelConfig {
             .check()
             .map_err(|reason| ModelError::Config { path, reason })?;
         Ok(config)
+    }
+
+    /// The softmax model of a shape that people know, as published but for a sliding window: random weights have not been
+    /// trained with one.
+    pub fn named(shape: Shape) -> ModelConfig {
+        let ModelShape {
+            vocab,
+            dim,
+            layers,
+            heads,
+            kv_heads,
+            ffn,
+            tied,
+        } = shape.into();
+        ModelConfig {
+            vocab: vocab.cast_signed(),
+            dim: dim.cast_signed(),
+            layers: layers.cast_signed(),
+            heads: heads.cast_signed(),
+            kv_heads: kv_heads.cast_signed(),
+            head_dim: dim.cast_signed() / heads.cast_signed(),
+            ffn: ffn.cast_signed(),
+            norm_eps: 1e-5,
+            rope_theta: 1e4,
+            tied,
+            attention: AttentionKind::Softmax,
+            max_positions: match shape {
+                Shape::Mistral7b => 32768,
+                Shape::Llama2_7b => 4096,
+            },
+            sliding_window: None,
+            bos: Some(1),
+            eos: vec![2],
+        }
     }
 
     /// Writes `config.json` in the published field names, which can say everything that this type can.
@@ -272,16 +307,9 @@ pub(crate) mod tests {
 
     #[test]
     fn the_published_model_has_its_size() {
-        let mistral = ModelConfig {
-            vocab: 32000,
-            dim: 4096,
-            layers: 32,
-            heads: 32,
-            kv_heads: 8,
-            head_dim: 128,
-            ffn: 14336,
-            ..small(AttentionKind::Supra(SupraConfig::default()))
-        };
+        let supra = AttentionKind::Supra(SupraConfig::default());
+        let mistral = ModelConfig::named(Shape::Mistral7b).with_attention(supra);
+        mistral.check().unwrap();
         let elements = |config: &ModelConfig| {
             config
                 .params()

@@ -1,7 +1,10 @@
 //! First values of weights.
 //!
-//! Each weight has a random stream of its own, keyed by the seed and its published name: its values depend neither on
-//! the order nor on the presence of other weights.
+//! Each weight has random streams of its own, keyed by the seed and its published name: its values depend neither on
+//! the order nor on the presence of other weights. Each block of a weight has one of them, so that the blocks are drawn
+//! by as many threads as there are, with the same values.
+
+use std::thread;
 
 use rand_chacha::ChaCha12Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -11,6 +14,8 @@ use super::{ModelConfig, ParamSpec, Params};
 
 /// A truncated normal is cut at so many standard deviations.
 const CUT: f64 = 3.0;
+/// Values of a block.
+const BLOCK: usize = 1 << 16;
 
 /// First value of a weight that conversion adds, fp32 on the CPU: uniform in +-1/sqrt(fan-in) for the feature maps and
 /// their biases, 1 for the gains of the query and key norms (method: the framework's default for a dense layer).
@@ -26,8 +31,7 @@ pub fn init_new(config: &ModelConfig, seed: u64, spec: &ParamSpec) -> Tensor {
             config.heads
         };
     let bound = (fan_in as f64).sqrt().recip();
-    let mut stream = Stream::new(seed, &spec.name);
-    fill(spec, || bound * (2.0 * stream.uniform() - 1.0))
+    fill(spec, seed, |stream| bound * (2.0 * stream.uniform() - 1.0))
 }
 
 /// First value of any weight, for training from nothing, fp32 on the CPU: truncated normal, standard deviation
@@ -39,15 +43,17 @@ pub fn init_one(config: &ModelConfig, seed: u64, spec: &ParamSpec) -> Tensor {
         1 => Tensor::ones(spec.shape.as_slice(), (tch::Kind::Float, tch::Device::Cpu)),
         _ => {
             let deviation = deviation(spec);
-            let mut stream = Stream::new(seed, &spec.name);
-            fill(spec, || deviation * stream.truncated_normal())
+            fill(spec, seed, |stream| deviation * stream.truncated_normal())
         }
     }
 }
 
 /// [`init_one`] of all weights.
 pub fn init_all(config: &ModelConfig, seed: u64) -> Params {
-    let value = |spec: ParamSpec| (spec.name.clone(), init_one(config, seed, &spec));
+    let value = |spec: ParamSpec| {
+        let tensor = init_one(config, seed, &spec);
+        (spec.name, tensor)
+    };
     Params::new(config.params().into_iter().map(value).collect())
 }
 
@@ -65,21 +71,40 @@ fn deviation(spec: &ParamSpec) -> f64 {
     }
 }
 
-fn fill(spec: &ParamSpec, mut value: impl FnMut() -> f64) -> Tensor {
-    let values: Vec<f32> = (0..spec.elements()).map(|_| value() as f32).collect();
+/// Draws a weight's values, on as many threads as libtorch may use.
+fn fill(spec: &ParamSpec, seed: u64, value: impl Fn(&mut Stream) -> f64 + Sync) -> Tensor {
+    let mut values = vec![0f32; spec.elements() as usize];
+    let threads = usize::try_from(tch::get_num_threads()).unwrap_or(1).max(1);
+    let blocks_each = values.len().div_ceil(BLOCK).div_ceil(threads).max(1);
+    let draw = |first: usize, values: &mut [f32]| {
+        for (block, values) in values.chunks_mut(BLOCK).enumerate() {
+            let mut stream = Stream::new(seed, &spec.name, (first + block) as u64);
+            values.fill_with(|| value(&mut stream) as f32);
+        }
+    };
+    thread::scope(|scope| {
+        let mut shares = values.chunks_mut(blocks_each * BLOCK).enumerate();
+        let mine = shares.next();
+        for (share, values) in shares {
+            scope.spawn(move || draw(share * blocks_each, values));
+        }
+        mine.into_iter().for_each(|(_, values)| draw(0, values));
+    });
     Tensor::from_slice(&values).view(spec.shape.as_slice())
 }
 
-/// The random numbers of one weight.
+/// The random numbers of a block of one weight.
 struct Stream(ChaCha12Rng);
 
 impl Stream {
-    fn new(seed: u64, name: &str) -> Stream {
+    fn new(seed: u64, name: &str, block: u64) -> Stream {
         let key = blake3::Hasher::new()
             .update(&seed.to_le_bytes())
             .update(name.as_bytes())
             .finalize();
-        Stream(ChaCha12Rng::from_seed(*key.as_bytes()))
+        let mut random = ChaCha12Rng::from_seed(*key.as_bytes());
+        random.set_stream(block);
+        Stream(random)
     }
 
     /// In (0, 1), 32 bits deep.
@@ -87,14 +112,15 @@ impl Stream {
         (f64::from(self.0.next_u32()) + 0.5) / 2f64.powi(32)
     }
 
-    /// Standard normal, cut at +-3 (Box and Muller, rejecting the tails).
+    /// Standard normal, cut at +-3 (Box and Muller, rejecting the tails). Logarithm and cosine are our own build's: those
+    /// of the C library differ between machines in the last bit.
     fn truncated_normal(&mut self) -> f64 {
         loop {
             let (radius, angle) = (
-                (-2.0 * self.uniform().ln()).sqrt(),
+                (-2.0 * libm::log(self.uniform())).sqrt(),
                 std::f64::consts::TAU * self.uniform(),
             );
-            let value = radius * angle.cos();
+            let value = radius * libm::cos(angle);
             if value.abs() <= CUT {
                 return value;
             }
@@ -177,6 +203,24 @@ mod tests {
         let other = "layers.0.attention._totrain_embed.weight";
         assert_ne!(first, values(&init_new(&alone, 17, &find(&alone, other))));
         assert_eq!(first, values(init_all(&alone, 17).get(name)));
+    }
+
+    #[test]
+    fn values_depend_on_no_number_of_threads() {
+        let spec = ParamSpec {
+            name: "output.weight".to_owned(),
+            shape: vec![5, BLOCK as i64 - 7],
+            decayed: true,
+            new: false,
+        };
+        let before = tch::get_num_threads();
+        let [one, three] = [1, 3].map(|threads| {
+            tch::set_num_threads(threads);
+            values(&init_one(&config(1), 5, &spec))
+        });
+        tch::set_num_threads(before);
+        assert_eq!(one, three);
+        assert_ne!(one[..BLOCK / 2], one[BLOCK..BLOCK + BLOCK / 2]);
     }
 
     #[test]

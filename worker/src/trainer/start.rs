@@ -7,7 +7,7 @@ use supra_data::{Manifest, Reader};
 use supra_recipes::{
     Plan,
     plan::{Policy, VERSION},
-    schema::{self, Attention, Precision, Recipe, Sharding, Weights},
+    schema::{self, Attention, Base, Precision, Recipe, Sharding},
 };
 use tch::{Kind, Tensor};
 
@@ -44,7 +44,13 @@ impl Start {
         let reader = Reader::open(&recipe.data.train, u64::from(recipe.batch.sequence_length))?;
         let plan = Plan::new(recipe, reader.windows(), reader.manifest().hash())?;
         let config = trained_config(recipe)?;
-        check_data(reader.manifest(), &config, &recipe.base.path).map_err(TrainError::Mismatch)?;
+        check_data(
+            reader.manifest(),
+            &config,
+            &recipe.base.to_string(),
+            recipe.base.directory(),
+        )
+        .map_err(TrainError::Mismatch)?;
         // Before anything is on the device.
         let (policy, why) = policy::choose(recipe, &config.shape(), job.world, place.free_memory)?;
         job.link.log("INFO", why);
@@ -78,7 +84,10 @@ impl Start {
 
 /// The configuration that a recipe trains: the base's, with the recipe's attention.
 fn trained_config(recipe: &Recipe) -> Result<ModelConfig, TrainError> {
-    let base = ModelConfig::load(&recipe.base.path)?;
+    let base = match &recipe.base {
+        Base::Pretrained(path) | Base::Untrained(path) => ModelConfig::load(path)?,
+        Base::Random(shape) => ModelConfig::named(*shape),
+    };
     base.check_sequence_length(i64::from(recipe.batch.sequence_length))?;
     let attention = match recipe.attention {
         Attention::Softmax => AttentionKind::Softmax,
@@ -108,13 +117,13 @@ fn trained_config(recipe: &Recipe) -> Result<ModelConfig, TrainError> {
         {
             Err(TrainError::Mismatch(format!(
                 "{} is a SUPRA model with {there:?}, but the recipe's `model` says {asked:?}. Change the recipe",
-                recipe.base.path.display()
+                recipe.base
             )))
         }
         (AttentionKind::Supra(_), AttentionKind::Softmax) => Err(TrainError::Mismatch(format!(
             "{} is a SUPRA model already, but the recipe says attention: softmax. Write attention: supra, or take a \
              softmax base",
-            recipe.base.path.display()
+            recipe.base
         ))),
         _ => Ok(base.with_attention(attention)),
     }
@@ -157,33 +166,41 @@ fn load_base(
             .offset;
         replica.load(Section::Masters, offset, &values);
     };
-    match recipe.base.weights {
-        Weights::Random => {
+    match &recipe.base {
+        Base::Untrained(_) | Base::Random(_) => {
             for spec in config.params() {
                 take(&spec, model::init_one(config, seed, &spec));
             }
         }
-        Weights::Pretrained => {
-            model::load_each(&recipe.base.path, config, NewWeights::Seeded(seed), take)?;
+        Base::Pretrained(path) => {
+            model::load_each(path, config, NewWeights::Seeded(seed), take)?;
         }
     }
     Ok(())
 }
 
-/// Refuses data that another tokenizer made than the one in `model`, the directory of the model.
-pub fn check_data(manifest: &Manifest, config: &ModelConfig, model: &Path) -> Result<(), String> {
+/// Refuses data that does not fit the vocabulary of the model called `name`, or that another tokenizer made than the one
+/// in the model's directory.
+pub fn check_data(
+    manifest: &Manifest,
+    config: &ModelConfig,
+    name: &str,
+    directory: Option<&Path>,
+) -> Result<(), String> {
     let data = manifest.path().display();
     if i64::from(manifest.vocabulary()) > config.vocab {
         return Err(format!(
-            "{data} was made with a vocabulary of {} tokens, the model in {} has {}. Tokenize the text with the model's \
+            "{data} was made with a vocabulary of {} tokens, the model {name} has {}. Tokenize the text with the model's \
              own tokenizer",
             manifest.vocabulary(),
-            model.display(),
             config.vocab
         ));
     }
-    let tokenizer = model.join("tokenizer.json");
-    let Ok(bytes) = fs::read(&tokenizer) else {
+    let found = directory.and_then(|directory| {
+        let path = directory.join("tokenizer.json");
+        Some((fs::read(&path).ok()?, path))
+    });
+    let Some((bytes, tokenizer)) = found else {
         // A model without a tokenizer can be trained; nothing can be compared.
         return Ok(());
     };
