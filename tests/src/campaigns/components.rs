@@ -15,7 +15,7 @@ use crate::report::{Row, rounded, table};
 pub const ABOUT: &str = "Mistral-7B-SUPRA (7.81 B parameters, bf16, gradients added in fp32) on one GPU, random weights, fresh \
     random tokens: `supra-worker bench step`. `pass` is forward and backward of one micro-batch of 4 x 2048 tokens, `step` a whole \
     optimizer step of 8 micro-batches of 2 x 2048 with clipping and AdamW. Each call is marked on the GPU's stream; `ms` are means of \
-    two passes or one step. `roofline_ms` is the larger of its operations at 989 TFLOP/s and its bytes at the memory's full speed, \
+    two passes or steps. `roofline_ms` is the larger of its operations at 989 TFLOP/s and its bytes at the memory's full speed, \
     every operand read or written once. The last component is what no mark covers: small operations of libtorch and an idle GPU. The \
     row `all` is the median of unmarked passes (`share` is then the utilization of 989 TFLOP/s); `watts` and `mhz` are medians of what \
     nvidia-smi read every half second while the GPU drew more than half of `limit_watts`.";
