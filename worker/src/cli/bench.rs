@@ -7,7 +7,7 @@ use std::{
 
 use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
-use supra_recipes::{plan::ModelShape, schema::Attention};
+use supra_recipes::schema::{self, Attention};
 use supra_worker::{
     bench::{Given, Measured, StepBench},
     device::Place,
@@ -241,30 +241,18 @@ impl Step {
 impl Step {
     /// The model of random weights.
     fn config(&self) -> ModelConfig {
-        let shape = match self.shape {
-            Shape::Mistral7b => ModelShape::MISTRAL_7B,
-            Shape::Llama2_7b => ModelShape::LLAMA2_7B,
-        };
-        let length = u64::cast_signed;
+        let named = ModelConfig::named(match self.shape {
+            Shape::Mistral7b => schema::Shape::Mistral7b,
+            Shape::Llama2_7b => schema::Shape::Llama2_7b,
+        });
+        let named = named.with_attention(match self.attention {
+            Mixing::Supra => AttentionKind::Supra(SupraConfig::default()),
+            Mixing::Softmax => AttentionKind::Softmax,
+        });
         ModelConfig {
-            vocab: length(shape.vocab),
-            dim: length(shape.dim),
-            layers: length(self.layers.unwrap_or(shape.layers)),
-            heads: length(shape.heads),
-            kv_heads: length(shape.kv_heads),
-            head_dim: length(shape.head_dim()),
-            ffn: length(shape.ffn),
-            norm_eps: 1e-5,
-            rope_theta: 1e4,
-            tied: shape.tied,
-            attention: match self.attention {
-                Mixing::Supra => AttentionKind::Supra(SupraConfig::default()),
-                Mixing::Softmax => AttentionKind::Softmax,
-            },
+            layers: self.layers.map_or(named.layers, u64::cast_signed),
             max_positions: self.sequence_length,
-            sliding_window: None,
-            bos: None,
-            eos: Vec::new(),
+            ..named
         }
     }
 
@@ -348,20 +336,12 @@ fn lines(measured: &Measured) -> Vec<Line> {
 
 fn flops_per_token(bench: &StepBench) -> f64 {
     let config = &bench.config;
-    let shape = ModelShape {
-        vocab: config.vocab.cast_unsigned(),
-        dim: config.dim.cast_unsigned(),
-        layers: config.layers.cast_unsigned(),
-        heads: config.heads.cast_unsigned(),
-        kv_heads: config.kv_heads.cast_unsigned(),
-        ffn: config.ffn.cast_unsigned(),
-        tied: config.tied,
-    };
     let attention = match config.attention {
         AttentionKind::Supra(_) => Attention::Supra,
         AttentionKind::Softmax => Attention::Softmax,
     };
     let chunk = SupraConfig::DEFAULT_CHUNK.cast_unsigned();
+    let shape = config.shape();
     shape.flops_per_token(attention, bench.tokens.cast_unsigned(), chunk)
 }
 
