@@ -182,14 +182,6 @@ pub trait Kernels {
     /// Its last bits depend on the device and the thread count, so for each buffer ranks agree on one rank's value.
     fn squared_norm(&self, flats_m: &[Tensor]) -> f64;
 
-    /// Splits masters (fp32) into what the model computes on, `param_m` (bf16), and `remainder_m` (i16): the master to the
-    /// nearest bf16 number, ties away from zero, and the lower half of its bits. Nothing is lost: the parameter's bits,
-    /// 16 places up, plus the signed remainder are the master's bits. Any NaN becomes the quiet one, whose half is a NaN.
-    fn split(&self, master_m: &Tensor, param_m: &mut Tensor, remainder_m: &mut Tensor);
-
-    /// The masters again, to the bit, from what [`split`](Self::split) or [`adamw`](Self::adamw) made.
-    fn join(&self, param_m: &Tensor, remainder_m: &Tensor, master_m: &mut Tensor);
-
     /// One update of [`AdamW`](crate::optim::AdamW). Elementwise, each operation rounded to fp32 by itself. Moments kept in
     /// bf16 are rounded at random, up as often as makes the mean right (see [`Update::rounding`]), after the update has
     /// used them.
@@ -276,7 +268,7 @@ pub struct HeadsGrad<'a> {
 pub struct Shard<'a> {
     /// What the model computes on, [m]: the masters themselves (fp32), or their upper halves (bf16).
     pub param_m: &'a mut Tensor,
-    /// What [`Kernels::split`] leaves beside bf16 parameters: i16 [m].
+    /// What [`twin::split`] leaves beside bf16 parameters: i16 [m].
     pub remainder_m: Option<&'a mut Tensor>,
     /// Gradient sum: fp32 [m].
     pub gradient_m: &'a Tensor,

@@ -121,7 +121,7 @@ impl Timed {
         let mut costs = BTreeMap::<_, Cost>::new();
         for span in self.spans.take() {
             let cost = costs.entry(span.component).or_default();
-            cost.milliseconds += span.to.since(&span.from)?;
+            cost.milliseconds += self.between(&span.from, &span.to)?;
             cost.flops += span.flops;
             cost.bytes += span.bytes;
         }
@@ -138,6 +138,17 @@ impl Timed {
                 self.failure.borrow_mut().get_or_insert(error);
                 None
             }
+        }
+    }
+
+    /// Milliseconds from one mark to a later one.
+    fn between(&self, from: &Mark, to: &Mark) -> Result<f64, KernelError> {
+        match (from, to, &self.gpu) {
+            (Mark::Device(from), Mark::Device(to), Some(gpu)) => to.since(from, gpu),
+            (Mark::Host(from), Mark::Host(to), _) => {
+                Ok(to.duration_since(*from).as_secs_f64() * 1e3)
+            }
+            _ => unreachable!("all marks of one `Timed` are of its device"),
         }
     }
 
@@ -174,18 +185,6 @@ impl Timed {
 
     fn elementwise(&self, bytes: f64, work: impl FnOnce(&dyn Kernels)) {
         self.time(Component::Elementwise, 0.0, bytes, work);
-    }
-}
-
-impl Mark {
-    fn since(&self, earlier: &Mark) -> Result<f64, KernelError> {
-        match (self, earlier) {
-            (Mark::Device(later), Mark::Device(earlier)) => later.since(earlier),
-            (Mark::Host(later), Mark::Host(earlier)) => {
-                Ok(later.duration_since(*earlier).as_secs_f64() * 1e3)
-            }
-            _ => unreachable!("all marks of one `Timed` are of one kind"),
-        }
     }
 }
 
@@ -388,14 +387,6 @@ impl Kernels for Timed {
         self.time(Component::Optimizer, 0.0, moved, |inner| {
             inner.adamw(shard, update);
         });
-    }
-
-    fn split(&self, master_m: &Tensor, param_m: &mut Tensor, remainder_m: &mut Tensor) {
-        self.inner.split(master_m, param_m, remainder_m);
-    }
-
-    fn join(&self, param_m: &Tensor, remainder_m: &Tensor, master_m: &mut Tensor) {
-        self.inner.join(param_m, remainder_m, master_m);
     }
 
     fn fingerprint(&self, flat_m: &Tensor, first: i64, key: u64) -> Result<[u64; 4], KernelError> {

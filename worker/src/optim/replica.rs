@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 use super::{Layout, Part};
 use crate::{
     collective::{DeviceCollective, DeviceCollectiveError, Operation},
-    kernels::{KernelError, Kernels, Shard, Twin},
+    kernels::{KernelError, Kernels, Shard, twin},
     model::Params,
 };
 
@@ -111,8 +111,8 @@ impl Replica {
             Section::Masters => {
                 let mut parameters = self.parameters.narrow(0, offset, length);
                 if let Some(remainder) = &self.remainder {
-                    let mut lower = Tensor::zeros([length], (Kind::Int16, values.device()));
-                    Twin.split(&values, &mut parameters, &mut lower);
+                    let lower = Tensor::zeros([length], (Kind::Int16, values.device()));
+                    twin::split(&values, &parameters, &lower);
                     self.keep(remainder, offset, &lower);
                 } else {
                     parameters.copy_(&values);
@@ -154,7 +154,7 @@ impl Replica {
             let piece = self.part.piece(bucket);
             let (own, mut numbers) = (piece.of_part(own), piece.of_all(&self.gradient));
             if section == Section::Masters {
-                Twin.join(&piece.of_all(&self.parameters), &own, &mut numbers);
+                twin::join(&piece.of_all(&self.parameters), &own, &numbers);
             } else {
                 numbers.copy_(&own);
             }
@@ -310,7 +310,7 @@ mod tests {
     }
 
     fn hash(replica: &Replica) -> [u8; 32] {
-        replica.hash(&Twin, &mut Solo).unwrap()
+        replica.hash(&twin::Twin, &mut Solo).unwrap()
     }
 
     #[test]

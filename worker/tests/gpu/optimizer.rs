@@ -6,7 +6,7 @@ use supra_agent::collective::Solo;
 use supra_recipes::schema::Optimizer;
 use supra_worker::{
     collective::Host,
-    kernels::{Kernels, Shard, Twin, Update},
+    kernels::{Kernels, Shard, Twin, Update, twin},
     model::ParamSpec,
     optim::{AdamW, Kinds, Layout, Part, Replica, Section},
 };
@@ -69,11 +69,11 @@ impl State {
     fn random(count: i64, moments: Kind) -> State {
         let count = count + 2 * MARGIN;
         let masters = floats(count, [-20.0, 4.0]);
-        let (mut param, mut remainder) = (
+        let (param, remainder) = (
             masters.to_kind(Kind::BFloat16),
             masters.to_kind(Kind::Int16),
         );
-        Twin.split(&masters, &mut param, &mut remainder);
+        twin::split(&masters, &param, &remainder);
         State {
             param,
             remainder,
@@ -161,49 +161,6 @@ fn gpu_adamw_refuses_what_it_is_not_made_for() {
     refused(&mixed, 0, "exp_avg_sq_m: it is Float, not BFloat16");
     let short = |state: &mut State| state.gradient = state.gradient.narrow(0, 0, 8);
     refused(&short, 0, "gradient_m: its shape is [8], not [1024]");
-}
-
-#[test]
-fn gpu_masters_split_and_join_as_their_twin_does() {
-    let Some(kernels) = gpu("split and join") else {
-        return;
-    };
-    for count in COUNTS {
-        let whole = count + 2 * MARGIN;
-        let masters = any_floats(whole);
-        let poisoned = |device| {
-            (
-                Tensor::full([whole], f64::NAN, (Kind::BFloat16, device)),
-                Tensor::full([whole], 77, (Kind::Int16, device)),
-                Tensor::full([whole], f64::NAN, (Kind::Float, device)),
-            )
-        };
-        let run = |kernels: &dyn Kernels, device| {
-            let (param, remainder, back) = poisoned(device);
-            let [mut param_m, mut remainder_m, mut back_m] =
-                [&param, &remainder, &back].map(|flat| part(flat, count));
-            let masters = masters.to_device(device);
-            kernels.split(&part(&masters, count), &mut param_m, &mut remainder_m);
-            kernels.join(&param_m, &remainder_m, &mut back_m);
-            kernels.check().unwrap();
-            [param, remainder, back]
-        };
-        let there = run(&kernels, GPU);
-        let here = run(&Twin, Device::Cpu);
-        for (name, (there, here)) in ["param", "remainder", "back"]
-            .iter()
-            .zip(there.iter().zip(&here))
-        {
-            assert_bits(&format!("{name} {count}"), there, here);
-        }
-        let numbers = part(&masters, count).isnan().logical_not();
-        let [back, given] = [&here[2], &masters].map(|flat| {
-            part(flat, count)
-                .view_dtype(Kind::Int)
-                .masked_select(&numbers)
-        });
-        assert!(back == given, "what is no NaN comes back");
-    }
 }
 
 #[test]
@@ -351,14 +308,7 @@ fn gpu_optimizer_speed() {
     timed("adamw, bf16 moments 2^28", count * 20, &mut || {
         state.update(&kernels, count, count / 2);
     });
-    let [mut master, mut param, mut remainder] =
-        [&state.gradient, &state.param, &state.remainder].map(|flat| part(flat, count));
-    timed("join 2^28", count * 8, &mut || {
-        kernels.join(&param, &remainder, &mut master);
-    });
-    timed("split 2^28", count * 8, &mut || {
-        kernels.split(&master, &mut param, &mut remainder);
-    });
+    let [master, param] = [&state.gradient, &state.param].map(|flat| part(flat, count));
     for (name, flat, bytes) in [("fp32", &master, 4), ("bf16", &param, 2)] {
         let name = format!("fingerprint, {name} 2^28");
         timed(&name, count * bytes, &mut || {

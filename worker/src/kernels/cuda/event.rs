@@ -1,53 +1,57 @@
 //! Points in time on a GPU.
 
-use std::ptr;
-
-use cudarc::driver::{result, sys};
+use cudarc::driver::{
+    result::{self, DriverError},
+    sys,
+};
 
 use super::{
     error::KernelError,
-    launch::{Gpu, refused},
+    launch::{Gpu, Queue, refused},
 };
 
-/// A point on the legacy default stream, where libtorch works: reached when everything before it is done.
-pub struct Event {
-    event: sys::CUevent,
-    device: usize,
-}
+/// An event of the driver: a point on a stream, reached when everything before it is done.
+#[derive(Debug)]
+pub struct Event(pub(super) sys::CUevent);
 
 impl Event {
-    /// The point behind all that the stream of `gpu` has been given so far.
-    #[allow(unsafe_code)]
-    pub fn now(gpu: &Gpu) -> Result<Event, KernelError> {
-        let failed = |error| refused(gpu.index(), "record an event".to_owned(), &error);
-        gpu.make_current()?;
-        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(failed)?;
-        let event = Event {
-            event,
-            device: gpu.index(),
-        };
-        // SAFETY: the event was made in the context that is current; null is the legacy default stream.
-        unsafe { result::event::record(event.event, ptr::null_mut()) }.map_err(failed)?;
-        Ok(event)
+    /// An event of the current GPU, which no stream knows yet.
+    pub(super) fn new(flags: sys::CUevent_flags) -> Result<Event, DriverError> {
+        result::event::create(flags).map(Event)
     }
 
-    /// Milliseconds from `earlier` to this point, for which it waits.
+    /// The point on the legacy default stream, where libtorch works, behind all that `gpu` has been given there so far. It
+    /// keeps the time.
     #[allow(unsafe_code)]
-    pub fn since(&self, earlier: &Event) -> Result<f64, KernelError> {
-        let failed = |error| refused(self.device, "time an event".to_owned(), &error);
-        // SAFETY: both events live as long as their owners, were recorded on one stream, and keep time.
-        let milliseconds = unsafe {
-            result::event::synchronize(self.event)
-                .and_then(|()| result::event::elapsed(earlier.event, self.event))
+    pub fn now(gpu: &Gpu) -> Result<Event, KernelError> {
+        gpu.make_current()?;
+        let recorded = || {
+            let event = Event::new(sys::CUevent_flags::CU_EVENT_DEFAULT)?;
+            // SAFETY: the event was made in the context that is current, as was the stream.
+            unsafe { result::event::record(event.0, Queue::DEFAULT.0) }?;
+            Ok(event)
         };
-        Ok(f64::from(milliseconds.map_err(failed)?))
+        recorded().map_err(|error| refused(gpu.index(), "record an event".to_owned(), &error))
+    }
+
+    /// Milliseconds on `gpu` from `earlier` to this point, for which it waits. Both are points [`now`](Event::now).
+    #[allow(unsafe_code)]
+    pub fn since(&self, earlier: &Event, gpu: &Gpu) -> Result<f64, KernelError> {
+        // SAFETY: both events live as long as their owners, were recorded on one stream, and keep the time.
+        let milliseconds = unsafe {
+            result::event::synchronize(self.0)
+                .and_then(|()| result::event::elapsed(earlier.0, self.0))
+        };
+        milliseconds
+            .map(f64::from)
+            .map_err(|error| refused(gpu.index(), "time an event".to_owned(), &error))
     }
 }
 
 impl Drop for Event {
     #[allow(unsafe_code)]
     fn drop(&mut self) {
-        // SAFETY: nobody else has it. The driver frees it when the stream has passed it; that it cannot is of no consequence.
-        let _ = unsafe { result::event::destroy(self.event) };
+        // SAFETY: it is alive, and what streams have been told of it stays true. That it cannot be freed changes nothing.
+        let _ = unsafe { result::event::destroy(self.0) };
     }
 }

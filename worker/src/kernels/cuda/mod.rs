@@ -10,6 +10,7 @@ mod cross_entropy;
 mod embedding;
 mod error;
 mod event;
+mod fingerprint;
 mod fit;
 mod head_norm;
 mod heads;
@@ -19,7 +20,6 @@ mod nvrtc;
 mod optimizer;
 mod rank_sum;
 mod reduce;
-mod state;
 mod stream;
 mod swiglu;
 mod tensors;
@@ -53,7 +53,7 @@ const SOURCES: [Source; 10] = [
     cross_entropy::SOURCE,
     embedding::SOURCE,
     optimizer::SOURCE,
-    state::SOURCE,
+    fingerprint::SOURCE,
     reduce::SOURCE,
 ];
 
@@ -255,14 +255,6 @@ impl Kernels for CudaKernels {
             self.note(Err(error));
             f64::NAN
         })
-    }
-
-    fn split(&self, master_m: &Tensor, param_m: &mut Tensor, remainder_m: &mut Tensor) {
-        self.note(self.try_split(master_m, param_m, remainder_m));
-    }
-
-    fn join(&self, param_m: &Tensor, remainder_m: &Tensor, master_m: &mut Tensor) {
-        self.note(self.try_join(param_m, remainder_m, master_m));
     }
 
     fn adamw(&self, shard: Shard<'_>, update: &Update) {

@@ -18,6 +18,7 @@ use tch::Tensor;
 
 use super::{
     error::KernelError,
+    event::Event,
     launch::{self, Queue},
 };
 
@@ -182,10 +183,7 @@ impl SideStream {
     }
 
     fn new_event(&self, flags: sys::CUevent_flags) -> Result<Event, KernelError> {
-        let event = result::event::create(flags);
-        event
-            .map(Event)
-            .map_err(|error| self.refused("make an event", &error))
+        Event::new(flags).map_err(|error| self.refused("make an event", &error))
     }
 
     #[allow(unsafe_code)]
@@ -209,17 +207,5 @@ impl Drop for SideStream {
             // SAFETY: the stream is alive, and this is the last use of it. That it cannot be freed changes nothing.
             let _ = unsafe { result::stream::destroy(self.stream.0) };
         }
-    }
-}
-
-/// An event of the driver.
-#[derive(Debug)]
-struct Event(sys::CUevent);
-
-impl Drop for Event {
-    #[allow(unsafe_code)]
-    fn drop(&mut self) {
-        // SAFETY: it is alive, and what streams have been told of it stays true. That it cannot be freed changes nothing.
-        let _ = unsafe { result::event::destroy(self.0) };
     }
 }

@@ -12,6 +12,7 @@ mod swiglu;
 #[cfg(test)]
 mod tests;
 
+pub use state::{join, split};
 use tch::Tensor;
 
 use super::{DecayTables, Delta, HeadsGrad, HeadsIn, KernelError, Kernels, NormOut, Shard, Update};
@@ -138,14 +139,6 @@ impl Kernels for Twin {
 
     fn squared_norm(&self, flats_m: &[Tensor]) -> f64 {
         optimizer::squared_norm(flats_m)
-    }
-
-    fn split(&self, master_m: &Tensor, param_m: &mut Tensor, remainder_m: &mut Tensor) {
-        state::split(master_m, param_m, remainder_m);
-    }
-
-    fn join(&self, param_m: &Tensor, remainder_m: &Tensor, master_m: &mut Tensor) {
-        state::join(param_m, remainder_m, master_m);
     }
 
     fn adamw(&self, shard: Shard<'_>, update: &Update) {

@@ -11,6 +11,9 @@ use crate::{
 /// The quiet NaN. Others are made it before their lower halves go: what is left of them could be an infinity.
 const NAN: i64 = 0x7fc0_0000;
 
+/// Splits masters (fp32) into what the model computes on, `param_m` (bf16), and `remainder_m` (i16): the master to the nearest
+/// bf16 number, ties away from zero, and the lower half of its bits. Nothing is lost: the parameter's bits, 16 places up,
+/// plus the signed remainder are the master's bits. Any NaN becomes the quiet one, whose half is a NaN.
 pub fn split(master_m: &Tensor, param_m: &Tensor, remainder_m: &Tensor) {
     for (start, length) in chunks(master_m.size()[0]) {
         let [master, param, mut remainder] =
@@ -24,6 +27,7 @@ pub fn split(master_m: &Tensor, param_m: &Tensor, remainder_m: &Tensor) {
     }
 }
 
+/// The masters again, to the bit, from what [`split`] or [`adamw`](crate::kernels::Kernels::adamw) made.
 pub fn join(param_m: &Tensor, remainder_m: &Tensor, master_m: &Tensor) {
     for (start, length) in chunks(master_m.size()[0]) {
         let [param, remainder, master] =

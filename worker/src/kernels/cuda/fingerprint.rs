@@ -1,4 +1,4 @@
-//! Launches of what turns masters into halves and back, and of fingerprints.
+//! Launches of fingerprints.
 
 use tch::{Kind, Tensor};
 
@@ -13,14 +13,9 @@ use crate::kernels::mix;
 
 /// Its source.
 pub const SOURCE: Source = Source {
-    name: "state.cu",
-    text: include_str!("state.cu"),
-    kernels: &[
-        "split_masters",
-        "join_masters",
-        "fingerprint_words",
-        "fingerprint_halves",
-    ],
+    name: "fingerprint.cu",
+    text: include_str!("fingerprint.cu"),
+    kernels: &["fingerprint_words", "fingerprint_halves"],
 };
 
 impl CudaKernels {
@@ -34,47 +29,6 @@ impl CudaKernels {
             threads: (THREADS, 1),
             shared_bytes: 0,
         }
-    }
-
-    pub(super) fn try_split(
-        &self,
-        master_m: &Tensor,
-        param_m: &mut Tensor,
-        remainder_m: &mut Tensor,
-    ) -> Result<(), KernelError> {
-        let [master, param, remainder, count] = self.halves(master_m, param_m, remainder_m)?;
-        let grid = self.sweep(master_m.numel() as i64);
-        self.gpu
-            .launch("split_masters", grid, &[master, param, remainder, count])
-    }
-
-    pub(super) fn try_join(
-        &self,
-        param_m: &Tensor,
-        remainder_m: &Tensor,
-        master_m: &mut Tensor,
-    ) -> Result<(), KernelError> {
-        let [master, param, remainder, count] = self.halves(master_m, param_m, remainder_m)?;
-        let grid = self.sweep(master_m.numel() as i64);
-        self.gpu
-            .launch("join_masters", grid, &[param, remainder, master, count])
-    }
-
-    /// Masters, parameters and remainders, and how many of each.
-    fn halves(
-        &self,
-        master_m: &Tensor,
-        param_m: &Tensor,
-        remainder_m: &Tensor,
-    ) -> Result<[Argument; 4], KernelError> {
-        let count = master_m.numel() as i64;
-        let flat = |name, tensor: &Tensor, kind| self.tensors.vectors(name, tensor, kind, &[count]);
-        Ok([
-            flat("master_m", master_m, Kind::Float)?,
-            flat("param_m", param_m, Kind::BFloat16)?,
-            flat("remainder_m", remainder_m, Kind::Int16)?,
-            count.into(),
-        ])
     }
 
     pub(super) fn try_fingerprint(
