@@ -137,6 +137,7 @@ pub fn hello(name: &str) -> v1::Hello {
         data_address: "127.0.0.1:1".into(),
         pid: 1,
         previous_exit: String::new(),
+        held: None,
     }
 }
 
@@ -217,6 +218,7 @@ impl Session {
                 Turn::Done(reason) => {
                     self.say(Up::Left(v1::Left {
                         reason: reason.into(),
+                        held: None,
                     }))
                     .await?
                 }
@@ -342,5 +344,6 @@ fn report(plan: &Plan, step: u64, rank: u32, world: u32) -> v1::StepReport {
         seconds: 0.02,
         data_seconds: 0.0,
         exposed_comm_ms: 0.0,
+        step_digest: Vec::new(),
     }
 }

@@ -287,6 +287,7 @@ impl Machine {
             data_key: self.moment.key.to_vec(),
             restore,
             checkpoint_root: run.checkpoint_root.display().to_string(),
+            held: None,
         };
         let members: Vec<String> = chosen.iter().map(|(_, name)| name.clone()).collect();
         self.log(

@@ -70,6 +70,7 @@ pub(crate) fn report(plan: &Plan, step: u64, rank: u32, world: u32) -> v1::StepR
         seconds: 0.1,
         data_seconds: 0.01,
         exposed_comm_ms: 20.0,
+        step_digest: Vec::new(),
     }
 }
 
@@ -92,6 +93,7 @@ pub(crate) fn hello(name: &str, instance: u64) -> v1::Hello {
         data_address: format!("{name}:1"),
         pid: 1,
         previous_exit: String::new(),
+        held: None,
     }
 }
 
@@ -300,6 +302,7 @@ impl Rig {
             generation,
             Up::Left(v1::Left {
                 reason: reason.into(),
+                held: None,
             }),
         );
     }

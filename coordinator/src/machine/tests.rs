@@ -294,6 +294,7 @@ fn a_fault_of_the_input_fails_the_run_and_frees_the_workers() {
         1,
         Up::Left(v1::Left {
             reason: LeftReason::Void.into(),
+            held: None,
         }),
     );
     let first = rig.machine.status(1).unwrap();

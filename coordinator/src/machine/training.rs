@@ -366,7 +366,7 @@ impl Machine {
         member.left = Some(reason);
         let name = member.name.clone();
         match reason {
-            LeftReason::Finished | LeftReason::Stopped => {}
+            LeftReason::Finished | LeftReason::Stopped | LeftReason::Regrouped => {}
             LeftReason::Void | LeftReason::Fault | LeftReason::Unspecified => {
                 self.break_up(
                     format!("rank {rank} ({name}) left the generation"),

@@ -181,6 +181,7 @@ impl Machine {
             rank,
             step: worker.step,
             silent_ms: u64::try_from(silent.as_millis()).unwrap_or(u64::MAX),
+            aside: String::new(),
         }
     }
 }

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use supra_proto::v1::runs_server::Runs;
 use supra_proto::v1::{
-    CheckpointsResponse, LedgerRecord, ListRequest, ListResponse, LogEntry, LogsRequest,
-    RunRequest, RunStatus, ShutdownRequest, ShutdownResponse, StepMetrics, SubmitRequest,
-    SubmitResponse, WorkersRequest, WorkersResponse,
+    CheckpointsResponse, DrainRequest, LedgerRecord, ListRequest, ListResponse, LogEntry,
+    LogsRequest, RunRequest, RunStatus, ShutdownRequest, ShutdownResponse, StepMetrics,
+    SubmitRequest, SubmitResponse, WorkersRequest, WorkersResponse,
 };
 use supra_recipes::schema::Recipe;
 use tonic::{Request, Response, Status};
@@ -159,6 +159,10 @@ impl Runs for RunsService {
             })
             .await?;
         Ok(Response::new(CheckpointsResponse { checkpoints }))
+    }
+
+    async fn drain(&self, _: Request<DrainRequest>) -> Result<Response<WorkersResponse>, Status> {
+        Err(Status::unimplemented("drain"))
     }
 
     async fn workers(

@@ -120,6 +120,7 @@ pub(crate) fn hello(options: &WorkerOptions, data_address: String) -> Hello {
         data_address,
         pid: std::process::id(),
         previous_exit: options.birth.previous_exit.clone(),
+        held: None,
     }
 }
 

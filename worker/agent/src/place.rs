@@ -48,6 +48,7 @@ impl Place {
             data_key,
             restore,
             checkpoint_root,
+            held: _,
         } = assignment;
         let recipe =
             Recipe::parse(&recipe, "the assigned recipe").map_err(|error| error.to_string())?;

@@ -150,6 +150,7 @@ fn place() -> Assignment {
         data_key: vec![1; 32],
         restore: None,
         checkpoint_root: "/checkpoints".to_owned(),
+        held: None,
     }
 }
 

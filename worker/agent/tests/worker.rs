@@ -78,6 +78,7 @@ fn assign(workers: &mut [Attached], generation: u64, root: &Path, restore: Optio
         .collect();
     for (rank, worker) in workers.iter_mut().enumerate() {
         let assignment = Assignment {
+            held: None,
             recipe: RECIPE.to_owned(),
             rank: rank as u32,
             world: world as u32,

@@ -60,7 +60,7 @@ impl Session {
             Down::Stop(_) => self.on_stop(&run, generation, actions),
             Down::Publish(publish) if mine => self.on_publish(&publish, now, actions),
             Down::LedgerHead(head) if mine => self.on_ledger_head(&head, now, actions),
-            Down::Publish(_) | Down::LedgerHead(_) => {}
+            Down::Publish(_) | Down::LedgerHead(_) | Down::Regroup(_) => {}
         }
     }
 

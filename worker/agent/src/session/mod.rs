@@ -310,6 +310,7 @@ impl Session {
             generation,
             Up::Left(Left {
                 reason: reason.into(),
+                held: None,
             }),
             actions,
         );
