@@ -7,6 +7,7 @@ pub mod feed;
 pub mod kills;
 pub mod plot;
 pub mod precision;
+pub mod recovery;
 pub mod step;
 pub mod uptrain;
 pub mod worlds;

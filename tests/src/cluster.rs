@@ -9,7 +9,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
-use supra_proto::v1::{Checkpoint, LedgerRecord, RunState, RunStatus, StepMetrics};
+use supra_proto::v1::{Checkpoint, LedgerRecord, LogEntry, RunState, RunStatus, StepMetrics};
 use supra_proto::{Client, ClientError};
 
 use crate::failure::{Failure, Result, While};
@@ -300,8 +300,13 @@ impl Cluster {
     }
 
     /// What the run's workers and the coordinator said, in order.
+    pub fn log_entries(&self, run: &str) -> Result<Vec<LogEntry>> {
+        ask(async { self.client().await?.logs(run, false).await?.all().await })
+    }
+
+    /// The texts of [`log_entries`](Self::log_entries).
     pub fn log_lines(&self, run: &str) -> Result<Vec<String>> {
-        let entries = ask(async { self.client().await?.logs(run, false).await?.all().await })?;
+        let entries = self.log_entries(run)?;
         Ok(entries.into_iter().map(|entry| entry.text).collect())
     }
 

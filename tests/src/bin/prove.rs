@@ -10,6 +10,7 @@ use supra_tests::campaigns::big::{self, Big};
 use supra_tests::campaigns::curves::{self, Curves};
 use supra_tests::campaigns::kills::{self, Kills};
 use supra_tests::campaigns::precision::{self, Precision};
+use supra_tests::campaigns::recovery::{self, Recovery};
 use supra_tests::campaigns::uptrain::{self, Uptrain};
 use supra_tests::campaigns::{components, feed, step, worlds};
 use supra_tests::failure::Result;
@@ -27,7 +28,7 @@ struct Arguments {
     /// Run it small and write nothing.
     #[arg(long)]
     quick: bool,
-    /// Where big, uptrain and precision train [default: cuda; with --quick cpu].
+    /// Where big, uptrain, precision [default: cuda; with --quick cpu] and recovery [default: cpu] train.
     #[arg(long, value_enum)]
     device: Option<Device>,
     /// Folder with text (parquet, column `content`) that uptrain takes in place of the quickstart's.
@@ -66,6 +67,8 @@ enum Campaign {
     Uptrain,
     /// bf16 on a GPU learns like fp32 on the processor; needs an NVIDIA GPU.
     Precision,
+    /// How long it takes from kill -9 of a worker to training again; with --device cuda between ranks of NCCL.
+    Recovery,
 }
 
 fn main() -> ExitCode {
@@ -111,7 +114,9 @@ fn prove(arguments: &Arguments) -> Result<()> {
         ),
         Campaign::Step => (
             step::ABOUT,
-            step::run(&programs, scratch.path(), arguments.quick)?,
+            step::run(&programs, scratch.path(), arguments.quick, |rows| {
+                report.write(step::ABOUT, rows, &benchmarks).map(drop)
+            })?,
         ),
         Campaign::Components => (
             components::ABOUT,
@@ -138,6 +143,16 @@ fn prove(arguments: &Arguments) -> Result<()> {
                 device: arguments.device(),
             };
             (precision::ABOUT, precision.run(&programs, scratch.path())?)
+        }
+        Campaign::Recovery => {
+            let device = arguments.device.unwrap_or(Device::Cpu);
+            let recovery = Recovery {
+                kills: if arguments.quick { 3 } else { 25 },
+                ranks: if device == Device::Cpu { 4 } else { 2 },
+                device,
+                limit_s: 10.0,
+            };
+            (recovery::ABOUT, recovery.run(&programs, scratch.path())?)
         }
         Campaign::Curves => {
             let curves = if arguments.quick {

@@ -126,11 +126,17 @@ const ALONE: [Contest; 5] = [
     },
 ];
 
-/// Runs the comparison, and our step alone at other shapes; the first contest only if `quick`.
+/// Runs the comparison, and our step alone at other shapes; the first contest only if `quick`. `keep` gets all rows so far
+/// after each: time on such machines is short, and what was measured is not to be lost with it.
 ///
 /// # Errors
 /// When there is no GPU, the peer cannot run, or the two do not compute the same.
-pub fn run(programs: &Programs, directory: &Path, quick: bool) -> Result<Vec<Row>> {
+pub fn run(
+    programs: &Programs,
+    directory: &Path,
+    quick: bool,
+    keep: impl Fn(&[Row]) -> Result<()>,
+) -> Result<Vec<Row>> {
     agree(programs, directory)?;
     if quick {
         return Ok(vec![CONTESTS[0].run(programs)?]);
@@ -139,11 +145,12 @@ pub fn run(programs: &Programs, directory: &Path, quick: bool) -> Result<Vec<Row
         peer: Peer::Absent,
         ..contest
     });
-    CONTESTS
-        .iter()
-        .chain(&alone)
-        .map(|contest| contest.run(programs))
-        .collect()
+    let mut rows = Vec::new();
+    for contest in CONTESTS.iter().chain(&alone) {
+        rows.push(contest.run(programs)?);
+        keep(&rows)?;
+    }
+    Ok(rows)
 }
 
 /// Both programs on the same small model.
@@ -217,7 +224,7 @@ impl Contest {
                 "peer_activations_gb",
                 activations(peer_peak_gb, self.peer.bytes()),
             );
-        // A long campaign is followed, and what a later failure would lose is on the screen.
+        // A long campaign is followed.
         print!("{}", table(std::slice::from_ref(&row)));
         Ok(row)
     }
