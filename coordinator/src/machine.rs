@@ -6,8 +6,9 @@
 //!
 //! The life of a generation: enough workers are idle -> each gets its assignment -> every rank says that it has formed
 //! and all agree -> steps are applied when all ranks have reported the same -> checkpoints are journalled, then
-//! published -> the last one ends the run. Anything that breaks it ends it for all: the others are told at once, steps
-//! after the newest journalled checkpoint become void, and when all have left the next generation forms.
+//! published -> the last one ends the run. Anything that breaks it ends it for all: the others are told at once, and when
+//! all have left the next generation forms, from the newest state that one of its workers still holds. When none holds
+//! any, the steps after the newest journalled checkpoint are void.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::PathBuf;
@@ -20,13 +21,17 @@ mod attach;
 mod clients;
 mod ending;
 mod fact;
+mod forming;
 mod generation;
 mod muster;
+mod recovery;
+mod regroup;
 #[cfg(test)]
 mod rig;
 #[cfg(test)]
 mod simulation;
 mod state;
+mod steps;
 #[cfg(test)]
 mod tests;
 mod training;
@@ -41,6 +46,7 @@ pub use worker::Conn;
 
 use crate::ledger::Body;
 use generation::Generation;
+use steps::Unapplied;
 use worker::Worker;
 
 /// Times and counts that the machine decides with.
@@ -198,6 +204,8 @@ pub struct Machine {
     /// Workers that left, newest last.
     departed: VecDeque<Worker>,
     generation: Option<Generation>,
+    /// What the last generation reported and the ledger does not hold.
+    unapplied: Option<Unapplied>,
     /// Why the coordinator is ending, once it is.
     shutdown: Option<String>,
     said_goodbye: bool,
@@ -225,6 +233,7 @@ impl Machine {
             workers: BTreeMap::new(),
             departed: VecDeque::new(),
             generation: None,
+            unapplied: None,
             shutdown: None,
             said_goodbye: false,
             attached_at: moment.now,
@@ -268,11 +277,12 @@ impl Machine {
         &self.state
     }
 
-    /// What follows from the state as it now is: a generation that all have left is over, and the next one forms.
+    /// What follows from the state as it now is: a generation that all have left is over, and the next one forms; one
+    /// that others could join regroups.
     fn advance(&mut self) {
         self.conclude();
         if self.generation.is_some() {
-            return;
+            return self.welcome();
         }
         if self.shutdown.is_some() {
             self.say_goodbye();
@@ -307,7 +317,7 @@ impl Machine {
             Up::CheckpointWritten(written) => self.written(rank, run, written),
             Up::CheckpointPublished(published) => self.published(run, &published),
             Up::Fault(fault) => self.fault(rank, &fault),
-            Up::Left(left) => self.left(rank, left.reason()),
+            Up::Left(left) => self.left(rank, left),
             Up::Hello(_) | Up::Heartbeat(_) | Up::Log(_) => {}
         }
     }

@@ -3,13 +3,13 @@
 
 use std::fmt::Display;
 
-use supra_proto::v1::{Formed, StepReport};
+use supra_proto::v1::{Formed, Held, StepReport};
 use supra_recipes::plan::{Digest, Plan};
 
 use crate::ledger::{self, Hash, Open};
 
-/// What one rank said, with the name of its worker; in rank order.
-pub(crate) type Said<'a, T> = (&'a str, &'a T);
+/// What a rank said, with the name of its worker; several are in rank order.
+pub(crate) type Said<'a, T> = (usize, &'a str, &'a T);
 
 /// Learning rates are computed by the same code everywhere; only libm may differ in the last bits.
 const LEARNING_RATE_TOLERANCE: f64 = 1e-12;
@@ -25,6 +25,7 @@ pub(crate) struct Ground {
 pub(crate) fn formed(
     said: &[Said<Formed>],
     from_step: u64,
+    from_held: Option<&Held>,
     open: Option<&Open>,
 ) -> Result<Ground, String> {
     let step = same(said, "the step of their state", |formed| formed.step)?;
@@ -33,9 +34,16 @@ pub(crate) fn formed(
             "the ranks hold the state of step {step}, they were to restore step {from_step}"
         ));
     }
-    same(said, "the hash of their parameters", |formed| {
+    let hash = same(said, "the hash of their parameters", |formed| {
         ledger::hex(&formed.replica_hash)
     })?;
+    if let Some(held) = from_held.map(|held| ledger::hex(&held.replica_hash))
+        && held != hash
+    {
+        return Err(format!(
+            "the ranks hold parameters with hash {hash}, those that they were to start from have {held}"
+        ));
+    }
     let windows = same(said, "the windows of the training data", |formed| {
         formed.windows
     })?;
@@ -44,7 +52,7 @@ pub(crate) fn formed(
     })?;
     let manifest_hash = said
         .first()
-        .and_then(|(_, formed)| Hash::try_from(formed.manifest_hash.as_slice()).ok())
+        .and_then(|(_, _, formed)| Hash::try_from(formed.manifest_hash.as_slice()).ok())
         .ok_or("the hash of the training data's manifest is not 32 bytes")?;
     if let Some(open) = open
         && (open.windows != windows || open.manifest_hash != manifest_hash)
@@ -64,9 +72,31 @@ pub(crate) fn formed(
     })
 }
 
-/// Holds the reports of all ranks on one step against each other and against the plan; answers with the sum of the
-/// digests of what they fed.
-pub(crate) fn step(said: &[Said<StepReport>], step: u64, plan: &Plan) -> Result<Digest, String> {
+/// Holds the reports on one step of a generation of `world` ranks against each other and against the plan; answers with
+/// the sum of the digests of what all ranks fed. Where reports are missing that is what the ranks told each other; none
+/// when they did not.
+pub(crate) fn step(
+    said: &[Said<StepReport>],
+    world: usize,
+    step: u64,
+    plan: &Plan,
+) -> Result<Option<Digest>, String> {
+    global(said, step, plan)?;
+    let fed = fed(said, world, step, plan)?;
+    let told = told(said)?;
+    if said.len() < world {
+        return Ok(told);
+    }
+    match told.filter(|told| *told != fed) {
+        None => Ok(Some(fed)),
+        Some(told) => Err(format!(
+            "the ranks fed samples with digest {fed}, they told each other {told}"
+        )),
+    }
+}
+
+/// What has to be the same on all ranks, and in the plan.
+fn global(said: &[Said<StepReport>], step: u64, plan: &Plan) -> Result<(), String> {
     let planned = plan.step_samples(step);
     let first = same(said, "the first sample", |report| report.first_sample)?;
     let samples = same(said, "the number of samples", |report| report.samples)?;
@@ -99,14 +129,19 @@ pub(crate) fn step(said: &[Said<StepReport>], step: u64, plan: &Plan) -> Result<
     if plan.replica_check_due(step) && hash.is_empty() {
         return Err("a hash of the parameters is due and no rank sent one".into());
     }
-    fed(said, step, plan)
+    Ok(())
 }
 
-/// Each rank fed its own share, so together they fed the step.
-fn fed(said: &[Said<StepReport>], step: u64, plan: &Plan) -> Result<Digest, String> {
+/// Each rank fed its own share, so all together they fed the step.
+fn fed(
+    said: &[Said<StepReport>],
+    world: usize,
+    step: u64,
+    plan: &Plan,
+) -> Result<Digest, String> {
     let mut sum = Digest::ZERO;
-    for (rank, (name, report)) in said.iter().enumerate() {
-        let share = plan.rank_samples(step, rank as u32, said.len() as u32);
+    for (rank, name, report) in said {
+        let share = plan.rank_samples(step, *rank as u32, world as u32);
         if report.fed_samples != share.end - share.start {
             return Err(format!(
                 "rank {rank} ({name}) fed {} samples, its share is {}",
@@ -114,15 +149,31 @@ fn fed(said: &[Said<StepReport>], step: u64, plan: &Plan) -> Result<Digest, Stri
                 share.end - share.start,
             ));
         }
-        let digest = Hash::try_from(report.fed_digest.as_slice()).map_err(|_| {
-            format!(
-                "rank {rank} ({name}) sent a digest of {} bytes",
-                report.fed_digest.len()
-            )
-        })?;
-        sum += Digest::from_bytes(digest);
+        sum += digest(*rank, name, &report.fed_digest)?;
     }
     Ok(sum)
+}
+
+/// The sum of what all ranks fed, by those that say what they told each other.
+fn told(said: &[Said<StepReport>]) -> Result<Option<Digest>, String> {
+    let telling: Vec<Said<StepReport>> = said
+        .iter()
+        .filter(|(_, _, report)| !report.step_digest.is_empty())
+        .copied()
+        .collect();
+    let Some((rank, name, report)) = telling.first() else {
+        return Ok(None);
+    };
+    same(&telling, "the digest of the step", |report| {
+        ledger::hex(&report.step_digest)
+    })?;
+    digest(*rank, name, &report.step_digest).map(Some)
+}
+
+fn digest(rank: usize, name: &str, bytes: &[u8]) -> Result<Digest, String> {
+    Hash::try_from(bytes)
+        .map(Digest::from_bytes)
+        .map_err(|_| format!("rank {rank} ({name}) sent a digest of {} bytes", bytes.len()))
 }
 
 /// The value that all ranks gave; an error names the first two ranks that differ.
@@ -133,15 +184,14 @@ fn same<T, V: PartialEq + Display>(
 ) -> Result<V, String> {
     let mut ranks = said
         .iter()
-        .enumerate()
-        .map(|(rank, (name, report))| (rank, *name, value(report)));
-    let Some((_, first_name, first)) = ranks.next() else {
+        .map(|(rank, name, report)| (rank, *name, value(report)));
+    let Some((first_rank, first_name, first)) = ranks.next() else {
         return Err("no rank reported".into());
     };
     match ranks.find(|(_, _, other)| *other != first) {
         None => Ok(first),
         Some((rank, name, other)) => Err(format!(
-            "the ranks disagree about {what}: {first} on rank 0 ({first_name}), {other} on rank {rank} ({name})"
+            "the ranks disagree about {what}: {first} on rank {first_rank} ({first_name}), {other} on rank {rank} ({name})"
         )),
     }
 }

@@ -2,14 +2,11 @@
 
 use std::time::Duration;
 
-use supra_proto::v1::{
-    Assignment, Hello, Refusal, RestoreFrom, Welcome, coordinator_message::Body as Down,
-};
+use supra_proto::v1::{Hello, Refusal, Welcome, coordinator_message::Body as Down};
 
-use super::fact::Fact;
-use super::generation::{Generation, Member, Stage};
+use super::generation::Stage;
 use super::muster::Muster;
-use super::state::{Run, RunNumber};
+use super::state::Run;
 use super::worker::{Conn, Worker};
 use super::{Action, Machine};
 
@@ -236,7 +233,7 @@ impl Machine {
         Muster {
             min: run.workers.min,
             max: run.workers.max,
-            idle: self.workers.len(),
+            idle: self.idle().count(),
             missing: &missing,
             quiet: now.saturating_sub(self.attached_at),
             free: now.saturating_sub(self.free_since),
@@ -246,104 +243,15 @@ impl Machine {
         .decide()
     }
 
-    /// Forms the next generation of the first run in the queue, if it can.
-    pub(super) fn form(&mut self) {
-        let Some(number) = self.state.queue.front().copied() else {
-            return;
+    /// Attached workers that have no place in the generation in hand.
+    pub(super) fn idle(&self) -> impl Iterator<Item = (Conn, &Worker)> {
+        let placed = |conn| {
+            let generation = self.generation.as_ref();
+            generation.is_some_and(|generation| generation.rank(conn).is_some())
         };
-        if self.workers.is_empty() {
-            return;
-        }
-        let Some(run) = self.state.run(number) else {
-            return;
-        };
-        let Ok(world) = self.muster(run) else { return };
-        let mut chosen: Vec<(Conn, String)> = self
-            .workers
+        self.workers
             .iter()
-            .map(|(conn, worker)| (*conn, worker.hello.name.clone()))
-            .collect();
-        chosen.sort_by(|left, right| left.1.cmp(&right.1));
-        chosen.truncate(world as usize);
-        self.assign(number, chosen);
-    }
-
-    /// Gives the chosen workers their ranks, in order.
-    fn assign(&mut self, number: RunNumber, chosen: Vec<(Conn, String)>) {
-        let Some(run) = self.state.run(number) else {
-            return;
-        };
-        let (generation, from_step) = (run.generation + 1, run.recovery_step());
-        let restore = run.recovery().map(|checkpoint| RestoreFrom {
-            step: checkpoint.step,
-            path: checkpoint.path.clone(),
-            manifest_hash: checkpoint.manifest_hash.to_vec(),
-        });
-        let template = Assignment {
-            recipe: run.recipe.clone(),
-            rank: 0,
-            world: chosen.len() as u32,
-            next_address: String::new(),
-            data_key: self.moment.key.to_vec(),
-            restore,
-            checkpoint_root: run.checkpoint_root.display().to_string(),
-            held: None,
-        };
-        let members: Vec<String> = chosen.iter().map(|(_, name)| name.clone()).collect();
-        self.log(
-            Some(number),
-            "INFO",
-            format!(
-                "generation {generation} forms from step {from_step}: {}",
-                members.join(", ")
-            ),
-        );
-        self.decide(Fact::Formed {
-            run: number,
-            generation,
-            members,
-            from_step,
-        });
-        let addresses: Vec<String> = chosen
-            .iter()
-            .map(|(conn, _)| {
-                self.workers
-                    .get(conn)
-                    .map(|worker| worker.hello.data_address.clone())
-                    .unwrap_or_default()
-            })
-            .collect();
-        let members = chosen
-            .into_iter()
-            .map(|(conn, name)| Member {
-                conn,
-                name,
-                formed: None,
-                left: None,
-                lost: false,
-            })
-            .collect();
-        self.generation = Some(Generation {
-            run: number,
-            number: generation,
-            members,
-            stage: Stage::Forming,
-            from_step,
-            plan: None,
-            reports: Default::default(),
-            begun: None,
-            held: None,
-        });
-        for rank in 0..addresses.len() {
-            let next_address = addresses[(rank + 1) % addresses.len()].clone();
-            self.tell(
-                rank,
-                Down::Assignment(Assignment {
-                    rank: rank as u32,
-                    next_address,
-                    ..template.clone()
-                }),
-            );
-        }
+            .map(|(conn, worker)| (*conn, worker))
+            .filter(move |(conn, _)| !placed(*conn))
     }
 }

@@ -3,7 +3,7 @@
 use supra_proto::v1::{LeftReason, Void, coordinator_message::Body as Down};
 
 use super::fact::{Fact, Outcome};
-use super::generation::Stage;
+use super::generation::{Generation, Stage};
 use super::state::{RunNumber, RunPhase};
 use super::{Action, Machine};
 use crate::ledger::Body;
@@ -14,6 +14,8 @@ pub(crate) enum Severity {
     /// A worker vanished. Counts towards giving up only when training had begun: workers that come and go while a
     /// generation forms are nobody's fault.
     Lost { counts: bool },
+    /// Its members left as they were asked to, for another membership.
+    Regrouped,
     /// The environment failed. Another generation may succeed.
     Transient,
     /// The input is wrong or the replicas differ. Another generation would fail as well.
@@ -21,7 +23,8 @@ pub(crate) enum Severity {
 }
 
 impl Machine {
-    /// Ends the generation in hand: everybody but `spared` is told, what comes after the newest checkpoint is void.
+    /// Ends the generation in hand: everybody but `spared` is told. Which of its steps are void is decided when the next
+    /// one forms, by what survivors then hold.
     pub(super) fn break_up(&mut self, cause: String, severity: Severity, spared: Option<usize>) {
         let now = self.moment.now;
         let Some(generation) = self
@@ -35,17 +38,20 @@ impl Machine {
             since: now,
             limit: self.limits.leave,
         };
-        generation.reports.clear();
         generation.begun = None;
         generation.held = None;
         let (number, run) = (generation.number, generation.run);
-        self.log(
-            Some(run),
-            "WARN",
-            format!("generation {number} is void: {cause}"),
-        );
+        let (level, how) = match severity {
+            Severity::Regrouped => ("INFO", "is over"),
+            _ => ("WARN", "is void"),
+        };
+        let text = format!("generation {number} {how}: {cause}");
+        self.log(Some(run), level, text);
         let step = self.state.run(run).map_or(0, |known| known.step);
-        let counts = severity != Severity::Lost { counts: false };
+        let counts = !matches!(
+            severity,
+            Severity::Lost { counts: false } | Severity::Regrouped
+        );
         self.decide(Fact::Broke {
             run,
             generation: number,
@@ -53,7 +59,6 @@ impl Machine {
             counts,
             cause: cause.clone(),
         });
-        self.roll_back(run, &cause);
         if let Some((outcome, reason)) = self.consequence(run, &cause, severity) {
             self.end_run(run, outcome, reason);
         }
@@ -89,7 +94,7 @@ impl Machine {
     }
 
     /// Steps after the newest checkpoint are void.
-    fn roll_back(&mut self, number: RunNumber, reason: &str) {
+    pub(super) fn roll_back(&mut self, number: RunNumber, reason: &str) {
         let Some(run) = self.state.run(number) else {
             return;
         };
@@ -104,6 +109,7 @@ impl Machine {
         }
     }
 
+    /// Ends a run. One that has not finished stands at its newest checkpoint from here on.
     pub(super) fn end_run(&mut self, run: RunNumber, outcome: Outcome, reason: String) {
         let (level, how) = match outcome {
             Outcome::Finished => ("INFO", "has finished"),
@@ -117,6 +123,7 @@ impl Machine {
             .unwrap_or_default();
         let colon = if reason.is_empty() { "" } else { ": " };
         self.log(Some(run), level, format!("run {id} {how}{colon}{reason}"));
+        self.roll_back(run, &reason);
         self.decide(Fact::Ended {
             run,
             outcome,
@@ -127,39 +134,52 @@ impl Machine {
 
     /// A generation that everybody has left is over.
     pub(super) fn conclude(&mut self) {
+        if !self.generation.as_ref().is_some_and(Generation::empty) {
+            return;
+        }
+        self.all_left();
+        let Some(generation) = self.generation.take() else {
+            return;
+        };
+        self.free_since = self.moment.now;
+        self.unapplied = None;
+        let run = generation.run;
+        let Some(known) = self.state.run(run).filter(|known| !known.ended()) else {
+            return;
+        };
+        match generation.unapplied(known.step) {
+            Ok(unapplied) => self.unapplied = Some(unapplied),
+            Err(cause) => self.end_run(run, Outcome::Failed, cause),
+        }
+    }
+
+    /// What it means that everybody has left the generation in hand, if that was not known before.
+    fn all_left(&mut self) {
         let Some(generation) = self
             .generation
             .as_ref()
-            .filter(|generation| generation.empty())
+            .filter(|generation| !generation.leaving())
         else {
             return;
         };
-        if !generation.leaving() {
-            let run = generation.run;
-            let stopped = generation
-                .members
-                .iter()
-                .all(|member| member.left == Some(LeftReason::Stopped));
-            let asked = self.state.run(run).and_then(|known| known.stop.clone());
-            match asked.filter(|_| stopped) {
-                Some(reason) => {
-                    self.roll_back(run, &reason);
-                    self.end_run(run, Outcome::Cancelled, reason);
-                }
-                None if stopped => self.break_up(
-                    "its workers stopped".into(),
-                    Severity::Lost { counts: false },
-                    None,
-                ),
-                None => self.break_up(
-                    "its workers left before the end".into(),
-                    Severity::Transient,
-                    None,
-                ),
-            }
-        }
-        self.generation = None;
-        self.free_since = self.moment.now;
+        let run = generation.run;
+        let stopped = generation.all_left(LeftReason::Stopped);
+        let regroup = generation.regroup.clone();
+        let regrouped = regroup.filter(|_| generation.all_left(LeftReason::Regrouped));
+        let asked = self.state.run(run).and_then(|known| known.stop.clone());
+        let (cause, severity) = match (asked.filter(|_| stopped), regrouped) {
+            (Some(reason), _) => return self.end_run(run, Outcome::Cancelled, reason),
+            (None, Some(reason)) => (format!("regrouped: {reason}"), Severity::Regrouped),
+            (None, None) if stopped => (
+                "its workers stopped".to_owned(),
+                Severity::Lost { counts: false },
+            ),
+            (None, None) => (
+                "its workers left before the end".to_owned(),
+                Severity::Transient,
+            ),
+        };
+        self.break_up(cause, severity, None);
     }
 
     /// Draws the consequences of published checkpoints: steps are durable, the budget may be spent, old ones may go.
@@ -262,7 +282,8 @@ impl Machine {
         }
     }
 
-    /// Takes up what the last coordinator left in the middle.
+    /// Takes up what the last coordinator left in the middle. Nothing is void yet: workers may still hold what it applied,
+    /// and say so when they attach.
     pub(super) fn recover(&mut self) {
         for number in 1..self.state.next_number() {
             self.settle(number);
@@ -275,7 +296,6 @@ impl Machine {
             if run.ended() {
                 continue;
             }
-            const CAUSE: &str = "the coordinator was restarted";
             if run.alive {
                 let (generation, step) = (run.generation, run.step);
                 self.decide(Fact::Broke {
@@ -283,10 +303,9 @@ impl Machine {
                     generation,
                     step,
                     counts: false,
-                    cause: CAUSE.into(),
+                    cause: "the coordinator was restarted".into(),
                 });
             }
-            self.roll_back(number, CAUSE);
             if let Some(reason) = run.stop {
                 self.end_run(number, Outcome::Cancelled, reason);
             }

@@ -55,10 +55,10 @@ pub enum Fact {
         generation: u64,
         /// Names of its workers, in rank order.
         members: Vec<String>,
-        /// Step that it starts from.
+        /// Step that it starts from: that of the newest checkpoint, or of what its workers still hold.
         from_step: u64,
     },
-    /// A generation is void.
+    /// A generation is over, but its run is not: it is void, or its members regroup.
     Broke {
         /// Run.
         run: RunNumber,

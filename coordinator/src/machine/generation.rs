@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use supra_proto::v1::{CheckpointWritten, Formed, LeftReason, StepReport};
+use supra_proto::v1::{CheckpointWritten, Formed, Held, LeftReason, StepReport};
 use supra_recipes::plan::Plan;
 
+use super::agreement::Said;
 use super::state::RunNumber;
 use super::worker::Conn;
 
@@ -23,8 +24,14 @@ pub(crate) struct Generation {
     pub stage: Stage,
     /// Step that it starts from.
     pub from_step: u64,
+    /// State in the memory of workers that it starts from; none = a checkpoint, or the base.
+    pub from_held: Option<Held>,
     /// Known once all have formed.
     pub plan: Option<Plan>,
+    /// Every rank has all of the state, so that any of them can keep it.
+    pub whole: bool,
+    /// Why its members were asked to regroup, once they were.
+    pub regroup: Option<String>,
     /// Reports on steps that not all ranks have reported yet: one place per rank.
     pub reports: BTreeMap<u64, Vec<Option<StepReport>>>,
     /// Step whose checkpoint rank 0 has begun, while it waits for the ledger's head.
@@ -80,11 +87,18 @@ impl Generation {
     }
 
     /// What every rank said when it had formed; none until all have.
-    pub fn all_formed(&self) -> Option<Vec<(&str, &Formed)>> {
+    pub fn all_formed(&self) -> Option<Vec<Said<'_, Formed>>> {
         self.members
             .iter()
-            .map(|member| Some((member.name.as_str(), member.formed.as_ref()?)))
+            .enumerate()
+            .map(|(rank, member)| Some((rank, member.name.as_str(), member.formed.as_ref()?)))
             .collect()
+    }
+
+    /// All members have left for this reason.
+    pub fn all_left(&self, reason: LeftReason) -> bool {
+        let mut members = self.members.iter();
+        members.all(|member| member.left == Some(reason))
     }
 
     /// Notes a report; a repeat changes nothing.
@@ -97,13 +111,14 @@ impl Generation {
         reports[rank].get_or_insert(report);
     }
 
-    /// The reports on `step`; none until all ranks have reported.
-    pub fn all_reported(&self, step: u64) -> Option<Vec<(&str, &StepReport)>> {
-        let reports = self.reports.get(&step)?;
-        self.members
-            .iter()
-            .zip(reports)
-            .map(|(member, report)| Some((member.name.as_str(), report.as_ref()?)))
+    /// The reports on `step` that there are.
+    pub fn reported(&self, step: u64) -> Vec<Said<'_, StepReport>> {
+        let reports = self.reports.get(&step).into_iter().flatten();
+        let members = self.members.iter().enumerate().zip(reports);
+        members
+            .filter_map(|((rank, member), report)| {
+                Some((rank, member.name.as_str(), report.as_ref()?))
+            })
             .collect()
     }
 }

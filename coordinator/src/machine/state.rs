@@ -59,6 +59,9 @@ pub struct Run {
     pub open: Option<Open>,
     /// Last applied step.
     pub step: u64,
+    /// Oldest generation whose state behind `step` is the one that the ledger accounts for: what older ones left in the
+    /// memory of workers was voided and trained again, or may have been.
+    pub lineage: u64,
     /// Last step that the ledger calls durable.
     pub durable: u64,
     /// The ledger is closed.
@@ -197,6 +200,7 @@ impl State {
             ledger: Tail::default(),
             open: None,
             step: 0,
+            lineage: 0,
             durable: 0,
             closed: false,
             skipped: BTreeSet::new(),
@@ -210,12 +214,12 @@ impl State {
 }
 
 impl Run {
-    /// The newest checkpoint: where a new generation begins.
+    /// The newest checkpoint: where a new generation begins when no worker holds a newer state.
     pub fn recovery(&self) -> Option<&Checkpoint> {
         self.checkpoints.last()
     }
 
-    /// The step at which a new generation begins.
+    /// The step of the newest checkpoint; 0 = the base.
     pub fn recovery_step(&self) -> u64 {
         self.recovery().map_or(0, |checkpoint| checkpoint.step)
     }
@@ -244,6 +248,8 @@ impl Run {
                 self.stop = None;
                 self.failures = Failures::default();
                 self.ended_unix_ms = 0;
+                // Whoever resumes a run means its checkpoint, not what was in memory when it failed.
+                self.lineage = self.generation + 1;
             }
             Fact::StopAsked { reason, .. } => self.stop = Some(reason.clone()),
             Fact::Formed {
@@ -324,12 +330,18 @@ impl Run {
             Body::Open(open) => self.open = Some(open.clone()),
             Body::Step(step) => {
                 self.step = step.step;
+                self.lineage = step.generation;
                 if step.skipped {
                     self.skipped.insert(step.step);
                 }
             }
-            Body::Void { after_step, .. } => {
+            Body::Void {
+                generation,
+                after_step,
+                ..
+            } => {
                 self.step = self.step.min(*after_step);
+                self.lineage = generation + 1;
                 self.skipped.split_off(&(after_step + 1));
             }
             Body::Durable { step, .. } => self.durable = *step,

@@ -4,20 +4,24 @@ use std::path::{Component, Path};
 
 use supra_proto::v1::{
     CheckpointBegun, CheckpointPublished, CheckpointWritten, Fault, FaultKind, Formed, LedgerHead,
-    LeftReason, PublishCheckpoint, StepMetrics, StepReport, coordinator_message::Body as Down,
+    Left, LeftReason, PublishCheckpoint, coordinator_message::Body as Down,
 };
 use supra_recipes::plan::Plan;
-use supra_recipes::schema::Recipe;
+use supra_recipes::schema::{Recipe, Sharding};
 
 use super::ending::Severity;
 use super::fact::Fact;
-use super::generation::{MAX_AHEAD, Stage};
+use super::generation::Stage;
 use super::state::{Checkpoint, RunNumber};
-use super::{Action, Machine, agreement};
-use crate::ledger::{Body, Hash, Open, Step};
+use super::{Machine, agreement};
+use crate::ledger::{Body, Hash, Open};
 
-/// A step's ledger entry and metrics, or why the ranks' reports on it do not add up.
-type Applied = Result<(Step, StepMetrics), String>;
+/// What a generation trains, once its ranks agree.
+struct Ground {
+    plan: Plan,
+    open: Open,
+    sharding: Sharding,
+}
 
 impl Machine {
     pub(super) fn formed(&mut self, rank: usize, formed: Formed) {
@@ -32,7 +36,7 @@ impl Machine {
         let run = generation.run;
         match self.ground() {
             None => {}
-            Some(Ok((plan, open))) => self.begin(run, plan, open),
+            Some(Ok(ground)) => self.begin(run, ground),
             Some(Err(cause)) => {
                 let number = self
                     .generation
@@ -48,12 +52,14 @@ impl Machine {
     }
 
     /// Once all ranks have formed: the plan that they agree on and the opening of a ledger for it, or why they do not.
-    fn ground(&self) -> Option<Result<(Plan, Open), String>> {
+    fn ground(&self) -> Option<Result<Ground, String>> {
         let generation = self.generation.as_ref()?;
         let run = self.state.run(generation.run)?;
         let said = generation.all_formed()?;
         let plan = || {
-            let ground = agreement::formed(&said, generation.from_step, run.open.as_ref())?;
+            let from_held = generation.from_held.as_ref();
+            let (from_step, open) = (generation.from_step, run.open.as_ref());
+            let ground = agreement::formed(&said, from_step, from_held, open)?;
             let recipe = Recipe::parse(&run.recipe, &run.id).map_err(|error| error.to_string())?;
             let plan = Plan::new(&recipe, ground.windows, ground.manifest_hash)
                 .map_err(|error| error.to_string())?;
@@ -67,21 +73,27 @@ impl Machine {
                 samples: plan.samples,
                 steps: plan.steps,
             };
-            Ok((plan, open))
+            Ok(Ground {
+                plan,
+                open,
+                sharding: recipe.optimizer.sharding,
+            })
         };
         Some(plan())
     }
 
-    fn begin(&mut self, number: RunNumber, plan: Plan, open: Open) {
+    fn begin(&mut self, number: RunNumber, ground: Ground) {
         if self.state.run(number).is_some_and(|run| run.open.is_none()) {
-            self.record(number, Body::Open(open));
+            self.record(number, Body::Open(ground.open));
         }
         let Some(generation) = &mut self.generation else {
             return;
         };
+        let world = generation.members.len();
         generation.stage = Stage::Training;
-        generation.plan = Some(plan);
-        let (generation, world) = (generation.number, generation.members.len());
+        generation.plan = Some(ground.plan);
+        generation.whole = ground.sharding == Sharding::None || world == 1;
+        let (generation, restored) = (generation.number, generation.from_held.is_none());
         self.log(
             Some(number),
             "INFO",
@@ -92,7 +104,7 @@ impl Machine {
             .state
             .run(number)
             .and_then(|run| run.recovery())
-            .filter(|known| !known.published);
+            .filter(|known| restored && !known.published);
         if let Some(path) = unpublished.map(|known| known.path.clone()) {
             self.decide(Fact::Published { run: number, path });
         }
@@ -102,7 +114,7 @@ impl Machine {
     }
 
     /// Does what waited for a step to be applied: rank 0 gets the ledger's head, and the held checkpoint is journalled.
-    fn release(&mut self, number: RunNumber) {
+    pub(super) fn release(&mut self, number: RunNumber) {
         let Some(run) = self.state.run(number) else {
             return;
         };
@@ -120,103 +132,6 @@ impl Machine {
         if let Some(held) = generation.held.take_if(|held| held.step <= applied) {
             self.accept(number, held);
         }
-    }
-
-    pub(super) fn reported(&mut self, rank: usize, number: RunNumber, report: StepReport) {
-        let Some(applied) = self.state.run(number).map(|run| run.step) else {
-            return;
-        };
-        let Some(generation) = self
-            .generation
-            .as_mut()
-            .filter(|generation| !generation.leaving())
-        else {
-            return;
-        };
-        if report.step <= applied {
-            return;
-        }
-        if report.step > applied + MAX_AHEAD {
-            let cause = format!(
-                "rank {rank} ({}) reports step {}, but step {} is not complete",
-                generation.members[rank].name,
-                report.step,
-                applied + 1,
-            );
-            return self.break_up(cause, Severity::Transient, None);
-        }
-        generation.note(rank, report);
-        self.apply_steps(number);
-    }
-
-    /// Applies the steps that all ranks have reported, in order.
-    fn apply_steps(&mut self, number: RunNumber) {
-        while let Some((step, result)) = self.next_step(number) {
-            let (entry, metrics) = match result {
-                Ok(applied) => applied,
-                Err(cause) => {
-                    return self.break_up(format!("step {step}: {cause}"), Severity::Fatal, None);
-                }
-            };
-            if entry.skipped {
-                self.log(
-                    Some(number),
-                    "WARN",
-                    format!("step {step} was skipped: loss or gradient was not finite"),
-                );
-            }
-            self.record(number, Body::Step(entry));
-            self.out.push(Action::Measured {
-                run: number,
-                metrics,
-            });
-            let Some(generation) = &mut self.generation else {
-                return;
-            };
-            generation.reports.remove(&step);
-            self.release(number);
-        }
-    }
-
-    /// The next step, if all ranks have reported it.
-    fn next_step(&self, number: RunNumber) -> Option<(u64, Applied)> {
-        let generation = self
-            .generation
-            .as_ref()
-            .filter(|generation| generation.stage == Stage::Training)?;
-        let plan = generation.plan.as_ref()?;
-        let step = self.state.run(number)?.step + 1;
-        let said = generation.all_reported(step)?;
-        let (_, first) = said.first()?;
-        let slowest = |seconds: fn(&StepReport) -> f64| {
-            said.iter()
-                .map(|(_, report)| seconds(report))
-                .fold(0.0, f64::max)
-        };
-        let result = agreement::step(&said, step, plan).map(|digest| {
-            let entry = Step {
-                generation: generation.number,
-                step,
-                first_sample: first.first_sample,
-                samples: first.samples,
-                digest: *digest.as_bytes(),
-                skipped: first.skipped,
-            };
-            let metrics = StepMetrics {
-                step,
-                tokens: plan.tokens_after(step),
-                loss: first.loss_sum / first.targets as f64,
-                grad_norm: first.grad_norm,
-                learning_rate: first.learning_rate,
-                skipped: first.skipped,
-                seconds: slowest(|report| report.seconds),
-                data_seconds: slowest(|report| report.data_seconds),
-                exposed_comm_ms: slowest(|report| report.exposed_comm_ms),
-                generation: generation.number,
-            };
-            (entry, metrics)
-        });
-        Some((step, result))
     }
 
     pub(super) fn begun(&mut self, rank: usize, number: RunNumber, begun: CheckpointBegun) {
@@ -358,13 +273,17 @@ impl Machine {
         self.break_up(cause, severity, Some(rank));
     }
 
-    pub(super) fn left(&mut self, rank: usize, reason: LeftReason) {
+    pub(super) fn left(&mut self, rank: usize, left: Left) {
         let Some(generation) = &mut self.generation else {
             return;
         };
+        let reason = left.reason();
         let member = &mut generation.members[rank];
         member.left = Some(reason);
         let name = member.name.clone();
+        if let Some(worker) = self.workers.get_mut(&member.conn) {
+            worker.held = left.held;
+        }
         match reason {
             LeftReason::Finished | LeftReason::Stopped | LeftReason::Regrouped => {}
             LeftReason::Void | LeftReason::Fault | LeftReason::Unspecified => {

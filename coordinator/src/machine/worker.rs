@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use supra_proto::v1::{self, Phase};
+use supra_proto::v1::{self, Held, Phase};
 
 /// Number of a worker's stream, new for each.
 pub type Conn = u64;
@@ -18,11 +18,14 @@ pub(crate) struct Worker {
     /// What its last heartbeat said.
     pub phase: Phase,
     pub step: u64,
+    /// State that it has in memory, by what it said last; none while it has a place.
+    pub held: Option<Held>,
 }
 
 impl Worker {
-    pub fn new(hello: v1::Hello, peer: String, now: Duration) -> Self {
+    pub fn new(mut hello: v1::Hello, peer: String, now: Duration) -> Self {
         Worker {
+            held: hello.held.take(),
             hello,
             peer,
             heard: now,

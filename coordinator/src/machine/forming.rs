@@ -1,0 +1,174 @@
+//! How the next generation forms: who gets a place, and where it starts.
+
+use supra_proto::v1::{
+    Assignment, Held, RestoreFrom, StartFromHeld, coordinator_message::Body as Down,
+};
+
+use super::fact::{Fact, Outcome};
+use super::generation::{Generation, Member, Stage};
+use super::state::RunNumber;
+use super::worker::Conn;
+use super::{Machine, recovery};
+
+/// A worker that is to have a place.
+struct Chosen {
+    conn: Conn,
+    name: String,
+    data_address: String,
+    /// It holds the state that the generation starts from.
+    holds: bool,
+}
+
+impl Machine {
+    /// Forms the next generation of the first run in the queue, if it can.
+    pub(super) fn form(&mut self) {
+        let Some(number) = self.state.queue.front().copied() else {
+            return;
+        };
+        if self.workers.is_empty() {
+            return;
+        }
+        let Some(run) = self.state.run(number) else {
+            return;
+        };
+        let Ok(world) = self.muster(run) else { return };
+        let holders: Vec<recovery::Holder> = self
+            .idle()
+            .filter_map(|(_, worker)| Some((worker.hello.name.as_str(), worker.held.as_ref()?)))
+            .collect();
+        match recovery::newest(run, self.unapplied.as_ref(), &holders) {
+            Ok(held) => {
+                let held = held.cloned();
+                let chosen = self.choose(world as usize, held.as_ref());
+                self.recover_to(number, held.as_ref());
+                self.assign(number, chosen, held);
+            }
+            Err(cause) => self.end_run(number, Outcome::Failed, cause),
+        }
+    }
+
+    /// The workers that get a place, in rank order, which is that of their names. Those that hold the state to start from
+    /// go before others.
+    fn choose(&self, world: usize, held: Option<&Held>) -> Vec<Chosen> {
+        let idle = self.idle();
+        let mut chosen: Vec<Chosen> = idle
+            .map(|(conn, worker)| Chosen {
+                conn,
+                name: worker.hello.name.clone(),
+                data_address: worker.hello.data_address.clone(),
+                holds: held.is_some() && worker.held.as_ref() == held,
+            })
+            .collect();
+        chosen.sort_by(|left, right| {
+            let holders_first = right.holds.cmp(&left.holds);
+            holders_first.then_with(|| left.name.cmp(&right.name))
+        });
+        chosen.truncate(world);
+        chosen.sort_by(|left, right| left.name.cmp(&right.name));
+        chosen
+    }
+
+    /// Brings the ledger to where the next generation starts: what survivors hold is applied, what nobody holds is void.
+    fn recover_to(&mut self, number: RunNumber, held: Option<&Held>) {
+        let unapplied = self.unapplied.take();
+        let Some(held) = held else {
+            let reason = self.state.run(number).map(|run| run.reason.clone());
+            return self.roll_back(number, &reason.unwrap_or_default());
+        };
+        let steps = unapplied.into_iter().flat_map(|unapplied| unapplied.steps);
+        for accounted in steps.take_while(|(entry, _)| entry.step <= held.step) {
+            self.apply(number, accounted);
+        }
+    }
+
+    /// Gives the chosen workers their ranks, in order.
+    fn assign(&mut self, number: RunNumber, chosen: Vec<Chosen>, held: Option<Held>) {
+        let Some(run) = self.state.run(number) else {
+            return;
+        };
+        let (generation, from_step) = (run.generation + 1, run.step);
+        let checkpoint = run.recovery().filter(|_| held.is_none());
+        let restore = checkpoint.map(|checkpoint| RestoreFrom {
+            step: checkpoint.step,
+            path: checkpoint.path.clone(),
+            manifest_hash: checkpoint.manifest_hash.to_vec(),
+        });
+        let holders = (0..).zip(&chosen).filter(|(_, chosen)| chosen.holds);
+        let holders: Vec<u32> = holders.map(|(rank, _)| rank).collect();
+        let template = Assignment {
+            recipe: run.recipe.clone(),
+            rank: 0,
+            world: chosen.len() as u32,
+            next_address: String::new(),
+            data_key: self.moment.key.to_vec(),
+            restore,
+            checkpoint_root: run.checkpoint_root.display().to_string(),
+            held: held.clone().map(|state| StartFromHeld {
+                state: Some(state),
+                holders: holders.clone(),
+            }),
+        };
+        let members: Vec<String> = chosen.iter().map(|chosen| chosen.name.clone()).collect();
+        let from = match holders.first().and_then(|rank| members.get(*rank as usize)) {
+            Some(holder) => format!("step {from_step}, which {holder} holds"),
+            None => format!("step {from_step}"),
+        };
+        let text = format!(
+            "generation {generation} forms from {from}: {}",
+            members.join(", ")
+        );
+        self.log(Some(number), "INFO", text);
+        self.decide(Fact::Formed {
+            run: number,
+            generation,
+            members,
+            from_step,
+        });
+        let addresses: Vec<String> = chosen
+            .iter()
+            .map(|chosen| chosen.data_address.clone())
+            .collect();
+        self.generation = Some(Generation {
+            run: number,
+            number: generation,
+            members: self.members(chosen),
+            stage: Stage::Forming,
+            from_step,
+            from_held: held,
+            plan: None,
+            whole: false,
+            regroup: None,
+            reports: Default::default(),
+            begun: None,
+            held: None,
+        });
+        for rank in 0..addresses.len() {
+            let next_address = addresses[(rank + 1) % addresses.len()].clone();
+            self.tell(
+                rank,
+                Down::Assignment(Assignment {
+                    rank: rank as u32,
+                    next_address,
+                    ..template.clone()
+                }),
+            );
+        }
+    }
+
+    /// Ranks of a new generation. What they hold is theirs to use up.
+    fn members(&mut self, chosen: Vec<Chosen>) -> Vec<Member> {
+        let member = |Chosen { conn, name, .. }| {
+            if let Some(worker) = self.workers.get_mut(&conn) {
+                worker.held = None;
+            }
+            Member {
+                conn,
+                name,
+                formed: None,
+                left: None,
+                lost: false,
+            }
+        };
+        chosen.into_iter().map(member).collect()
+    }
+}
