@@ -133,12 +133,7 @@ fn global(said: &[Said<StepReport>], step: u64, plan: &Plan) -> Result<(), Strin
 }
 
 /// Each rank fed its own share, so all together they fed the step.
-fn fed(
-    said: &[Said<StepReport>],
-    world: usize,
-    step: u64,
-    plan: &Plan,
-) -> Result<Digest, String> {
+fn fed(said: &[Said<StepReport>], world: usize, step: u64, plan: &Plan) -> Result<Digest, String> {
     let mut sum = Digest::ZERO;
     for (rank, name, report) in said {
         let share = plan.rank_samples(step, *rank as u32, world as u32);
@@ -171,9 +166,12 @@ fn told(said: &[Said<StepReport>]) -> Result<Option<Digest>, String> {
 }
 
 fn digest(rank: usize, name: &str, bytes: &[u8]) -> Result<Digest, String> {
-    Hash::try_from(bytes)
-        .map(Digest::from_bytes)
-        .map_err(|_| format!("rank {rank} ({name}) sent a digest of {} bytes", bytes.len()))
+    Hash::try_from(bytes).map(Digest::from_bytes).map_err(|_| {
+        format!(
+            "rank {rank} ({name}) sent a digest of {} bytes",
+            bytes.len()
+        )
+    })
 }
 
 /// The value that all ranks gave; an error names the first two ranks that differ.
@@ -223,8 +221,47 @@ mod tests {
     }
 
     fn check(reports: &[StepReport], number: u64, plan: &Plan) -> Result<Digest, String> {
-        let said: Vec<_> = reports.iter().map(|report| ("worker", report)).collect();
-        step(&said, number, plan)
+        Ok(partly(reports, reports.len(), number, plan)?.unwrap())
+    }
+
+    /// The same where the generation has more ranks than those that report.
+    fn partly(
+        reports: &[StepReport],
+        world: usize,
+        number: u64,
+        plan: &Plan,
+    ) -> Result<Option<Digest>, String> {
+        let ranks = reports.iter().enumerate();
+        let said: Vec<_> = ranks.map(|(rank, r)| (rank, "worker", r)).collect();
+        step(&said, world, number, plan)
+    }
+
+    #[test]
+    fn one_rank_accounts_for_all_when_they_told_each_other_what_they_fed() {
+        let plan = rig::plan();
+        let all = reports(&plan, 2, 3);
+        let whole = check(&all, 2, &plan).unwrap();
+        assert_eq!(partly(&all[..1], 3, 2, &plan), Ok(Some(whole)));
+        let mut silent = all.clone();
+        silent.iter_mut().for_each(|r| r.step_digest.clear());
+        assert_eq!(partly(&silent[..1], 3, 2, &plan), Ok(None));
+        assert_eq!(partly(&silent, 3, 2, &plan), Ok(Some(whole)));
+    }
+
+    #[test]
+    fn what_was_told_must_be_what_was_fed_and_the_same_to_all() {
+        let plan = rig::plan();
+        let mut lying = reports(&plan, 2, 3);
+        lying.iter_mut().for_each(|r| r.step_digest = vec![7; 32]);
+        let error = check(&lying, 2, &plan).unwrap_err();
+        assert!(error.contains("they told each other 0707"), "{error}");
+        let mut split = reports(&plan, 2, 3);
+        split[1].step_digest = vec![7; 32];
+        let error = partly(&split[..2], 3, 2, &plan).unwrap_err();
+        assert!(error.contains("digest of the step"), "{error}");
+        split[0].step_digest = vec![7; 31];
+        let error = partly(&split[..1], 3, 2, &plan).unwrap_err();
+        assert!(error.contains("a digest of 31 bytes"), "{error}");
     }
 
     #[test]
@@ -300,23 +337,23 @@ mod tests {
             windows: 10,
             manifest_hash: vec![2; 32],
         };
-        let said = [("a", &fine), ("b", &fine)];
+        let said = [(0, "a", &fine), (1, "b", &fine)];
         assert_eq!(
-            formed(&said, 4, None),
+            formed(&said, 4, None, None),
             Ok(Ground {
                 windows: 10,
                 manifest_hash: [2; 32]
             })
         );
         assert!(
-            formed(&said, 3, None)
+            formed(&said, 3, None, None)
                 .unwrap_err()
                 .contains("were to restore step 3")
         );
         let mut open = rig::open();
         open.windows = 11;
         assert!(
-            formed(&said, 4, Some(&open))
+            formed(&said, 4, None, Some(&open))
                 .unwrap_err()
                 .contains("training data changed")
         );
@@ -324,7 +361,11 @@ mod tests {
             replica_hash: vec![3; 32],
             ..fine.clone()
         };
-        let error = formed(&[("a", &fine), ("b", &other)], 4, None).unwrap_err();
+        let held = rig::held(1, 4);
+        assert!(formed(&said, 4, Some(&held), None).is_ok());
+        let error = formed(&[(0, "a", &other)], 4, Some(&held), None).unwrap_err();
+        assert!(error.contains("they were to start from"), "{error}");
+        let error = formed(&[(0, "a", &fine), (1, "b", &other)], 4, None, None).unwrap_err();
         assert!(
             error.contains("rank 1 (b)") && error.contains("parameters"),
             "{error}"

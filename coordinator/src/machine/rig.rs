@@ -1,5 +1,6 @@
 //! What the machine's tests share: a small recipe, its plan, and honest workers.
 
+use std::ops::Range;
 use std::time::Duration;
 
 use supra_proto::v1::{self, coordinator_message::Body as Down, worker_message::Body as Up};
@@ -47,16 +48,17 @@ pub(crate) fn open() -> Open {
 pub(crate) fn report(plan: &Plan, step: u64, rank: u32, world: u32) -> v1::StepReport {
     let all = plan.step_samples(step);
     let mine = plan.rank_samples(step, rank, world);
-    let digest: Digest = mine
-        .clone()
-        .map(|sample| Digest::of_sample(sample, &[sample as u32]))
-        .sum();
+    let digest = |samples: Range<u64>| -> Digest {
+        samples
+            .map(|sample| Digest::of_sample(sample, &[sample as u32]))
+            .sum()
+    };
     v1::StepReport {
         step,
         first_sample: all.start,
         samples: all.end - all.start,
         fed_samples: mine.end - mine.start,
-        fed_digest: digest.as_bytes().to_vec(),
+        fed_digest: digest(mine).as_bytes().to_vec(),
         loss_sum: 3.5,
         targets: 40,
         grad_norm: 1.0,
@@ -70,7 +72,7 @@ pub(crate) fn report(plan: &Plan, step: u64, rank: u32, world: u32) -> v1::StepR
         seconds: 0.1,
         data_seconds: 0.01,
         exposed_comm_ms: 20.0,
-        step_digest: Vec::new(),
+        step_digest: digest(all).as_bytes().to_vec(),
     }
 }
 
@@ -198,12 +200,17 @@ impl Rig {
     }
 
     pub fn attach(&mut self, conn: Conn, name: &str) {
-        self.event(Event::Hello {
-            conn,
-            peer: format!("{name}:9"),
-            hello: hello(name, conn),
-        })
-        .unwrap();
+        self.attach_holding(conn, name, None);
+    }
+
+    /// A worker attaches that still has a state in memory.
+    pub fn attach_holding(&mut self, conn: Conn, name: &str, held: Option<v1::Held>) {
+        let hello = v1::Hello {
+            held,
+            ..hello(name, conn)
+        };
+        let peer = format!("{name}:9");
+        self.event(Event::Hello { conn, peer, hello }).unwrap();
     }
 
     /// Says something of the newest run.
@@ -247,9 +254,13 @@ impl Rig {
     }
 
     pub fn formed(&mut self, conn: Conn, generation: u64, step: u64) {
+        self.formed_with(conn, generation, step, vec![1; 32]);
+    }
+
+    pub fn formed_with(&mut self, conn: Conn, generation: u64, step: u64, replica_hash: Vec<u8>) {
         let formed = v1::Formed {
             step,
-            replica_hash: vec![1; 32],
+            replica_hash,
             windows: WINDOWS,
             manifest_hash: MANIFEST.to_vec(),
         };
@@ -297,14 +308,18 @@ impl Rig {
     }
 
     pub fn left(&mut self, conn: Conn, generation: u64, reason: v1::LeftReason) {
-        self.say(
-            conn,
-            generation,
-            Up::Left(v1::Left {
-                reason: reason.into(),
-                held: None,
-            }),
-        );
+        self.left_holding(conn, generation, reason, None);
+    }
+
+    pub fn left_holding(
+        &mut self,
+        conn: Conn,
+        generation: u64,
+        reason: v1::LeftReason,
+        held: Option<v1::Held>,
+    ) {
+        let reason = reason.into();
+        self.say(conn, generation, Up::Left(v1::Left { reason, held }));
     }
 
     pub fn fault(&mut self, conn: Conn, generation: u64, kind: v1::FaultKind, message: &str) {
@@ -334,6 +349,16 @@ impl Rig {
             _ => None,
         });
         records.collect()
+    }
+}
+
+/// The state of the rig's first run behind a step, as [`Rig::formed`] hashes it.
+pub(crate) fn held(generation: u64, step: u64) -> v1::Held {
+    v1::Held {
+        run: "rig-1".into(),
+        generation,
+        step,
+        replica_hash: vec![1; 32],
     }
 }
 

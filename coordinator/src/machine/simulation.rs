@@ -24,8 +24,10 @@ enum Move {
     Work(usize),
     /// A worker is killed.
     Kill(usize),
-    /// A worker reports a fault of its environment.
-    Fault(usize),
+    /// A worker reports a fault of its environment; it keeps its state or has lost it.
+    Fault(usize, bool),
+    /// A worker's stream breaks, and it keeps its state; perhaps after a step that it could not report any more.
+    Cut(usize, bool),
     /// A client cancels, or resumes what is stopped.
     CancelOrResume,
     /// The coordinator dies and has lost the last few unsynced facts.
@@ -39,11 +41,29 @@ fn moves() -> impl Strategy<Value = Move> {
         8 => (0..4usize).prop_map(Move::Attach),
         60 => (0..4usize).prop_map(Move::Work),
         2 => (0..4usize).prop_map(Move::Kill),
-        1 => (0..4usize).prop_map(Move::Fault),
+        1 => (0..4usize, any::<bool>()).prop_map(|(who, keeps)| Move::Fault(who, keeps)),
+        2 => (0..4usize, any::<bool>()).prop_map(|(who, ahead)| Move::Cut(who, ahead)),
         1 => Just(Move::CancelOrResume),
         1 => (0..4usize).prop_map(Move::Crash),
         10 => (0..30u8).prop_map(Move::Wait),
     ]
+}
+
+/// Which generation trained each step that a state is behind: two states are the same when this is.
+type Lineage = Vec<u64>;
+
+fn hash(lineage: &Lineage) -> Vec<u8> {
+    let bytes = lineage
+        .iter()
+        .flat_map(|generation| generation.to_le_bytes());
+    blake3::hash(&bytes.collect::<Vec<_>>()).as_bytes().to_vec()
+}
+
+/// A state in a worker's memory, as it speaks of it, and in truth.
+#[derive(Clone, Debug)]
+struct Memory {
+    held: v1::Held,
+    lineage: Lineage,
 }
 
 /// An honest worker: what it knows, and what it would say next.
@@ -51,20 +71,63 @@ fn moves() -> impl Strategy<Value = Move> {
 struct Actor {
     place: Option<v1::Assignment>,
     generation: u64,
-    step: u64,
+    /// What its state is behind, while it has a place.
+    lineage: Lineage,
+    /// Step that its generation starts from.
+    start: u64,
     formed: bool,
-    /// Step after which it stops, once asked: the ranks agree on the newest that any of them has begun.
+    /// What it held before it got its place.
+    memory: Option<Memory>,
+    /// Step after which it stops or regroups, once asked: the ranks agree on the newest that any of them has begun.
     stop_at: Option<u64>,
+    regroup_at: Option<u64>,
     void: bool,
     publish: Option<v1::PublishCheckpoint>,
     awaiting: bool,
     last_checkpoint: Option<u64>,
 }
 
+impl Actor {
+    fn step(&self) -> u64 {
+        self.lineage.len() as u64
+    }
+
+    /// What it keeps when its generation ends now.
+    fn keeps(&self) -> Option<Memory> {
+        if self.place.is_none() || !self.formed {
+            return self.memory.clone();
+        }
+        Some(Memory {
+            held: v1::Held {
+                run: "rig-1".into(),
+                generation: self.generation,
+                step: self.step(),
+                replica_hash: hash(&self.lineage),
+            },
+            lineage: self.lineage.clone(),
+        })
+    }
+
+    /// It leaves its generation with what it keeps.
+    fn leave(&mut self, memory: Option<Memory>) -> Option<v1::Held> {
+        *self = Actor {
+            generation: self.generation,
+            memory,
+            ..Actor::default()
+        };
+        self.memory.clone().map(|memory| memory.held)
+    }
+}
+
 struct World {
     rig: Rig,
     conns: BTreeMap<usize, Conn>,
     actors: BTreeMap<Conn, Actor>,
+    /// What workers without a stream hold.
+    away: BTreeMap<usize, Memory>,
+    /// What is behind each checkpoint, by path, and each state that was ever held, by hash.
+    checkpoints: BTreeMap<String, Lineage>,
+    states: BTreeMap<Vec<u8>, Lineage>,
     next: Conn,
 }
 
@@ -76,6 +139,9 @@ impl World {
             rig,
             conns: BTreeMap::new(),
             actors: BTreeMap::new(),
+            away: BTreeMap::new(),
+            checkpoints: BTreeMap::new(),
+            states: BTreeMap::new(),
             next: 1,
         }
     }
@@ -87,8 +153,14 @@ impl World {
                     let conn = self.next;
                     self.next += 1;
                     self.conns.insert(who, conn);
-                    self.actors.insert(conn, Actor::default());
-                    self.rig.attach(conn, NAMES[who]);
+                    let memory = self.away.remove(&who);
+                    let held = memory.as_ref().map(|memory| memory.held.clone());
+                    let actor = Actor {
+                        memory,
+                        ..Actor::default()
+                    };
+                    self.actors.insert(conn, actor);
+                    self.rig.attach_holding(conn, NAMES[who], held);
                 }
             }
             Move::Work(who) => {
@@ -100,22 +172,32 @@ impl World {
                 if let Some(conn) = self.conns.remove(&who) {
                     self.actors.remove(&conn);
                     self.rig.lose(conn);
+                } else {
+                    self.away.remove(&who);
                 }
             }
-            Move::Fault(who) => {
+            Move::Fault(who, keeps) => {
                 let conn = self.conns.get(&who).copied();
                 let actor = conn
                     .and_then(|conn| self.actors.get_mut(&conn))
                     .filter(|actor| actor.place.is_some());
                 if let (Some(conn), Some(actor)) = (conn, actor) {
                     let generation = actor.generation;
-                    *actor = Actor {
-                        generation,
-                        ..Actor::default()
-                    };
+                    let memory = actor.keeps().filter(|_| keeps);
+                    let held = actor.leave(memory);
                     self.rig
                         .fault(conn, generation, v1::FaultKind::Transient, "disk full");
-                    self.rig.left(conn, generation, LeftReason::Fault);
+                    self.rig
+                        .left_holding(conn, generation, LeftReason::Fault, held);
+                }
+            }
+            Move::Cut(who, ahead) => {
+                if let Some(conn) = self.conns.remove(&who) {
+                    if ahead {
+                        self.train(conn);
+                    }
+                    self.go_away(who, conn);
+                    self.rig.lose(conn);
                 }
             }
             Move::CancelOrResume => {
@@ -135,43 +217,75 @@ impl World {
                     .take_while(|fact| !fact.urgent())
                     .count();
                 let kept = self.rig.facts.len() - lost.min(unsynced);
-                self.conns.clear();
-                self.actors.clear();
-                self.rig.restart(kept);
+                self.restart(kept);
             }
             Move::Wait(tenths) => self.rig.wait(f64::from(tenths) / 10.0),
         }
         self.hear();
     }
 
+    /// The coordinator dies after `kept` facts and starts again; the workers keep what they have.
+    fn restart(&mut self, kept: usize) {
+        for (who, conn) in std::mem::take(&mut self.conns) {
+            self.go_away(who, conn);
+        }
+        self.actors.clear();
+        self.rig.restart(kept);
+    }
+
+    /// A worker has lost its stream, and with it its place.
+    fn go_away(&mut self, who: usize, conn: Conn) {
+        if let Some(memory) = self.actors.remove(&conn).and_then(|actor| actor.keeps()) {
+            self.away.insert(who, memory);
+        }
+    }
+
     /// Delivers what the coordinator said.
     fn hear(&mut self) {
         for conn in std::mem::take(&mut self.rig.closed) {
-            self.actors.remove(&conn);
-            self.conns.retain(|_, known| *known != conn);
+            let known = self.conns.iter().find(|(_, known)| **known == conn);
+            if let Some(who) = known.map(|(who, _)| *who) {
+                self.conns.remove(&who);
+                self.go_away(who, conn);
+            }
         }
         for (conn, generation, body) in self.rig.told() {
             let newest = self
                 .actors
                 .values()
-                .filter(|actor| actor.generation == generation)
-                .map(|actor| actor.step)
+                .filter(|actor| actor.generation == generation && actor.place.is_some())
+                .map(Actor::step)
                 .max();
             let Some(actor) = self.actors.get_mut(&conn) else {
                 continue;
             };
             match body {
                 Down::Assignment(place) => {
-                    let step = place.restore.as_ref().map_or(0, |restore| restore.step);
+                    let memory = actor.memory.take();
+                    let lineage = match (&place.held, &place.restore) {
+                        (Some(held), _) => {
+                            let state = held.state.clone().unwrap();
+                            if held.holders.contains(&place.rank) {
+                                let own = memory.as_ref().map(|memory| &memory.held);
+                                assert_eq!(own, Some(&state), "a holder holds it");
+                            }
+                            self.states[&state.replica_hash].clone()
+                        }
+                        (None, Some(restore)) => self.checkpoints[&restore.path].clone(),
+                        (None, None) => Lineage::new(),
+                    };
                     *actor = Actor {
                         place: Some(place),
                         generation,
-                        step,
+                        start: lineage.len() as u64,
+                        lineage,
+                        memory,
                         ..Actor::default()
                     };
                 }
                 Down::Void(_) if actor.generation == generation => actor.void = true,
-                Down::Stop(_) => actor.stop_at = newest,
+                Down::Stop(_) if actor.regroup_at.is_none() => actor.stop_at = newest,
+                Down::Regroup(_) if actor.stop_at.is_none() => actor.regroup_at = newest,
                 Down::Publish(publish) => actor.publish = Some(publish),
                 _ => {}
             }
@@ -182,7 +296,6 @@ impl World {
     /// than one step.
     fn work(&mut self, conn: Conn) {
         let plan = rig::plan();
-        let slowest = self.slowest(conn);
         let Some(actor) = self.actors.get_mut(&conn) else {
             return;
         };
@@ -190,17 +303,19 @@ impl World {
             return;
         };
         let generation = actor.generation;
+        let step = actor.step();
         if actor.void {
-            *actor = Actor {
-                generation,
-                ..Actor::default()
-            };
-            return self.rig.left(conn, generation, LeftReason::Void);
+            let memory = actor.keeps();
+            let held = actor.leave(memory);
+            return self
+                .rig
+                .left_holding(conn, generation, LeftReason::Void, held);
         }
         if !actor.formed {
             actor.formed = true;
-            let step = actor.step;
-            return self.rig.formed(conn, generation, step);
+            let hash = hash(&actor.lineage);
+            self.states.insert(hash.clone(), actor.lineage.clone());
+            return self.rig.formed_with(conn, generation, step, hash);
         }
         if actor.awaiting {
             let Some(publish) = actor.publish.take() else {
@@ -215,44 +330,73 @@ impl World {
                 .rig
                 .say(conn, generation, Up::CheckpointPublished(published));
         }
-        let due = actor.step > 0
-            && (actor.stop_at == Some(actor.step) || plan.checkpoint_due(actor.step));
-        if place.rank == 0 && due && actor.last_checkpoint != Some(actor.step) {
-            actor.last_checkpoint = Some(actor.step);
+        let due = step > 0
+            && (actor.stop_at == Some(step) || plan.checkpoint_due(step) && step > actor.start);
+        if place.rank == 0 && due && actor.last_checkpoint != Some(step) {
+            actor.last_checkpoint = Some(step);
             actor.awaiting = true;
-            let step = actor.step;
+            let path = rig::checkpoint(generation, step).path;
+            self.checkpoints.insert(path, actor.lineage.clone());
             return self.rig.written(conn, generation, step);
         }
-        if actor.step == plan.steps || actor.stop_at == Some(actor.step) {
-            let reason = if actor.step == plan.steps {
+        if step == plan.steps || actor.stop_at == Some(step) {
+            let reason = if step == plan.steps {
                 LeftReason::Finished
             } else {
                 LeftReason::Stopped
             };
-            *actor = Actor {
-                generation,
-                ..Actor::default()
-            };
+            actor.leave(None);
             return self.rig.left(conn, generation, reason);
         }
-        if actor.step <= slowest {
-            actor.step += 1;
-            let report = rig::report(&plan, actor.step, place.rank, place.world);
+        if actor.regroup_at == Some(step) {
+            let memory = actor.keeps();
+            let held = actor.leave(memory);
+            return self
+                .rig
+                .left_holding(conn, generation, LeftReason::Regrouped, held);
+        }
+        if self.train(conn) {
+            let report = rig::report(&plan, step + 1, place.rank, place.world);
             self.rig.say(conn, generation, Up::Step(report));
         }
     }
 
-    /// The step of the slowest worker in the generation of this one.
-    fn slowest(&self, conn: Conn) -> u64 {
+    /// Does a step, if the other ranks are not behind.
+    fn train(&mut self, conn: Conn) -> bool {
+        let (slowest, steps) = (self.slowest(conn), rig::plan().steps);
+        let Some(actor) = self
+            .actors
+            .get_mut(&conn)
+            .filter(|actor| actor.formed && !actor.void)
+        else {
+            return false;
+        };
+        if slowest.is_none_or(|slowest| actor.step() > slowest) || actor.step() == steps {
+            return false;
+        }
+        actor.lineage.push(actor.generation);
+        let lineage = actor.lineage.clone();
+        self.states.insert(hash(&lineage), lineage);
+        true
+    }
+
+    /// The step of the slowest worker in the generation of this one; none while one is not there yet.
+    fn slowest(&self, conn: Conn) -> Option<u64> {
         let generation = self.actors.get(&conn).map_or(0, |actor| actor.generation);
         let peers = self
             .actors
             .values()
             .filter(|actor| actor.generation == generation && actor.place.is_some());
         peers
-            .map(|actor| if actor.formed { actor.step } else { 0 })
+            .map(|actor| {
+                if actor.formed {
+                    Some(actor.step())
+                } else {
+                    None
+                }
+            })
             .min()
-            .unwrap_or(0)
+            .flatten()
     }
 
     fn check(&self) {
@@ -264,12 +408,18 @@ impl World {
         let verdict = audit(self.rig.ledger(), Options::default());
         assert_eq!(verdict.verdict, Verdict::Ok, "{:?}", verdict.breaks);
         let mut applied = BTreeSet::new();
+        let mut lineage = Lineage::new();
         for record in self.rig.ledger() {
-            if let Body::Step(step) = record.body {
-                assert!(
-                    applied.insert((step.generation, step.step)),
-                    "once per generation and step"
-                );
+            match record.body {
+                Body::Step(step) => {
+                    assert!(
+                        applied.insert((step.generation, step.step)),
+                        "once per generation and step"
+                    );
+                    lineage.push(step.generation);
+                }
+                Body::Void { after_step, .. } => lineage.truncate(after_step as usize),
+                _ => {}
             }
         }
         let run = self.rig.run();
@@ -289,6 +439,18 @@ impl World {
                 run.step, generation.from_step,
                 "a generation starts where the ledger ends"
             );
+            let placed = |actor: &&Actor| {
+                actor.place.is_some() && !actor.formed && actor.generation == generation.number
+            };
+            for actor in self.actors.values().filter(placed) {
+                assert_eq!(
+                    actor.lineage, lineage,
+                    "the state that it starts from is the one that the ledger accounts for"
+                );
+            }
+        }
+        for wrong in ["hold different", "disagree", "cannot train"] {
+            assert!(!run.reason.contains(wrong), "{}", run.reason);
         }
         for actor in self.actors.values().filter(|actor| actor.place.is_some()) {
             let on = live.is_some_and(|generation| generation.number == actor.generation);
@@ -349,8 +511,10 @@ proptest! {
         let mut world = World::new();
         moves.iter().for_each(|step| world.make(step));
         let kept = 1 + ((world.rig.facts.len() - 1) as f64 * cut) as usize;
+        // Its workers of later facts never were.
         world.conns.clear();
         world.actors.clear();
+        world.away.clear();
         world.rig.restart(kept);
         world.check();
         world.calm_down();
