@@ -1,13 +1,14 @@
 //! The training loop: one, readable from top to bottom.
 //!
-//! A generation connects its ranks, checks the store, loads the base or a checkpoint, and then runs
-//! step after step: this rank's samples, forward and backward in micro-batches, meanwhile the sum of
+//! A generation connects its ranks, checks the store, takes the state that some of them kept or loads
+//! the base or a checkpoint, and then runs step after step: this rank's samples, forward and backward in micro-batches, meanwhile the sum of
 //! all gradients, one decision that all ranks take alike, AdamW, a report, and a checkpoint when one
 //! is due. Losses are sums over targets and are divided once, by the number of targets of all ranks.
 
 mod beside;
 mod environment;
 mod error;
+mod kept;
 mod micro;
 mod policy;
 mod start;
@@ -15,7 +16,7 @@ mod tally;
 
 use std::{rc::Rc, time::Instant};
 
-use supra_agent::{CheckpointWritten, Formed, Job, Outcome, Phase, StepReport, Voided};
+use supra_agent::{CheckpointWritten, FaultKind, Formed, Job, Outcome, Phase, StepReport, Voided};
 use supra_data::{Batch, Loader, Prefetch};
 use supra_recipes::{
     Plan,
@@ -26,10 +27,11 @@ use tch::Tensor;
 use beside::Beside;
 use environment::environment;
 pub use error::TrainError;
+pub use kept::Kept;
 pub use micro::{HostBatch, Layout, LayoutError};
 use start::Start;
 pub use start::check_data;
-use tally::Tally;
+use tally::{Tally, Wish};
 
 use crate::{
     checkpoint::{
@@ -41,7 +43,7 @@ use crate::{
     collective,
     device::Place,
     failure::chain,
-    kernels::{self, Choice, Kernels},
+    kernels::Kernels,
     model::ModelConfig,
     optim::{AdamW, Exchange, Part, Replica, clip},
     step::{Step, StepError},
@@ -50,10 +52,17 @@ use crate::{
 /// Steps whose samples are read ahead.
 const READ_AHEAD: usize = 2;
 
-/// Trains one generation of a run until it ends, one way or the other. `build` is the program's version and commit.
-pub fn train(job: Job, place: &Place, build: &str) -> Outcome {
+/// Trains one generation of a run until it ends, one way or the other. `build` is the program's version and commit. `kept`
+/// is what this process has in memory of an earlier generation, and gets what it has of this one, if another generation may
+/// start from it; the link is told, too.
+pub fn train(mut job: Job, place: &Place, build: &str, kept: &mut Option<Kept>) -> Outcome {
     let link = job.link.clone();
-    match Trainer::form(job, place, build).and_then(Trainer::run) {
+    kept.iter_mut().for_each(|kept| kept.enter(&job));
+    let ended = match Trainer::form(&mut job, place, build, kept) {
+        Ok(trainer) => trainer.run(kept),
+        Err(error) => Err(error),
+    };
+    let outcome = match ended {
         Ok(outcome) => outcome,
         // Whatever broke: in a void generation it broke because of that.
         Err(_) if link.void() => Outcome::Voided,
@@ -62,12 +71,26 @@ pub fn train(job: Job, place: &Place, build: &str) -> Outcome {
             kind: error.fault_kind(),
             message: chain(&error),
         },
+    };
+    if !goes_on(&outcome) {
+        *kept = None;
+    }
+    kept.iter().for_each(|kept| link.held(kept.held()));
+    outcome
+}
+
+/// Whether another generation may go on from where this one ended.
+fn goes_on(outcome: &Outcome) -> bool {
+    match outcome {
+        Outcome::Regrouped | Outcome::Voided => true,
+        Outcome::Finished | Outcome::Stopped => false,
+        Outcome::Fault { kind, .. } => *kind == FaultKind::Transient,
     }
 }
 
 /// A rank at work.
-struct Trainer {
-    job: Job,
+struct Trainer<'a> {
+    job: &'a Job,
     place: Place,
     environment: Environment,
     // Before the replica, whose memory it works on until it is dropped.
@@ -84,8 +107,8 @@ struct Trainer {
     adamw: AdamW,
     /// Step that the replica's state is behind.
     step: u64,
-    /// Skipped steps in a row.
-    skipped: u32,
+    /// Whether an update was begun and not ended: then the state is behind no step.
+    torn: bool,
 }
 
 /// What checkpoints say about the data.
@@ -94,13 +117,19 @@ struct DatasetFacts {
     tokenizer: String,
 }
 
-impl Trainer {
-    /// Connects the ranks, checks the store, loads the state and tells the coordinator.
-    fn form(mut job: Job, place: &Place, build: &str) -> Result<Trainer, TrainError> {
+impl<'a> Trainer<'a> {
+    /// Connects the ranks, checks the store, takes or loads the state and tells the coordinator.
+    fn form(
+        job: &'a mut Job,
+        place: &Place,
+        build: &str,
+        kept: &mut Option<Kept>,
+    ) -> Result<Trainer<'a>, TrainError> {
         job.link.phase(Phase::Forming, 0);
         let mut host = job.connect()?;
+        let job: &Job = job;
         store::probe(&job.checkpoint_root, job.generation, host.as_mut())?;
-        let collective = collective::connect(host, place, job.recipe.reduction, &job.link)?;
+        let mut collective = collective::connect(host, place, job.recipe.reduction, &job.link)?;
 
         job.link.phase(Phase::Loading, 0);
         let environment = environment(place, job.world, build);
@@ -109,10 +138,11 @@ impl Trainer {
             reader,
             config,
             policy,
+            kernels,
             replica,
             step,
             notes,
-        } = Start::load(&job, place, &environment)?;
+        } = Start::load(job, place, &environment, kept, collective.as_mut())?;
         if job.rank == 0 {
             notes.iter().for_each(|note| job.link.log("WARN", note));
         }
@@ -123,11 +153,6 @@ impl Trainer {
                 .to_string(),
             tokenizer: manifest.tokenizer_hash().to_owned(),
         };
-        let kind = replica.params().kind();
-        let Choice { kernels, note } = kernels::on(place.device, kind, &config)?;
-        if job.rank == 0 {
-            note.iter().for_each(|note| job.link.log("WARN", note));
-        }
         let mut exchange = Exchange::new(collective, &replica);
         job.link.formed(Formed {
             step,
@@ -149,7 +174,7 @@ impl Trainer {
             passes: Step::new(config.clone(), kernels.clone(), policy, place.device),
             config,
             kernels,
-            skipped: 0,
+            torn: false,
             place: place.clone(),
             environment,
             exchange,
@@ -162,8 +187,15 @@ impl Trainer {
         })
     }
 
-    /// Trains to the end of the budget, or to the step at which a stop is agreed on.
-    fn run(mut self) -> Result<Outcome, TrainError> {
+    /// Trains until the generation ends, and leaves it.
+    fn run(mut self, kept: &mut Option<Kept>) -> Result<Outcome, TrainError> {
+        let ended = self.train();
+        self.leave(ended, kept)
+    }
+
+    /// Trains to the end of the budget, or to the step at which a stop or another membership is agreed on.
+    fn train(&mut self) -> Result<Outcome, TrainError> {
+        self.catch_up()?;
         while self.step < self.plan.steps {
             let step = self.step + 1;
             self.job.link.phase(Phase::Training, step);
@@ -178,14 +210,14 @@ impl Trainer {
                 loss_sum,
                 targets: batch.targets,
                 squares: self.kernels.squared_norm(&self.squared),
-                stop: self.job.link.stop_requested(),
+                digest: batch.digest,
+                wish: Wish::of(&self.job.link),
             };
             let waiting = Instant::now();
             let all = mine.gather(self.exchange.host())?;
             let mut exposed = waiting.elapsed() + self.exchange.stalled()?;
 
             let mut report = self.update(step, &batch, &all)?;
-            self.step = step;
             exposed += self.exchange.stalled()?;
             report.data_seconds = data_seconds;
             report.exposed_comm_ms = exposed.as_secs_f64() * 1e3;
@@ -193,36 +225,63 @@ impl Trainer {
             let grad_norm = report.grad_norm;
             self.job.link.step(report);
 
-            if self.skipped > self.job.recipe.nonfinite.max {
-                let steps = self.skipped;
-                return Err(TrainError::Diverged {
-                    steps,
-                    step,
-                    loss_sum: all.loss_sum,
-                    targets: all.targets,
-                    grad_norm,
-                });
+            self.check_progress(&all, grad_norm)?;
+            let end = match all.wish {
+                _ if step == self.plan.steps => Some(Outcome::Finished),
+                Wish::Stop => Some(Outcome::Stopped),
+                Wish::Regroup => Some(Outcome::Regrouped),
+                Wish::GoOn => None,
+            };
+            if all.wish == Wish::Stop || self.plan.checkpoint_due(step) {
+                self.checkpoint(end.is_some())?;
             }
-            let last = step == self.plan.steps;
-            if all.stop || self.plan.checkpoint_due(step) {
-                self.checkpoint(all.stop || last)?;
-            }
-            if all.stop && !last {
-                return self.leave(Outcome::Stopped);
+            if let Some(end) = end {
+                return Ok(end);
             }
         }
-        self.leave(Outcome::Finished)
+        Ok(Outcome::Finished)
     }
 
-    /// Parts from the other ranks in order.
-    fn leave(self, outcome: Outcome) -> Result<Outcome, TrainError> {
+    /// Writes the checkpoint that was due where this generation took a state over, if the one before did not get to it.
+    fn catch_up(&mut self) -> Result<(), TrainError> {
+        let Job {
+            donation, restore, ..
+        } = self.job;
+        let there = restore.as_ref().map_or(0, |restore| restore.step);
+        if donation.is_some() && there < self.step && self.plan.checkpoint_due(self.step) {
+            self.checkpoint(self.step == self.plan.steps)?;
+        }
+        Ok(())
+    }
+
+    /// Parts from the other ranks, in order if all went well. Keeps a state that is whole where another generation may need
+    /// it.
+    fn leave(
+        self,
+        ended: Result<Outcome, TrainError>,
+        kept: &mut Option<Kept>,
+    ) -> Result<Outcome, TrainError> {
         // What libtorch has taken it keeps, so this is the most that there was.
-        if let Some(bytes) = self.place.memory_in_use() {
+        if let (Ok(_), Some(bytes)) = (&ended, self.place.memory_in_use()) {
             let text = format!("memory of the GPU in use: {bytes} bytes, {}", gib(bytes));
             self.job.link.log("INFO", text);
         }
-        self.exchange.finish()?;
-        Ok(outcome)
+        let ended = match ended {
+            Ok(outcome) => match self.exchange.finish() {
+                Ok(()) => Ok(outcome),
+                Err(error) => Err(error.into()),
+            },
+            Err(error) => {
+                // Nothing works on the replica's memory after this.
+                drop(self.exchange);
+                Err(error)
+            }
+        };
+        let spent = matches!(ended, Ok(Outcome::Finished | Outcome::Stopped));
+        if !self.torn && !spent {
+            *kept = Kept::new(self.job, self.step, self.replica, self.kernels.as_ref());
+        }
+        ended
     }
 
     fn next_batch(&mut self, step: u64) -> Result<HostBatch, TrainError> {
@@ -236,7 +295,7 @@ impl Trainer {
     /// Forward and backward over this rank's samples; in the end the replica has its part of the gradients' sum over all
     /// ranks. Returns the sum of the loss over targets.
     fn forward_backward(&mut self, batch: &HostBatch) -> Result<f64, TrainError> {
-        let Job { recipe, link, .. } = &self.job;
+        let Job { recipe, link, .. } = self.job;
         self.replica.zero_gradient();
         let mut micro_batches = batch.micro_batches();
         while let Some(input) = micro_batches.next() {
@@ -278,10 +337,11 @@ impl Trainer {
         let grad_norm = all.squares.sqrt() * scale;
         let skip = !(all.loss_sum * scale).is_finite() || !grad_norm.is_finite();
         let learning_rate = self.plan.learning_rate(step);
+        self.torn = true;
         if skip {
-            self.skipped += 1;
+            self.replica.skipped += 1;
         } else {
-            self.skipped = 0;
+            self.replica.skipped = 0;
             let clip = clip::coefficient(grad_norm, self.job.recipe.optimizer.clip);
             self.adamw.update(
                 self.kernels.as_ref(),
@@ -293,6 +353,8 @@ impl Trainer {
         }
         // Of the norm, too: one that could not be had is NaN.
         self.kernels.check()?;
+        self.step = step;
+        self.torn = false;
         let samples = self.plan.step_samples(step);
         let replica_hash = if self.plan.replica_check_due(step) {
             self.hash()?.to_vec()
@@ -305,6 +367,7 @@ impl Trainer {
             samples: samples.end - samples.start,
             fed_samples: fed.samples,
             fed_digest: fed.digest.as_bytes().to_vec(),
+            step_digest: all.digest.as_bytes().to_vec(),
             loss_sum: all.loss_sum,
             targets: all.targets,
             grad_norm,
@@ -312,6 +375,21 @@ impl Trainer {
             skipped: skip,
             replica_hash,
             ..StepReport::default()
+        })
+    }
+
+    /// Refuses to go on when too many steps in a row were skipped; `all` is of the last one.
+    fn check_progress(&self, all: &Tally, grad_norm: f64) -> Result<(), TrainError> {
+        let steps = self.replica.skipped;
+        if steps <= self.job.recipe.nonfinite.max {
+            return Ok(());
+        }
+        Err(TrainError::Diverged {
+            steps,
+            step: self.step,
+            loss_sum: all.loss_sum,
+            targets: all.targets,
+            grad_norm,
         })
     }
 
@@ -345,7 +423,7 @@ impl Trainer {
 
     fn write_checkpoint(&mut self, replica_hash: [u8; 32]) -> Result<(), TrainError> {
         let clock = Instant::now();
-        let (job, recipe) = (&self.job, &self.job.recipe);
+        let (job, recipe) = (self.job, &self.job.recipe);
         let ledger_head = job.link.ledger_head(self.step)?;
         let manifest = checkpoint::Manifest {
             format: FORMAT,
@@ -390,7 +468,11 @@ impl Trainer {
 
     /// Removes what crashed writers left. That it could not is worth a line, not the run.
     fn sweep(&self) {
-        let job = &self.job;
+        let job = self.job;
+        if job.donation.is_some() && job.restore.is_none() {
+            // One of them may be journalled, and this generation was not told.
+            return;
+        }
         let spare = job.restore.as_ref().map(|restore| restore.path.as_path());
         if let Err(error) = store::sweep(&job.checkpoint_root, job.generation, spare) {
             let root = job.checkpoint_root.display();

@@ -11,7 +11,7 @@ use supra_proto::ClientError;
 use supra_proto::v1::CoordinatorMessage;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
-use tokio::time::{MissedTickBehavior, interval, sleep};
+use tokio::time::{MissedTickBehavior, Sleep, interval, sleep};
 
 use crate::address::DataAddress;
 use crate::collective::RingPlan;
@@ -53,6 +53,8 @@ pub(crate) struct Controller {
 /// The stream, or the attempt to get one.
 enum Stream {
     Up(Box<Line>),
+    /// Before an attempt.
+    Pausing(Pin<Box<Sleep>>),
     Opening(Pin<Box<dyn Future<Output = Opened> + Send>>),
     /// There will not be another one.
     Over,
@@ -63,6 +65,8 @@ type Opened = Result<(Line, CoordinatorMessage), ClientError>;
 /// What the event loop woke up for.
 enum Event {
     Input(Input),
+    /// The pause before an attempt to attach is over.
+    Paused,
     Opened(Box<Opened>),
     /// The stream has ended; says how.
     Broken(String),
@@ -100,7 +104,7 @@ impl Controller {
         let mut signals = Signals::new()?;
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        self.stream = self.opening(Duration::ZERO);
+        self.stream = Stream::pausing(Duration::ZERO);
         loop {
             let event = tokio::select! {
                 Some(tagged) = self.reports.recv() => Event::Input(Input::Report(tagged)),
@@ -114,6 +118,10 @@ impl Controller {
             };
             let inputs = match event {
                 Event::Input(input) => vec![input],
+                Event::Paused => {
+                    self.attach();
+                    Vec::new()
+                }
                 Event::Opened(opened) => self.on_opened(*opened),
                 Event::Broken(cause) => self.on_broken(&cause),
             };
@@ -149,6 +157,7 @@ impl Controller {
                     Action::Start { job, place } => self.start(job, *place)?,
                     Action::Void => self.tell(LinkControl::void),
                     Action::RequestStop => self.tell(LinkControl::request_stop),
+                    Action::RequestRegroup => self.tell(LinkControl::request_regroup),
                     Action::TellPublished(step) => self.tell(|control| control.published(step)),
                     Action::TellLedgerHead(step, head) => {
                         self.tell(|control| control.ledger_head(step, head));
@@ -212,6 +221,7 @@ impl Controller {
             recipe: place.recipe,
             rank: place.rank,
             world: place.world,
+            donation: place.donation,
             restore: place.restore,
             checkpoint_root: place.checkpoint_root,
             link,
@@ -227,14 +237,18 @@ impl Controller {
             })
     }
 
-    /// An attempt to attach, after a pause.
-    fn opening(&self, pause: Duration) -> Stream {
+    /// Tries to attach, but not before the training loop is back from the generation that ended with the
+    /// stream: Hello says what it keeps.
+    fn attach(&mut self) {
+        if self.session.leaving() {
+            self.stream = Stream::pausing(TICK);
+            return;
+        }
         let options = self.options.clone();
-        let hello = line::hello(&options, self.data.advertised().to_string());
-        Stream::Opening(Box::pin(async move {
-            sleep(pause).await;
-            Line::open(&options, hello).await
-        }))
+        let address = self.data.advertised().to_string();
+        let hello = line::hello(&options, address, self.session.held().cloned());
+        let opening = async move { Line::open(&options, hello).await };
+        self.stream = Stream::Opening(Box::pin(opening));
     }
 
     fn on_opened(&mut self, opened: Opened) -> Vec<Input> {
@@ -265,8 +279,7 @@ impl Controller {
             tracing::warn!("{complaint}; trying again until it answers");
             self.complaint = complaint;
         }
-        let pause = self.pauses.next();
-        self.stream = self.opening(pause);
+        self.stream = Stream::pausing(self.pauses.next());
         Vec::new()
     }
 
@@ -276,7 +289,7 @@ impl Controller {
             "lost the coordinator: {cause}; attaching again in {:.1} s",
             pause.as_secs_f64()
         );
-        self.stream = self.opening(pause);
+        self.stream = Stream::pausing(pause);
         vec![Input::Detached]
     }
 
@@ -292,6 +305,10 @@ impl Controller {
 }
 
 impl Stream {
+    fn pausing(pause: Duration) -> Stream {
+        Stream::Pausing(Box::pin(sleep(pause)))
+    }
+
     async fn event(&mut self) -> Event {
         match self {
             Stream::Up(line) => match line.receive().await {
@@ -299,6 +316,10 @@ impl Stream {
                 Ok(None) => Event::Broken("it closed the stream".to_owned()),
                 Err(status) => Event::Broken(status.message().to_owned()),
             },
+            Stream::Pausing(pause) => {
+                pause.await;
+                Event::Paused
+            }
             Stream::Opening(opening) => Event::Opened(Box::new(opening.await)),
             Stream::Over => std::future::pending().await,
         }

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use supra_proto::v1::FaultKind;
+use supra_proto::v1::{FaultKind, Held};
 use supra_recipes::schema::Recipe;
 
 use crate::collective::{Collective, CollectiveError, RingPlan, Solo, TcpRing};
@@ -21,7 +21,9 @@ pub struct Job {
     pub rank: u32,
     /// Number of ranks.
     pub world: u32,
-    /// Checkpoint to start from; none = the base.
+    /// State in memory to start from; none = from `restore`.
+    pub donation: Option<Donation>,
+    /// Newest checkpoint, to start from unless there is a donation; none = the base.
     pub restore: Option<Restore>,
     /// Directory of the run's checkpoints, absolute.
     pub checkpoint_root: PathBuf,
@@ -51,6 +53,15 @@ pub struct Restore {
     pub manifest_hash: [u8; 32],
 }
 
+/// State that ranks of this generation have in memory, and that all of them start from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Donation {
+    /// Which one.
+    pub state: Held,
+    /// Ranks that have it, ascending, at least one; the first gives it to those that do not.
+    pub holders: Vec<u32>,
+}
+
 /// How the training loop came back.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -58,6 +69,8 @@ pub enum Outcome {
     Finished,
     /// A stop was asked for; its checkpoint is published.
     Stopped,
+    /// Another membership is to go on from the step that the ranks agreed on.
+    Regrouped,
     /// The generation became void.
     Voided,
     /// Something broke.
@@ -86,6 +99,7 @@ impl Job {
             recipe,
             rank: collective.rank(),
             world: collective.world(),
+            donation: None,
             restore,
             checkpoint_root,
             link,

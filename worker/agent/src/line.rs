@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use supra_proto::v1::worker_message::Body as Up;
-use supra_proto::v1::{CoordinatorMessage, Hello, WorkerMessage};
+use supra_proto::v1::{CoordinatorMessage, Held, Hello, WorkerMessage};
 use supra_proto::{ClientError, attach};
 use supra_recipes::plan;
 use tokio::sync::mpsc;
@@ -106,7 +106,7 @@ impl Line {
 }
 
 /// What this worker says of itself.
-pub(crate) fn hello(options: &WorkerOptions, data_address: String) -> Hello {
+pub(crate) fn hello(options: &WorkerOptions, data_address: String, held: Option<Held>) -> Hello {
     Hello {
         instance: options.birth.instance.clone(),
         name: options
@@ -120,7 +120,7 @@ pub(crate) fn hello(options: &WorkerOptions, data_address: String) -> Hello {
         data_address,
         pid: std::process::id(),
         previous_exit: options.birth.previous_exit.clone(),
-        held: None,
+        held,
     }
 }
 

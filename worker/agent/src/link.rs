@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use supra_proto::v1::{CheckpointWritten, Formed, LogLine, Phase, StepReport};
+use supra_proto::v1::{CheckpointWritten, Formed, Held, LogLine, Phase, StepReport};
 use tokio::sync::mpsc;
 
 use crate::collective::AbortHandle;
@@ -16,7 +16,7 @@ use crate::job::Outcome;
 /// Reports that may wait for the control thread before the training loop has to.
 pub(crate) const QUEUE: usize = 256;
 
-/// The generation is void: drop its state and return [`Outcome::Voided`].
+/// The generation is void: leave it and return [`Outcome::Voided`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the generation is void")]
 pub struct Voided;
@@ -36,6 +36,8 @@ pub enum Report {
     CheckpointWritten(CheckpointWritten),
     /// A line for `supra logs`.
     Log(LogLine),
+    /// The loop is about to return, and this state stays in memory until it gets the next job.
+    Held(Held),
     /// The training loop has returned; the last report of a generation.
     Done(Outcome),
 }
@@ -53,6 +55,7 @@ pub struct Tagged {
 struct Shared {
     void: AtomicBool,
     stop: AtomicBool,
+    regroup: AtomicBool,
     told: Mutex<Told>,
     changed: Condvar,
     abort: AbortHandle,
@@ -93,6 +96,12 @@ impl Link {
         self.shared.stop.load(Ordering::Relaxed)
     }
 
+    /// Whether the coordinator asked to end the generation after the step in hand, for another
+    /// membership. The ranks agree on the step as for a stop, which goes before it.
+    pub fn regroup_requested(&self) -> bool {
+        self.shared.regroup.load(Ordering::Relaxed)
+    }
+
     /// Says what the worker is doing; `step` is the step in hand, 0 outside training.
     pub fn phase(&self, phase: Phase, step: u64) {
         self.send(Report::Phase(phase, step));
@@ -111,6 +120,11 @@ impl Link {
     /// Reports a synced checkpoint whose `manifest.pending` waits to be published (rank 0 only).
     pub fn checkpoint_written(&self, checkpoint: CheckpointWritten) {
         self.send(Report::CheckpointWritten(checkpoint));
+    }
+
+    /// Says which state stays in memory when the loop has returned. Only the last thing before that.
+    pub fn held(&self, held: Held) {
+        self.send(Report::Held(held));
     }
 
     /// Blocks until the checkpoint of `step` is published. Only for the rank that wrote it: the
@@ -199,6 +213,11 @@ impl LinkControl {
     /// Asks to stop after the step in hand, with a checkpoint.
     pub fn request_stop(&self) {
         self.shared.stop.store(true, Ordering::SeqCst);
+    }
+
+    /// Asks to end the generation after the step in hand, for another membership.
+    pub fn request_regroup(&self) {
+        self.shared.regroup.store(true, Ordering::SeqCst);
     }
 
     /// Frees whoever waits for the publication of the checkpoint of `step`.

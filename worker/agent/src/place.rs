@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use supra_proto::v1::{Assignment, RestoreFrom};
+use supra_proto::v1::{Assignment, RestoreFrom, StartFromHeld};
 use supra_recipes::schema::Recipe;
 
-use crate::job::Restore;
+use crate::job::{Donation, Restore};
 use crate::publish;
 
 /// A place in a generation, as the coordinator assigned it.
@@ -25,12 +25,16 @@ pub struct Place {
     pub next_address: String,
     /// Key of the generation.
     pub key: [u8; 32],
-    /// Checkpoint to start from.
+    /// State in memory to start from.
+    pub donation: Option<Donation>,
+    /// Newest checkpoint, to start from unless there is a donation.
     pub restore: Option<Restore>,
     /// Directory of the run's checkpoints, absolute.
     pub checkpoint_root: PathBuf,
     /// A stop was asked for before it began.
     pub stop: bool,
+    /// So was a regrouping.
+    pub regroup: bool,
 }
 
 impl Place {
@@ -48,7 +52,7 @@ impl Place {
             data_key,
             restore,
             checkpoint_root,
-            held: _,
+            held,
         } = assignment;
         let recipe =
             Recipe::parse(&recipe, "the assigned recipe").map_err(|error| error.to_string())?;
@@ -66,6 +70,9 @@ impl Place {
         let restore = restore
             .map(|restore| parse_restore(restore, &checkpoint_root))
             .transpose()?;
+        let donation = held
+            .map(|held| parse_donation(held, run, world))
+            .transpose()?;
         Ok(Place {
             run: run.to_owned(),
             generation,
@@ -74,9 +81,11 @@ impl Place {
             world,
             next_address,
             key,
+            donation,
             restore,
             checkpoint_root,
             stop: false,
+            regroup: false,
         })
     }
 }
@@ -90,6 +99,23 @@ fn parse_restore(restore: RestoreFrom, root: &Path) -> Result<Restore, String> {
         relative: restore.path,
         manifest_hash,
     })
+}
+
+fn parse_donation(held: StartFromHeld, run: &str, world: u32) -> Result<Donation, String> {
+    let StartFromHeld { state, holders } = held;
+    let state = state.ok_or("the assignment names ranks that hold a state, but no state")?;
+    if state.run != run {
+        let other = &state.run;
+        return Err(format!("assigned a state of the run {other}, which is another one"));
+    }
+    bytes32(&state.replica_hash, "replica_hash")?;
+    let ascending = holders.is_sorted_by(|a, b| a < b);
+    if !ascending || holders.last().is_none_or(|last| *last >= world) {
+        return Err(format!(
+            "the ranks {holders:?} that hold the state are not some of {world} ranks in order"
+        ));
+    }
+    Ok(Donation { state, holders })
 }
 
 fn bytes32(bytes: &[u8], field: &str) -> Result<[u8; 32], String> {

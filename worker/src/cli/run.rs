@@ -81,8 +81,9 @@ impl Run {
             birth,
             ..WorkerOptions::new(self.coordinator, device.to_string(), BUILD)
         };
+        let mut kept = None;
         let exit = run_worker(options, |job| {
-            supra_worker::trainer::train(job, &place, BUILD)
+            supra_worker::trainer::train(job, &place, BUILD, &mut kept)
         })
         .map_err(|error| Failure::with_code(error.exit_code(), &error))?;
         if let Exit::Refused(reason) = &exit {

@@ -40,6 +40,24 @@ impl Host {
         Ok(())
     }
 
+    fn broadcast(&mut self, flat: &Tensor, root: u32) -> Result<(), CollectiveError> {
+        let mine = self.collective.rank() == root;
+        let due = flat.numel() * flat.kind().elt_size_in_bytes();
+        let mut bytes = if mine { bytes(flat) } else { Vec::new() };
+        self.collective.broadcast(root, &mut bytes)?;
+        if bytes.len() != due {
+            return Err(CollectiveError::Peer {
+                rank: root,
+                address: "in this generation".to_owned(),
+                cause: format!("sent {} bytes where {due} were due", bytes.len()),
+            });
+        }
+        if !mine {
+            replace(flat, &bytes);
+        }
+        Ok(())
+    }
+
     fn gather(&mut self, flat: &Tensor) -> Result<(), CollectiveError> {
         let (world, rank) = (self.collective.world(), self.collective.rank());
         let parts = flat.view([-1]).chunk(i64::from(world), 0);
@@ -76,11 +94,12 @@ impl DeviceCollective for Host {
         let world = self.collective.world();
         if world > 1 {
             let clock = Instant::now();
-            let kind = check(flat, Device::Cpu, world)?;
+            let kind = check(flat, Device::Cpu, operation.parts(world))?;
             match operation {
                 // The other parts cost time, and are not worth an operation of their own between CPUs.
                 Operation::AllReduce | Operation::ReduceScatter => self.sum(flat, kind)?,
                 Operation::AllGather => self.gather(flat)?,
+                Operation::Broadcast { root } => self.broadcast(flat, root)?,
             }
             self.stalled += clock.elapsed();
         }
@@ -205,6 +224,20 @@ mod tests {
     }
 
     #[test]
+    fn what_one_rank_has_comes_to_all_whatever_its_bits_and_number() {
+        let found = ranks(3, |rank, host| {
+            // Among them bits that are no number.
+            let bits = Tensor::from_slice(&[-1i16, 0x7fa1, i16::from(rank == 1), i16::MIN]);
+            let flat = bits.view_dtype(Kind::BFloat16);
+            done(host, Operation::Broadcast { root: 1 }, &flat);
+            Vec::<i16>::try_from(&bits).unwrap()
+        });
+        for bits in found {
+            assert_eq!(bits, [-1, 0x7fa1, 1, i16::MIN]);
+        }
+    }
+
+    #[test]
     fn a_matrix_is_reduced_in_its_place() {
         let sums = ranks(2, |_, host| {
             let matrix = Tensor::ones([2, 3], (Kind::Float, Device::Cpu));
@@ -244,6 +277,7 @@ mod tests {
             Operation::AllReduce,
             Operation::ReduceScatter,
             Operation::AllGather,
+            Operation::Broadcast { root: 0 },
         ] {
             let pending = host.start(operation, &flat).unwrap();
             host.wait(pending).unwrap();

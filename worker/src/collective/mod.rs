@@ -23,8 +23,8 @@ use crate::{
     kernels::KernelError,
 };
 
-/// What ranks do together with a flat tensor, in place. It is cut into as many equal parts as there are ranks; part `r` is
-/// rank `r`'s.
+/// What ranks do together with a flat tensor, in place. Unless all of it goes from one rank to all, it is cut into as many
+/// equal parts as there are ranks; part `r` is rank `r`'s.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
     /// Every element becomes its sum over all ranks: same bits on every rank.
@@ -34,6 +34,21 @@ pub enum Operation {
     ReduceScatter,
     /// Every part becomes that of the rank whose it is.
     AllGather,
+    /// All of it becomes that of rank `root`, to the bit.
+    Broadcast {
+        /// Who has it.
+        root: u32,
+    },
+}
+
+impl Operation {
+    /// Into how many equal parts it cuts what `world` ranks exchange.
+    fn parts(self, world: u32) -> u32 {
+        match self {
+            Operation::Broadcast { .. } => 1,
+            _ => world,
+        }
+    }
 }
 
 /// An operation under way, which [`DeviceCollective::wait`] ends.
@@ -105,7 +120,7 @@ pub enum DeviceCollectiveError {
     Device(#[from] DeviceError),
     /// The tensor is none that ranks can exchange.
     #[error(
-        "cannot exchange a tensor of {elements} x {kind:?} on {device:?} among {world} ranks: {problem}"
+        "cannot exchange a tensor of {elements} x {kind:?} on {device:?} in {parts} parts: {problem}"
     )]
     Unsuitable {
         /// Its elements.
@@ -114,8 +129,8 @@ pub enum DeviceCollectiveError {
         kind: Kind,
         /// Where it lies.
         device: Device,
-        /// Number of ranks.
-        world: u32,
+        /// How many parts it has to have.
+        parts: u32,
         /// What is wrong with it.
         problem: &'static str,
     },
@@ -146,8 +161,8 @@ pub fn connect(
     }
 }
 
-/// Refuses what is not flat, fp32 or bf16, in equal parts, and on `device`.
-fn check(flat: &Tensor, device: Device, world: u32) -> Result<Kind, DeviceCollectiveError> {
+/// Refuses what is not flat, fp32 or bf16, in so many equal parts, and on `device`.
+fn check(flat: &Tensor, device: Device, parts: u32) -> Result<Kind, DeviceCollectiveError> {
     let kind = flat.kind();
     let problem = if !matches!(kind, Kind::Float | Kind::BFloat16) {
         "only fp32 and bf16 can be added"
@@ -155,7 +170,7 @@ fn check(flat: &Tensor, device: Device, world: u32) -> Result<Kind, DeviceCollec
         "it is not contiguous"
     } else if flat.device() != device {
         "it is on another device than this rank"
-    } else if !flat.numel().is_multiple_of(world as usize) {
+    } else if !flat.numel().is_multiple_of(parts as usize) {
         "it has no equal parts"
     } else {
         return Ok(kind);
@@ -164,7 +179,7 @@ fn check(flat: &Tensor, device: Device, world: u32) -> Result<Kind, DeviceCollec
         elements: flat.numel(),
         kind,
         device: flat.device(),
-        world,
+        parts,
         problem,
     })
 }

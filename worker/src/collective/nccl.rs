@@ -80,14 +80,14 @@ impl Nccl {
     }
 }
 
-/// The memory of a tensor that ranks on `device` can exchange.
+/// The memory of a tensor that ranks on `device` can exchange in so many parts.
 #[allow(unsafe_code)]
 pub(super) fn slice(
     flat: &Tensor,
     device: Device,
-    world: u32,
+    parts: u32,
 ) -> Result<DeviceSliceMut, DeviceCollectiveError> {
-    let data_type = match check(flat, device, world)? {
+    let data_type = match check(flat, device, parts)? {
         Kind::Float => DataType::F32,
         _ => DataType::Bf16,
     };
@@ -114,10 +114,15 @@ impl DeviceCollective for Nccl {
         flat: &Tensor,
     ) -> Result<Pending, DeviceCollectiveError> {
         let comm = &mut self.comm;
-        let mut slice = slice(flat, self.device, comm.world())?;
-        if operation == Operation::AllGather {
+        let mut slice = slice(flat, self.device, operation.parts(comm.world()))?;
+        if matches!(operation, Operation::AllGather | Operation::Broadcast { .. }) {
             let number = self.side.start(flat, |queue| {
-                Ok::<_, DeviceCollectiveError>(comm.all_gather_in_place(&mut slice, stream(queue))?)
+                let stream = stream(queue);
+                match operation {
+                    Operation::Broadcast { root } => comm.broadcast(&mut slice, root, stream)?,
+                    _ => comm.all_gather_in_place(&mut slice, stream)?,
+                }
+                Ok::<_, DeviceCollectiveError>(())
             })?;
             return Ok(Pending::new(number));
         }

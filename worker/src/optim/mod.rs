@@ -6,6 +6,7 @@
 pub mod adamw;
 pub mod clip;
 pub mod exchange;
+mod handover;
 pub mod layout;
 pub mod replica;
 

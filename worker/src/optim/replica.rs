@@ -44,8 +44,8 @@ impl Section {
 
 /// Parameters, gradient and optimizer state of one rank.
 pub struct Replica {
-    layout: Layout,
-    part: Part,
+    pub(super) layout: Layout,
+    pub(super) part: Part,
     /// What the model computes on: compute kind, flat, everything.
     pub parameters: Tensor,
     /// Sum of the gradients of the step in hand: fp32, flat, everything.
@@ -58,8 +58,10 @@ pub struct Replica {
     pub exp_avg_sq: Tensor,
     /// Updates applied so far: AdamW's step counter. A skipped step does not count.
     pub updates: u64,
-    params: Params,
-    gradients: Params,
+    /// Skipped steps in a row up to now. Neither checkpoints nor the hash have it.
+    pub skipped: u32,
+    pub(super) params: Params,
+    pub(super) gradients: Params,
 }
 
 impl Replica {
@@ -77,6 +79,7 @@ impl Replica {
             exp_avg: own(kinds.moments),
             exp_avg_sq: own(kinds.moments),
             updates: 0,
+            skipped: 0,
             part,
             layout,
         }
@@ -113,20 +116,20 @@ impl Replica {
                 if let Some(remainder) = &self.remainder {
                     let lower = Tensor::zeros([length], (Kind::Int16, values.device()));
                     twin::split(&values, &parameters, &lower);
-                    self.keep(remainder, offset, &lower);
+                    self.keep(self.part, remainder, offset, &lower);
                 } else {
                     parameters.copy_(&values);
                 }
             }
-            Section::ExpAvg => self.keep(&self.exp_avg, offset, &values),
-            Section::ExpAvgSq => self.keep(&self.exp_avg_sq, offset, &values),
+            Section::ExpAvg => self.keep(self.part, &self.exp_avg, offset, &values),
+            Section::ExpAvgSq => self.keep(self.part, &self.exp_avg_sq, offset, &values),
         }
     }
 
-    /// Copies what the part has of the elements of a flat buffer from `offset` on.
-    fn keep(&self, own: &Tensor, offset: i64, values: &Tensor) {
+    /// Copies to `own`, a flat buffer of `part`, what the part has of the elements of a flat buffer from `offset` on.
+    pub(super) fn keep(&self, part: Part, own: &Tensor, offset: i64, values: &Tensor) {
         let range = offset..offset + values.size()[0];
-        let (overlap, at) = self.layout.overlap(self.part, range);
+        let (overlap, at) = self.layout.overlap(part, range);
         if !overlap.is_empty() {
             let length = overlap.end - overlap.start;
             own.narrow(0, at, length)

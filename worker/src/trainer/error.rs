@@ -1,6 +1,6 @@
 //! Why training stops before its end, and who has to act.
 
-use supra_agent::{CollectiveError, FaultKind, Voided};
+use supra_agent::{CollectiveError, FaultKind, Held, Voided};
 use supra_data::DataError;
 use supra_recipes::{
     PlanError,
@@ -60,6 +60,19 @@ pub enum TrainError {
         /// Samples of a micro-batch.
         micro_batch: u32,
     },
+    /// This rank does not keep what the generation was to start from.
+    #[error(
+        "rank {rank} was to keep step {} of generation {}, but holds {}",
+        asked.step, asked.generation, holds(found.as_ref())
+    )]
+    NotKept {
+        /// This rank.
+        rank: u32,
+        /// What the coordinator takes it to have.
+        asked: Held,
+        /// What it has.
+        found: Option<Held>,
+    },
     /// Recipe, data, base or checkpoint do not fit each other.
     #[error("{0}")]
     Mismatch(String),
@@ -98,6 +111,7 @@ impl TrainError {
             | TrainError::Devices(_)
             | TrainError::Kernel(_)
             | TrainError::Layout(LayoutError::Memory(_))
+            | TrainError::NotKept { .. }
             | TrainError::NoBatch { .. } => FaultKind::Transient,
             TrainError::Checkpoint(error) => error.fault_kind(),
             TrainError::Data(_)
@@ -109,6 +123,20 @@ impl TrainError {
             TrainError::Diverged { .. } => FaultKind::Diverged,
         }
     }
+}
+
+fn holds(found: Option<&Held>) -> String {
+    let Some(Held {
+        run,
+        generation,
+        step,
+        replica_hash,
+    }) = found
+    else {
+        return "nothing".to_owned();
+    };
+    let hash: String = replica_hash[..4].iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("step {step} of generation {generation} of run {run}, with a hash that begins with {hash}")
 }
 
 /// What else helps where not everything is recomputed yet.

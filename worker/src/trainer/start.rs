@@ -1,6 +1,6 @@
 //! Where training starts: dataset, plan, what the device has room for, and the state of the base or of a checkpoint.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, rc::Rc};
 
 use supra_agent::Job;
 use supra_data::{Manifest, Reader};
@@ -9,12 +9,14 @@ use supra_recipes::{
     plan::{Policy, VERSION},
     schema::{self, Attention, Base, Precision, Recipe, Sharding},
 };
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use super::{TrainError, policy};
+use super::{Kept, TrainError, kept, policy};
 use crate::{
     checkpoint::{self, CheckpointError, Environment},
+    collective::DeviceCollective,
     device::Place,
+    kernels::{self, Choice, Kernels},
     model::{self, AttentionKind, ModelConfig, NewWeights, ParamSpec, SupraConfig},
     optim::{Kinds, Layout, Part, Replica, Section},
 };
@@ -29,6 +31,8 @@ pub struct Start {
     pub config: ModelConfig,
     /// What its forward pass keeps.
     pub policy: Policy,
+    /// What computes it.
+    pub kernels: Rc<dyn Kernels>,
     /// Its state.
     pub replica: Replica,
     /// Step that this state is behind.
@@ -38,8 +42,15 @@ pub struct Start {
 }
 
 impl Start {
-    /// Loads data, plan and state of a job.
-    pub fn load(job: &Job, place: &Place, environment: &Environment) -> Result<Start, TrainError> {
+    /// Loads data, plan and state of a job. `kept` is what this rank has in memory: it is the state, or goes before there is
+    /// another one. After an error it is still there unless another one was begun.
+    pub fn load(
+        job: &Job,
+        place: &Place,
+        environment: &Environment,
+        kept: &mut Option<Kept>,
+        collective: &mut dyn DeviceCollective,
+    ) -> Result<Start, TrainError> {
         let recipe = &job.recipe;
         let reader = Reader::open(&recipe.data.train, u64::from(recipe.batch.sequence_length))?;
         let plan = Plan::new(recipe, reader.windows(), reader.manifest().hash())?;
@@ -54,27 +65,38 @@ impl Start {
         // Before anything is on the device.
         let (policy, why) = policy::choose(recipe, &config.shape(), job.world, place.free_memory)?;
         job.link.log("INFO", why);
-        let mut replica = empty_replica(job, place, &config);
+        let room = Room::of(job, place, &config);
+        let Choice { kernels, note } = kernels::on(place.device, room.kinds.parameters, &config)?;
         let mut notes = Vec::new();
-        let step = match &job.restore {
-            None => {
-                load_base(recipe, &config, &mut replica)?;
-                0
+        let (replica, step) = match (&job.donation, &job.restore) {
+            (Some(donation), _) => {
+                let replica = kept::start(job, donation, kept, room, collective)?;
+                (replica, donation.state.step)
             }
-            Some(restore) => {
+            (None, None) => {
+                *kept = None;
+                let mut replica = room.empty();
+                load_base(recipe, &config, &mut replica)?;
+                (replica, 0)
+            }
+            (None, Some(restore)) => {
                 let manifest =
                     checkpoint::read::manifest(&restore.path, Some(&restore.manifest_hash))?;
                 check_checkpoint(&manifest, &restore.path, &plan, &reader, restore.step)?;
-                checkpoint::read::replica(&restore.path, &manifest, &mut replica)?;
                 notes.extend(differences(&manifest, environment, job.world));
-                restore.step
+                *kept = None;
+                let mut replica = room.empty();
+                checkpoint::read::replica(&restore.path, &manifest, &mut replica)?;
+                (replica, restore.step)
             }
         };
+        notes.extend(note);
         Ok(Start {
             plan,
             reader,
             config,
             policy,
+            kernels,
             replica,
             step,
             notes,
@@ -129,27 +151,46 @@ fn trained_config(recipe: &Recipe) -> Result<ModelConfig, TrainError> {
     }
 }
 
-/// Room for what this rank keeps.
-fn empty_replica(job: &Job, place: &Place, config: &ModelConfig) -> Replica {
-    let optimizer = &job.recipe.optimizer;
-    let layout = Layout::new(
-        &config.params(),
-        optimizer.decay_norms_and_biases,
-        job.world,
-    );
-    let part = match optimizer.sharding {
-        Sharding::None => Part::WHOLE,
-        Sharding::Zero1 => Part::of_rank(job.rank, job.world),
-    };
-    let kind = |precision| match precision {
-        Precision::Bf16 => Kind::BFloat16,
-        Precision::Fp32 => Kind::Float,
-    };
-    let kinds = Kinds {
-        parameters: kind(job.recipe.model.precision),
-        moments: kind(optimizer.moments),
-    };
-    Replica::new(layout, part, kinds, place.device)
+/// What a rank's replica looks like.
+pub struct Room {
+    /// Where each parameter lies.
+    pub layout: Layout,
+    /// What the rank keeps of the optimizer's state.
+    pub part: Part,
+    kinds: Kinds,
+    device: Device,
+}
+
+impl Room {
+    /// That of the rank that has this job.
+    fn of(job: &Job, place: &Place, config: &ModelConfig) -> Room {
+        let optimizer = &job.recipe.optimizer;
+        let kind = |precision| match precision {
+            Precision::Bf16 => Kind::BFloat16,
+            Precision::Fp32 => Kind::Float,
+        };
+        Room {
+            layout: Layout::new(
+                &config.params(),
+                optimizer.decay_norms_and_biases,
+                job.world,
+            ),
+            part: match optimizer.sharding {
+                Sharding::None => Part::WHOLE,
+                Sharding::Zero1 => Part::of_rank(job.rank, job.world),
+            },
+            kinds: Kinds {
+                parameters: kind(job.recipe.model.precision),
+                moments: kind(optimizer.moments),
+            },
+            device: place.device,
+        }
+    }
+
+    /// A replica of zeros.
+    pub fn empty(self) -> Replica {
+        Replica::new(self.layout, self.part, self.kinds, self.device)
+    }
 }
 
 /// First values of all weights: from the base, with new ones drawn from the recipe's seed, or all from the seed.

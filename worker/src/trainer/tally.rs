@@ -1,6 +1,7 @@
 //! What the ranks tell each other at the end of a step, so that all decide alike.
 
-use supra_agent::{Collective, CollectiveError};
+use supra_agent::{Collective, CollectiveError, Link};
+use supra_recipes::Digest;
 
 /// One rank's share of a step; also, summed, the whole step.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -11,11 +12,40 @@ pub struct Tally {
     pub targets: u64,
     /// Sum of the squares of the reduced gradient sum, of this rank's part of it.
     pub squares: f64,
-    /// Whether this rank was asked to stop.
-    pub stop: bool,
+    /// Sum of the digests of the samples that were fed.
+    pub digest: Digest,
+    /// What this rank was asked for.
+    pub wish: Wish,
 }
 
-const BYTES: usize = 25;
+/// What is to come after the step. Of what ranks were asked for, the greatest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Wish {
+    /// The next step.
+    #[default]
+    GoOn,
+    /// Another membership.
+    Regroup,
+    /// A checkpoint, and the end.
+    Stop,
+}
+
+impl Wish {
+    const ALL: [Wish; 3] = [Wish::GoOn, Wish::Regroup, Wish::Stop];
+
+    /// What the coordinator has asked this rank for by now.
+    pub fn of(link: &Link) -> Wish {
+        if link.stop_requested() {
+            Wish::Stop
+        } else if link.regroup_requested() {
+            Wish::Regroup
+        } else {
+            Wish::GoOn
+        }
+    }
+}
+
+const BYTES: usize = 57;
 
 impl Tally {
     /// Sums the tallies of all ranks, in rank order; equal on all of them.
@@ -27,13 +57,17 @@ impl Tally {
                 return Err(CollectiveError::Peer {
                     rank: rank as u32,
                     address: "in this generation".to_owned(),
-                    cause: format!("sent {} bytes where {BYTES} were due", bytes.len()),
+                    cause: format!(
+                        "sent {} bytes that are no tally, which has {BYTES}",
+                        bytes.len()
+                    ),
                 });
             };
             sum.loss_sum += tally.loss_sum;
             sum.targets += tally.targets;
             sum.squares += tally.squares;
-            sum.stop |= tally.stop;
+            sum.digest += tally.digest;
+            sum.wish = sum.wish.max(tally.wish);
         }
         Ok(sum)
     }
@@ -43,7 +77,8 @@ impl Tally {
         bytes[..8].copy_from_slice(&self.loss_sum.to_le_bytes());
         bytes[8..16].copy_from_slice(&self.targets.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.squares.to_le_bytes());
-        bytes[24] = u8::from(self.stop);
+        bytes[24..56].copy_from_slice(self.digest.as_bytes());
+        bytes[56] = self.wish as u8;
         bytes
     }
 
@@ -58,14 +93,41 @@ impl Tally {
             loss_sum: f64::from_le_bytes(word(0)),
             targets: u64::from_le_bytes(word(8)),
             squares: f64::from_le_bytes(word(16)),
-            stop: bytes[24] != 0,
+            digest: Digest::from_bytes(*bytes[24..].first_chunk()?),
+            wish: *Wish::ALL.get(usize::from(bytes[56]))?,
         })
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use supra_agent::collective::InProcess;
+
     use super::*;
+
+    #[test]
+    fn the_greatest_wish_of_any_rank_is_that_of_all() {
+        let wishes = [Wish::Regroup, Wish::Stop, Wish::GoOn];
+        let sums: Vec<Tally> = std::thread::scope(|scope| {
+            let ranks: Vec<_> = InProcess::group(3)
+                .into_iter()
+                .zip(wishes)
+                .map(|(mut rank, wish)| {
+                    let mine = Tally {
+                        digest: Digest::of_sample(u64::from(rank.rank()), &[]),
+                        wish,
+                        ..Tally::default()
+                    };
+                    scope.spawn(move || mine.gather(&mut rank).unwrap())
+                })
+                .collect();
+            ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
+        });
+        let digest = (0..3).map(|rank| Digest::of_sample(rank, &[])).sum();
+        for sum in sums {
+            assert_eq!((sum.wish, sum.digest), (Wish::Stop, digest));
+        }
+    }
 
     #[test]
     fn a_tally_survives_the_wire() {
@@ -73,9 +135,14 @@ mod tests {
             loss_sum: -1.5e300,
             targets: u64::MAX,
             squares: f64::INFINITY,
-            stop: true,
+            digest: Digest::of_sample(7, &[1, 2]),
+            wish: Wish::Stop,
         };
-        assert_eq!(Tally::from_bytes(&tally.to_bytes()), Some(tally));
+        let bytes = tally.to_bytes();
+        assert_eq!(Tally::from_bytes(&bytes), Some(tally));
+        let mut unknown = bytes;
+        unknown[BYTES - 1] = 3;
+        assert_eq!(Tally::from_bytes(&unknown), None);
         assert_eq!(Tally::from_bytes(&[0; 3]), None);
     }
 }

@@ -58,9 +58,10 @@ impl Session {
                 }
             }
             Down::Stop(_) => self.on_stop(&run, generation, actions),
+            Down::Regroup(_) => self.on_regroup(&run, generation, actions),
             Down::Publish(publish) if mine => self.on_publish(&publish, now, actions),
             Down::LedgerHead(head) if mine => self.on_ledger_head(&head, now, actions),
-            Down::Publish(_) | Down::LedgerHead(_) | Down::Regroup(_) => {}
+            Down::Publish(_) | Down::LedgerHead(_) => {}
         }
     }
 
@@ -94,6 +95,7 @@ impl Session {
             root: place.checkpoint_root.clone(),
             stage: Stage::Working,
             stop: place.stop,
+            regroup: place.regroup,
             written: None,
             published: None,
         };
@@ -121,12 +123,16 @@ impl Session {
             return;
         };
         current.stage = Stage::Working;
+        self.held = None;
         actions.push(Action::Start {
             job: current.job,
             place,
         });
         if current.stop {
             actions.push(Action::RequestStop);
+        }
+        if current.regroup {
+            actions.push(Action::RequestRegroup);
         }
     }
 
@@ -146,6 +152,25 @@ impl Session {
             .filter(|n| n.run == run && n.generation == generation)
         {
             next.stop = true;
+        }
+    }
+
+    fn on_regroup(&mut self, run: &str, generation: u64, actions: &mut Actions) {
+        if let Some(current) = self
+            .current
+            .as_mut()
+            .filter(|c| c.run == run && c.generation == generation)
+        {
+            if !current.regroup && matches!(current.stage, Stage::Working) {
+                actions.push(Action::RequestRegroup);
+            }
+            current.regroup = true;
+        } else if let Some(next) = self
+            .next
+            .as_mut()
+            .filter(|n| n.run == run && n.generation == generation)
+        {
+            next.regroup = true;
         }
     }
 

@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 
 use supra_proto::v1::worker_message::Body as Up;
 use supra_proto::v1::{
-    CheckpointWritten, CoordinatorMessage, Fault, FaultKind, Heartbeat, Left, LeftReason, Phase,
+    CheckpointWritten, CoordinatorMessage, Fault, FaultKind, Heartbeat, Held, Left, LeftReason,
+    Phase,
 };
 
 use crate::link::Tagged;
@@ -71,6 +72,8 @@ pub enum Action {
     Void,
     /// Ask the job that was started last to stop after its step.
     RequestStop,
+    /// Ask the job that was started last to end after its step, for another membership.
+    RequestRegroup,
     /// Publish a checkpoint and tell of it with [`Input::Published`].
     Publish {
         /// Job that asks.
@@ -108,6 +111,8 @@ pub struct Session {
     next: Option<Place>,
     /// Run and generation that were assigned last: a repeat is ignored.
     last: (String, u64),
+    /// State that the training loop keeps while it is idle.
+    held: Option<Held>,
     ending: Option<Exit>,
     phase: (Phase, u64),
     phase_since: Instant,
@@ -129,6 +134,8 @@ struct Current {
     stage: Stage,
     /// A stop was asked for.
     stop: bool,
+    /// A regrouping was asked for.
+    regroup: bool,
     written: Option<CheckpointWritten>,
     published: Option<(u64, [u8; 32])>,
 }
@@ -158,6 +165,7 @@ impl Session {
             current: None,
             next: None,
             last: (String::new(), 0),
+            held: None,
             ending: None,
             phase: (Phase::Idle, 0),
             phase_since: now,
@@ -185,6 +193,17 @@ impl Session {
             Input::Tick => self.on_tick(now, &mut actions),
         }
         actions
+    }
+
+    /// State that this worker has in memory and can start from; none while the training loop works.
+    pub fn held(&self) -> Option<&Held> {
+        self.held.as_ref()
+    }
+
+    /// Whether the training loop is not back yet from a generation that is over.
+    pub fn leaving(&self) -> bool {
+        let stage = self.current.as_ref().map(|current| &current.stage);
+        matches!(stage, Some(Stage::Leaving { .. }))
     }
 
     fn on_detached(&mut self, now: Instant, actions: &mut Actions) {
@@ -310,7 +329,7 @@ impl Session {
             generation,
             Up::Left(Left {
                 reason: reason.into(),
-                held: None,
+                held: self.held.clone(),
             }),
             actions,
         );

@@ -22,11 +22,13 @@ impl Session {
         match tagged.report {
             Report::Done(outcome) => self.on_done(outcome, now, actions),
             Report::Log(line) => self.send_for_current(Up::Log(line), actions),
+            // Of a void generation, too: it may be done on all ranks and need not be trained again.
+            Report::Step(step) => self.send_for_current(Up::Step(step), actions),
+            Report::Held(held) => self.held = Some(held),
             // The coordinator has no use for the rest of a void generation.
             _ if !working => {}
             Report::Phase(phase, step) => self.set_phase(phase, step, now),
             Report::Formed(formed) => self.send_for_current(Up::Formed(formed), actions),
-            Report::Step(step) => self.send_for_current(Up::Step(step), actions),
             Report::CheckpointBegun(step) => {
                 self.send_for_current(Up::CheckpointBegun(CheckpointBegun { step }), actions);
             }
@@ -90,6 +92,7 @@ impl Session {
             (Stage::Leaving { reason, .. }, _) => reason,
             (_, Outcome::Finished) => Some(LeftReason::Finished),
             (_, Outcome::Stopped) => Some(LeftReason::Stopped),
+            (_, Outcome::Regrouped) => Some(LeftReason::Regrouped),
             (_, Outcome::Voided) => Some(LeftReason::Void),
             (_, Outcome::Fault { kind, message }) => {
                 self.fault(&run, generation, kind, message, actions);
