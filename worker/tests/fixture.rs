@@ -14,7 +14,7 @@ use arrow::{
 use parquet::arrow::ArrowWriter;
 use serde_json::json;
 use supra_agent::{
-    CheckpointWritten, Formed, Job, Outcome, Restore, StepReport,
+    CheckpointWritten, Donation, Formed, Held, Job, Outcome, Restore, StepReport,
     collective::{Collective, InProcess},
     link::{self, Report},
     publish,
@@ -23,7 +23,7 @@ use supra_data::{Auto3, IndexOptions};
 use supra_recipes::{Recipe, schema::Attention};
 use supra_worker::{
     device::{self, DeviceName},
-    trainer,
+    trainer::{self, Kept},
 };
 use tempfile::TempDir;
 
@@ -168,17 +168,25 @@ pub struct Rank {
     pub warnings: Vec<String>,
     /// Log lines of level INFO.
     pub notes: Vec<String>,
+    /// What it says that it keeps.
+    pub held: Option<Held>,
+    /// What it keeps.
+    pub kept: Option<Kept>,
 }
 
 /// One generation to run.
 pub struct Generation<'a> {
     pub recipe: &'a Recipe,
     pub root: &'a Path,
+    pub number: u64,
     pub restore: Option<Restore>,
+    pub donation: Option<Donation>,
     /// Stop is asked of one rank when it reports this step.
     pub stop_after: Option<u64>,
     /// The generation is voided when this step is reported.
     pub void_after: Option<u64>,
+    /// Another membership is asked for, of the last rank, when it reports this step; 0: before it begins.
+    pub regroup_after: Option<u64>,
     pub device: DeviceName,
     /// Memory that the device is said to have, instead of its own.
     pub free_memory: Option<u64>,
@@ -189,9 +197,12 @@ impl<'a> Generation<'a> {
         Generation {
             recipe,
             root,
+            number: 1,
             restore: None,
+            donation: None,
             stop_after: None,
             void_after: None,
+            regroup_after: None,
             device: DeviceName::Cpu,
             free_memory: None,
         }
@@ -204,14 +215,39 @@ impl<'a> Generation<'a> {
         }
     }
 
+    /// Generation 2, from the state that the ranks `holders` of it keep.
+    pub fn from_memory(self, state: &Held, holders: &[u32]) -> Generation<'a> {
+        let donation = Donation {
+            state: state.clone(),
+            holders: holders.to_vec(),
+        };
+        Generation {
+            number: 2,
+            donation: Some(donation),
+            ..self
+        }
+    }
+
     /// Runs all ranks as threads, with checkpoint roots that may differ.
     pub fn run_with_roots(&self, roots: &[&Path]) -> Vec<Rank> {
-        let ranks = InProcess::group(roots.len() as u32);
+        let ranks = roots.iter().map(|root| (*root, None)).collect();
+        self.run_ranks(ranks)
+    }
+
+    /// Runs a rank as a thread for each of what they keep.
+    pub fn run_on(&self, kept: Vec<Option<Kept>>) -> Vec<Rank> {
+        self.run_ranks(kept.into_iter().map(|kept| (self.root, kept)).collect())
+    }
+
+    fn run_ranks(&self, each: Vec<(&Path, Option<Kept>)>) -> Vec<Rank> {
+        let ranks = InProcess::group(each.len() as u32);
         thread::scope(|scope| {
             let running: Vec<_> = ranks
                 .into_iter()
-                .zip(roots)
-                .map(|(collective, root)| scope.spawn(move || self.run_rank(collective, root)))
+                .zip(each)
+                .map(|(collective, (root, kept))| {
+                    scope.spawn(move || self.run_rank(collective, root, kept))
+                })
                 .collect();
             running
                 .into_iter()
@@ -226,10 +262,11 @@ impl<'a> Generation<'a> {
     }
 
     /// The training loop in one thread, its coordinator in this one.
-    fn run_rank(&self, collective: InProcess, root: &Path) -> Rank {
+    fn run_rank(&self, collective: InProcess, root: &Path, mut kept: Option<Kept>) -> Rank {
         let (link, control, mut reports) = link::pair();
         let first = collective.rank() == 0;
-        let job = Job::local(
+        let last = collective.rank() + 1 == collective.world();
+        let mut job = Job::local(
             "run-1",
             self.recipe.clone(),
             self.restore.clone(),
@@ -237,11 +274,17 @@ impl<'a> Generation<'a> {
             link,
             Box::new(collective),
         );
+        job.generation = self.number;
+        job.donation = self.donation.clone();
+        if last && self.regroup_after == Some(0) {
+            control.request_regroup();
+        }
         let (device, free_memory) = (self.device, self.free_memory);
         let compute = thread::spawn(move || {
             let mut place = device::open(device, 1).unwrap();
             place.free_memory = free_memory.or(place.free_memory);
-            trainer::train(job, &place, BUILD)
+            let outcome = trainer::train(job, &place, BUILD, &mut kept);
+            (outcome, kept)
         });
         let mut rank = Rank {
             outcome: Outcome::Voided,
@@ -250,6 +293,8 @@ impl<'a> Generation<'a> {
             checkpoints: vec![],
             warnings: vec![],
             notes: vec![],
+            held: None,
+            kept: None,
         };
         while let Some(report) = reports.recv() {
             match report {
@@ -257,6 +302,9 @@ impl<'a> Generation<'a> {
                 Report::Step(step) => {
                     if first && self.stop_after == Some(step.step) {
                         control.request_stop();
+                    }
+                    if last && self.regroup_after == Some(step.step) {
+                        control.request_regroup();
                     }
                     if self.void_after == Some(step.step) {
                         control.void();
@@ -270,12 +318,13 @@ impl<'a> Generation<'a> {
                     control.published(written.step);
                     rank.checkpoints.push(written);
                 }
+                Report::Held(held) => rank.held = Some(held),
                 Report::Log(line) if line.level == "INFO" => rank.notes.push(line.text),
                 Report::Log(line) => rank.warnings.push(line.text),
                 Report::Phase(..) | Report::Done(_) => {}
             }
         }
-        rank.outcome = compute.join().unwrap();
+        (rank.outcome, rank.kept) = compute.join().unwrap();
         rank
     }
 }

@@ -10,6 +10,7 @@ mod forms;
 mod golden;
 mod gpu;
 mod import;
+mod kept;
 mod network;
 mod padding;
 mod step;

@@ -81,6 +81,7 @@ fn what_is_reported_is_what_the_plan_says() {
                 report.targets, targets,
                 "targets that begin a document do not count"
             );
+            assert_eq!(report.step_digest, digest.as_bytes());
             assert_eq!(report.learning_rate, plan.learning_rate(step));
             assert!(!report.skipped && report.grad_norm > 0.0 && report.seconds > 0.0);
         }

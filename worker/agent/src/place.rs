@@ -106,7 +106,9 @@ fn parse_donation(held: StartFromHeld, run: &str, world: u32) -> Result<Donation
     let state = state.ok_or("the assignment names ranks that hold a state, but no state")?;
     if state.run != run {
         let other = &state.run;
-        return Err(format!("assigned a state of the run {other}, which is another one"));
+        return Err(format!(
+            "assigned a state of the run {other}, which is another one"
+        ));
     }
     bytes32(&state.replica_hash, "replica_hash")?;
     let ascending = holders.is_sorted_by(|a, b| a < b);

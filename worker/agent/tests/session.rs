@@ -8,8 +8,9 @@ use supra_agent::{FaultKind, Formed, Outcome, Phase};
 use supra_proto::v1::coordinator_message::Body as Down;
 use supra_proto::v1::worker_message::Body as Up;
 use supra_proto::v1::{
-    Assignment, CheckpointWritten, CoordinatorMessage, Goodbye, LedgerHead, PublishCheckpoint,
-    Refusal, RestoreFrom, StepReport, StopAfterStep, Void, Welcome,
+    Assignment, CheckpointWritten, CoordinatorMessage, Goodbye, Held, LedgerHead,
+    PublishCheckpoint, Refusal, Regroup, RestoreFrom, StartFromHeld, StepReport, StopAfterStep,
+    Void, Welcome,
 };
 
 use crate::coordinator::RECIPE;
@@ -111,6 +112,7 @@ fn show(action: &Action) -> String {
         Action::Start { job, .. } => format!("start job {job}"),
         Action::Void => "void".to_owned(),
         Action::RequestStop => "request stop".to_owned(),
+        Action::RequestRegroup => "request regroup".to_owned(),
         Action::Publish {
             job, step, path, ..
         } => format!("publish {path} step {step} for job {job}"),
@@ -135,7 +137,15 @@ fn show_body(body: &Up) -> String {
         Up::CheckpointWritten(written) => format!("written {}", written.path),
         Up::CheckpointPublished(published) => format!("published {}", published.step),
         Up::Fault(fault) => format!("{:?} fault {:?}", fault.kind(), fault.message),
-        Up::Left(left) => format!("left {:?}", left.reason()),
+        Up::Left(left) => {
+            let held = left.held.as_ref().map(|held| {
+                let Held {
+                    generation, step, ..
+                } = held;
+                format!(" holding step {step} of generation {generation}")
+            });
+            format!("left {:?}{}", left.reason(), held.unwrap_or_default())
+        }
         Up::Log(line) => format!("log {}", line.text),
         Up::Hello(_) => "hello".to_owned(),
     }
@@ -181,6 +191,22 @@ fn stop() -> Down {
     Down::Stop(StopAfterStep {
         reason: "cancelled".to_owned(),
     })
+}
+
+fn regroup() -> Down {
+    Down::Regroup(Regroup {
+        reason: "a worker joins".to_owned(),
+    })
+}
+
+/// Step 7 of generation 1 of run "run".
+fn held() -> Held {
+    Held {
+        run: "run".to_owned(),
+        generation: 1,
+        step: 7,
+        replica_hash: HASH.to_vec(),
+    }
 }
 
 fn publish(step: u64) -> Down {
@@ -231,9 +257,14 @@ fn a_void_generation_is_left_when_the_loop_is_back() {
     let mut bench = Bench::working();
     assert_eq!(bench.says(1, void()), ["void"]);
     assert_eq!(
-        bench.hears(1, step(3)),
+        bench.hears(1, Report::Formed(Formed::default())),
         [""; 0],
-        "void work is not reported"
+        "nobody waits for it"
+    );
+    assert_eq!(
+        bench.hears(1, step(3)),
+        ["step 3 of run/1"],
+        "it may be done everywhere"
     );
     assert_eq!(
         bench.done(1, fault("lost rank 1")),
@@ -333,6 +364,124 @@ fn an_assignment_that_cannot_be_read_is_an_input_fault() {
         assert_eq!(actions.len(), 2, "{actions:?}");
         assert!(actions[0].starts_with("Input fault"), "{actions:?}");
         assert_eq!(actions[1], format!("left Fault of run/{generation}"));
+    }
+}
+
+#[test]
+fn what_the_loop_keeps_is_told_until_it_gets_the_next_job() {
+    let mut bench = Bench::working();
+    bench.says(1, void());
+    assert_eq!(bench.hears(1, Report::Held(held())), [""; 0]);
+    assert!(bench.session.leaving());
+    assert_eq!(
+        bench.done(1, Outcome::Voided),
+        ["left Void holding step 7 of generation 1 of run/1"]
+    );
+    assert!(!bench.session.leaving());
+    assert_eq!(bench.session.held(), Some(&held()));
+    // It comes to nothing before the loop hears of it.
+    assert_eq!(
+        bench.says(2, restoring(0)),
+        ["publish step-8 step 8 for job 2"]
+    );
+    assert_eq!(
+        bench.says(2, void()),
+        ["left Void holding step 7 of generation 1 of run/2"]
+    );
+    assert_eq!(bench.says(3, assignment()), ["start job 3"]);
+    assert_eq!(bench.session.held(), None);
+    bench.hears(1, Report::Held(held()));
+    assert_eq!(bench.session.held(), None, "an older job's");
+    assert_eq!(bench.done(3, Outcome::Voided), ["left Void of run/3"]);
+}
+
+#[test]
+fn what_is_kept_outlives_the_stream_on_which_nobody_hears_of_it() {
+    let mut bench = Bench::working();
+    bench.feed(Input::Detached);
+    assert!(bench.session.leaving(), "too early to say hello");
+    bench.hears(1, Report::Held(held()));
+    assert_eq!(bench.done(1, Outcome::Voided), [""; 0]);
+    assert!(!bench.session.leaving());
+    bench.attach();
+    assert_eq!(bench.session.held(), Some(&held()));
+}
+
+#[test]
+fn a_regrouping_is_asked_for_once_and_left_with_its_reason() {
+    let mut bench = Bench::working();
+    assert_eq!(bench.says(1, regroup()), ["request regroup"]);
+    assert_eq!(bench.says(1, regroup()), [""; 0]);
+    bench.hears(1, Report::Held(held()));
+    assert_eq!(
+        bench.done(1, Outcome::Regrouped),
+        ["left Regrouped holding step 7 of generation 1 of run/1"]
+    );
+    assert_eq!(bench.says(1, regroup()), [""; 0]);
+    // One that comes early waits for the loop, as a stop does.
+    let mut bench = Bench::working();
+    bench.says(1, void());
+    bench.says(2, assignment());
+    assert_eq!(bench.says(2, regroup()), [""; 0]);
+    assert_eq!(
+        bench.done(1, Outcome::Voided),
+        ["left Void of run/1", "start job 2", "request regroup"]
+    );
+}
+
+#[test]
+fn an_assignment_to_start_from_memory_names_the_state_and_who_holds_it() {
+    let from = |state: Option<Held>, holders: &[u32]| {
+        Down::Assignment(Assignment {
+            held: Some(StartFromHeld {
+                state,
+                holders: holders.to_vec(),
+            }),
+            ..place()
+        })
+    };
+    let mut bench = Bench::attached();
+    let body = from(Some(held()), &[1]);
+    let actions = bench.session.handle(
+        Input::Message(CoordinatorMessage {
+            run: "run".to_owned(),
+            generation: 1,
+            sequence: 0,
+            body: Some(body),
+        }),
+        bench.now,
+    );
+    let [Action::Start { place, .. }] = actions.as_slice() else {
+        panic!("{actions:?}")
+    };
+    let donation = place.donation.as_ref().unwrap();
+    assert_eq!(
+        (&donation.state, donation.holders.as_slice()),
+        (&held(), &[1][..])
+    );
+
+    let other_run = Held {
+        run: "other".to_owned(),
+        ..held()
+    };
+    let short = Held {
+        replica_hash: vec![3; 31],
+        ..held()
+    };
+    let bad = [
+        (None, &[0][..], "but no state"),
+        (Some(other_run), &[0], "another one"),
+        (Some(short), &[0], "31 bytes"),
+        (Some(held()), &[], "in order"),
+        (Some(held()), &[0, 2], "in order"),
+        (Some(held()), &[1, 0], "in order"),
+    ];
+    for (generation, (state, holders, why)) in (1..).zip(bad) {
+        let actions = Bench::attached().says(generation, from(state, holders));
+        assert!(
+            actions[0].starts_with("Input fault") && actions[0].contains(why),
+            "{actions:?}"
+        );
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use supra_agent::supervisor::Birth;
 use supra_agent::{
-    AgentError, CheckpointWritten, Exit, FaultKind, Formed, Job, Outcome, Phase, StepReport,
+    AgentError, CheckpointWritten, Exit, FaultKind, Formed, Held, Job, Outcome, Phase, StepReport,
     Timing, WorkerOptions, run_worker,
 };
 use supra_proto::Token;
@@ -320,6 +320,39 @@ fn a_peer_with_a_wrong_address_is_named() {
     for thread in threads {
         thread.join().unwrap().unwrap();
     }
+}
+
+#[test]
+fn a_worker_that_lost_its_coordinator_says_in_its_next_hello_what_it_keeps() {
+    let mut coordinator = Coordinator::start(None);
+    let held = Held {
+        run: "run".to_owned(),
+        generation: 1,
+        step: 7,
+        replica_hash: vec![3; 32],
+    };
+    let kept = held.clone();
+    let thread = start(options(&coordinator.url), move |job| {
+        while !job.link.void() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        // Longer than the pause before the worker looks for the coordinator again.
+        std::thread::sleep(Duration::from_millis(500));
+        job.link.held(kept.clone());
+        Outcome::Voided
+    });
+    let mut workers = [coordinator.welcome()];
+    assert_eq!(workers[0].hello.held, None);
+    assign(&mut workers, 1, Path::new("/checkpoints"), None);
+    workers[0].hear(|message| {
+        matches!(&message.body, Some(Up::Heartbeat(beat)) if beat.phase() == Phase::Forming)
+            .then_some(())
+    });
+    drop(workers);
+    let mut again = coordinator.welcome();
+    assert_eq!(again.hello.held, Some(held));
+    goodbye(&mut again);
+    assert_eq!(thread.join().unwrap().unwrap(), Exit::Goodbye);
 }
 
 #[test]

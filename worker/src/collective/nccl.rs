@@ -115,7 +115,10 @@ impl DeviceCollective for Nccl {
     ) -> Result<Pending, DeviceCollectiveError> {
         let comm = &mut self.comm;
         let mut slice = slice(flat, self.device, operation.parts(comm.world()))?;
-        if matches!(operation, Operation::AllGather | Operation::Broadcast { .. }) {
+        if matches!(
+            operation,
+            Operation::AllGather | Operation::Broadcast { .. }
+        ) {
             let number = self.side.start(flat, |queue| {
                 let stream = stream(queue);
                 match operation {

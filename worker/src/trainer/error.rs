@@ -135,8 +135,13 @@ fn holds(found: Option<&Held>) -> String {
     else {
         return "nothing".to_owned();
     };
-    let hash: String = replica_hash[..4].iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("step {step} of generation {generation} of run {run}, with a hash that begins with {hash}")
+    let hash: String = replica_hash[..4]
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    format!(
+        "step {step} of generation {generation} of run {run}, with a hash that begins with {hash}"
+    )
 }
 
 /// What else helps where not everything is recomputed yet.
