@@ -5,6 +5,7 @@ mod bounds;
 mod check;
 mod explain;
 mod paths;
+mod period;
 mod position;
 mod read;
 mod recipe;
@@ -13,6 +14,7 @@ mod syntax;
 mod units;
 
 pub use base::{Base, Shape};
+pub use period::Period;
 pub use recipe::{
     Activations, Attention, Batch, Budget, Checkpoint, Data, Decay, Model, NonFinite, Optimizer,
     Precision, Recipe, Reduction, ReplicaCheck, RopeFrequencies, Sharding, Workers, json_schema,

@@ -338,6 +338,24 @@ const CASES: &[Case] = &[
     ),
     case(
         5,
+        "workers: { grace: 5 }",
+        (5, 19),
+        &["`5` is not a length of time", "`500 ms`"],
+    ),
+    case(
+        5,
+        "workers: { grace: -1 s }",
+        (5, 19),
+        &["`-1 s` is not a length of time"],
+    ),
+    case(
+        5,
+        "workers: { grace: 11 min }",
+        (5, 12),
+        &["`workers.grace` = 11 min is above 10 min", "stragglers"],
+    ),
+    case(
+        5,
         "attention: softmax\nmodel: { qk_norm: true }",
         (6, 10),
         &["no meaning with `attention: softmax`"],

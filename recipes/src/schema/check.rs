@@ -1,5 +1,6 @@
 //! Contradictions between keys, each pointing at the key that the recipe wrote.
 
+use super::period::Period;
 use super::position;
 use super::recipe::{Attention, Recipe};
 use super::report::Finding;
@@ -111,6 +112,9 @@ fn schedule(recipe: &Recipe, text: &str) -> Option<Finding> {
     None
 }
 
+/// The longest `workers.grace`: training stands still for it after every change of membership.
+const MAX_GRACE: Period = Period::seconds(600);
+
 fn workers(recipe: &Recipe, text: &str) -> Option<Finding> {
     let (workers, samples) = (&recipe.workers, recipe.batch.samples());
     if workers.min > workers.max {
@@ -132,6 +136,11 @@ fn workers(recipe: &Recipe, text: &str) -> Option<Finding> {
         );
         let help = "lower `workers.min` or raise `batch.tokens`".into();
         return at(text, &[&["workers", "min"]], message, help);
+    }
+    if workers.grace > MAX_GRACE {
+        let message = format!("`workers.grace` = {} is above {MAX_GRACE}", workers.grace);
+        let help = "every generation may wait that long for stragglers; `workers.min` waits for as long as it takes";
+        return at(text, &[&["workers", "grace"]], message, help.into());
     }
     None
 }

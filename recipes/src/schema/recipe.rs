@@ -6,6 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::base::Base;
+use super::period::Period;
 use super::units::{Fraction, RunName, Tokens, Warmup};
 use super::{bounds, paths};
 
@@ -379,11 +380,17 @@ pub struct Workers {
     #[serde(deserialize_with = "bounds::counting")]
     #[schemars(range(min = 1))]
     pub max: u32,
+    /// How long a generation that could form with fewer waits after the last arrival for more; at most 10 min.
+    pub grace: Period,
 }
 
 impl Default for Workers {
     fn default() -> Self {
-        Workers { min: 1, max: 64 }
+        Workers {
+            min: 1,
+            max: 64,
+            grace: Period::seconds(1),
+        }
     }
 }
 

@@ -31,6 +31,12 @@ const EXACT_F64: f64 = 9_007_199_254_740_992.0;
 #[error("{0}")]
 pub struct UnitError(String);
 
+impl UnitError {
+    pub(super) fn new(text: String) -> UnitError {
+        UnitError(text)
+    }
+}
+
 /// A number of tokens, at least 1: `2T`, `1.5M`, `2Mi`, `131072`, optionally followed by `tokens`.
 ///
 /// `k`, `M`, `B`, `T` are powers of 1000; `Ki`, `Mi`, `Gi`, `Ti` powers of 1024. The value must be a whole number of tokens.
@@ -76,7 +82,7 @@ impl FromStr for Tokens {
 }
 
 /// `digits` (a decimal without sign or exponent) times `factor`, exactly.
-fn exact_product(digits: &str, factor: u64) -> Result<u64, &'static str> {
+pub(super) fn exact_product(digits: &str, factor: u64) -> Result<u64, &'static str> {
     const SHAPE: &str = "write an integer, or a number with one of k, M, B, T, Ki, Mi, Gi, Ti";
     const LARGE: &str = "it is larger than 2^64 - 1";
     let (whole, part) = digits.split_once('.').unwrap_or((digits, ""));
