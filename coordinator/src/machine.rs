@@ -17,6 +17,7 @@ use std::time::Duration;
 use supra_proto::v1::{self, coordinator_message::Body as Down, worker_message::Body as Up};
 
 mod agreement;
+mod aside;
 mod attach;
 mod clients;
 mod ending;
@@ -32,6 +33,7 @@ mod rig;
 mod simulation;
 mod state;
 mod steps;
+mod stuck;
 #[cfg(test)]
 mod tests;
 mod training;
@@ -45,8 +47,10 @@ pub use view::FindError;
 pub use worker::Conn;
 
 use crate::ledger::Body;
+use aside::Conduct;
 use generation::Generation;
 use steps::Unapplied;
+use stuck::Watch;
 use worker::Worker;
 
 /// Times and counts that the machine decides with.
@@ -60,12 +64,20 @@ pub struct Limits {
     pub leave: Duration,
     /// The same after the last step or a stop, where nothing is wrong.
     pub farewell: Duration,
-    /// Quiet time before a generation forms while more workers could join.
-    pub grace: Duration,
     /// How long lost members of the last generation are waited for.
     pub rejoin: Duration,
     /// Generations in a row that may fail at the same step.
     pub failures: u32,
+    /// A generation that takes longer to form is stuck.
+    pub load: Duration,
+    /// The same for the first step of a generation.
+    pub first_step: Duration,
+    /// The same for a checkpoint.
+    pub checkpoint: Duration,
+    /// A later step is stuck after so many times the usual time of a step, and the slack.
+    pub stuck_factor: u32,
+    /// What a step may take beyond that: a short checkpoint, a slow read, a lost heartbeat.
+    pub stuck_slack: Duration,
 }
 
 impl Default for Limits {
@@ -75,9 +87,13 @@ impl Default for Limits {
             silence: Duration::from_secs(10),
             leave: Duration::from_secs(10),
             farewell: Duration::from_secs(30),
-            grace: Duration::from_secs(1),
             rejoin: Duration::from_secs(3),
             failures: 3,
+            load: Duration::from_secs(1800),
+            first_step: Duration::from_secs(600),
+            checkpoint: Duration::from_secs(1800),
+            stuck_factor: 10,
+            stuck_slack: Duration::from_secs(30),
         }
     }
 }
@@ -136,6 +152,8 @@ pub enum Event {
     Cancel(RunNumber),
     /// A client wants a stopped run continued.
     Resume(RunNumber),
+    /// A client wants no generation to take the worker of this name any more.
+    Drain(String),
     /// The coordinator is to end.
     Shutdown(String),
     /// The directory of a retired checkpoint is gone.
@@ -206,6 +224,8 @@ pub struct Machine {
     generation: Option<Generation>,
     /// What the last generation reported and the ledger does not hold.
     unapplied: Option<Unapplied>,
+    watch: Watch,
+    conduct: Conduct,
     /// Why the coordinator is ending, once it is.
     shutdown: Option<String>,
     said_goodbye: bool,
@@ -234,6 +254,8 @@ impl Machine {
             departed: VecDeque::new(),
             generation: None,
             unapplied: None,
+            watch: Watch::default(),
+            conduct: Conduct::default(),
             shutdown: None,
             said_goodbye: false,
             attached_at: moment.now,
@@ -264,6 +286,7 @@ impl Machine {
             Event::Submit(submission) => self.submit(submission)?,
             Event::Cancel(run) => self.cancel(run)?,
             Event::Resume(run) => self.resume(run)?,
+            Event::Drain(worker) => self.drain(&worker)?,
             Event::Shutdown(reason) => self.shut_down(reason),
             Event::Deleted { run, path } => self.deleted(run, path),
             Event::Tick => self.tick(),

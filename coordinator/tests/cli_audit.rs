@@ -22,7 +22,11 @@ fn journal(state: &Path) {
         checkpoint_root: state.join("checkpoints"),
         keep: 3,
         budget_tokens: 80,
-        workers: Workers { min: 1, max: 1 },
+        workers: Workers {
+            min: 1,
+            max: 1,
+            grace: std::time::Duration::from_secs(1),
+        },
         at: 1,
     };
     let open = Body::Open(Open {

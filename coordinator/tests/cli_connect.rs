@@ -9,7 +9,7 @@ fn an_unreachable_coordinator_ends_with_three_and_names_the_address() {
     let directory = tempfile::tempdir().unwrap();
     let recipe = recipe(directory.path());
     let url = nobody();
-    let commands: [&[&str]; 10] = [
+    let commands: [&[&str]; 11] = [
         &["submit", recipe.to_str().unwrap()],
         &["runs"],
         &["status"],
@@ -19,6 +19,7 @@ fn an_unreachable_coordinator_ends_with_three_and_names_the_address() {
         &["resume"],
         &["checkpoints"],
         &["workers"],
+        &["drain", "a"],
         &["audit"],
     ];
     for command in commands {

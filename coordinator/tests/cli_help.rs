@@ -2,7 +2,7 @@
 
 use crate::support::{Output, run};
 
-const COMMANDS: [&[&str]; 18] = [
+const COMMANDS: [&[&str]; 19] = [
     &["up"],
     &["validate"],
     &["plan"],
@@ -15,6 +15,7 @@ const COMMANDS: [&[&str]; 18] = [
     &["resume"],
     &["checkpoints"],
     &["workers"],
+    &["drain"],
     &["audit"],
     &["data"],
     &["data", "tokenize"],

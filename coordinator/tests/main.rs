@@ -2,6 +2,7 @@
 
 mod cli_audit;
 mod cli_connect;
+mod cli_drain;
 mod cli_help;
 mod cli_recipes;
 mod cli_up;

@@ -22,7 +22,7 @@ pub fn recipe(min: u32, max: u32) -> String {
     format!(
         "name: server\nbase: {{ path: base }}\ndata: {{ train: data }}\nbudget: {{ tokens: 835 }}\n\
          batch: {{ tokens: 80, micro_batch: 1, sequence_length: 10 }}\noptimizer: {{ warmup: 2 steps }}\n\
-         checkpoint: {{ every_tokens: 240, keep: 2 }}\nworkers: {{ min: {min}, max: {max} }}\n"
+         checkpoint: {{ every_tokens: 240, keep: 2 }}\nworkers: {{ min: {min}, max: {max}, grace: 100 ms }}\n"
     )
 }
 
@@ -38,7 +38,6 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Options with waiting times for tests.
 pub fn quick(state: &Path) -> Options {
     let limits = Limits {
-        grace: Duration::from_millis(100),
         rejoin: Duration::from_millis(500),
         leave: Duration::from_secs(2),
         farewell: Duration::from_secs(2),
@@ -278,6 +277,7 @@ impl Session {
                 message = self.hear() => match message? {
                     Down::Void(_) => return Ok(Turn::Done(LeftReason::Void)),
                     Down::Stop(_) => stop = true,
+                    Down::Regroup(_) => return Ok(Turn::Done(LeftReason::Regrouped)),
                     Down::Goodbye(_) => return Ok(Turn::Goodbye),
                     _ => {}
                 },

@@ -5,8 +5,8 @@ use tonic::{Response, Status, Streaming};
 use crate::channel::{Authorized, connect};
 use crate::v1::runs_client::RunsClient;
 use crate::v1::{
-    Checkpoint, LedgerRecord, ListRequest, LogEntry, LogsRequest, RunRequest, RunStatus,
-    ShutdownRequest, StepMetrics, SubmitRequest, WorkerStatus, WorkersRequest,
+    Checkpoint, DrainRequest, LedgerRecord, ListRequest, LogEntry, LogsRequest, RunRequest,
+    RunStatus, ShutdownRequest, StepMetrics, SubmitRequest, WorkerStatus, WorkersRequest,
 };
 use crate::{ClientError, Token};
 
@@ -98,6 +98,13 @@ impl Client {
     /// Attached workers and those that left.
     pub async fn workers(&mut self) -> Result<Vec<WorkerStatus>, ClientError> {
         let response = self.runs.workers(WorkersRequest {}).await;
+        Ok(self.answer(response)?.workers)
+    }
+
+    /// Has a worker leave its generation and train no more; the workers then.
+    pub async fn drain(&mut self, worker: &str) -> Result<Vec<WorkerStatus>, ClientError> {
+        let worker = worker.to_owned();
+        let response = self.runs.drain(DrainRequest { worker }).await;
         Ok(self.answer(response)?.workers)
     }
 

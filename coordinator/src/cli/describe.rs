@@ -143,6 +143,7 @@ pub fn workers(workers: &[WorkerStatus]) -> String {
         ">SILENT",
         "DATA ADDRESS",
         ">PID",
+        "ASIDE",
     ]);
     for worker in workers {
         let placed = !worker.run.is_empty();
@@ -168,9 +169,14 @@ pub fn workers(workers: &[WorkerStatus]) -> String {
             format::duration(worker.silent_ms as f64 / 1000.0),
             worker.data_address.clone(),
             worker.pid.to_string(),
+            worker.aside.clone(),
         ]);
     }
-    table.render()
+    let mut text = table.render();
+    if workers.iter().any(|worker| !worker.aside.is_empty()) {
+        text.push_str("Workers that are aside come back when they are restarted.\n");
+    }
+    text
 }
 
 /// `2026-11-23 20:02:59  WARN  worker-0: text`; warnings in colour on a terminal.

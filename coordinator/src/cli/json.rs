@@ -97,7 +97,7 @@ impl From<&v1::Checkpoint> for Checkpoint {
     }
 }
 
-/// One worker, attached or gone.
+/// One worker, attached or gone: an element of `supra workers --json`, and what `drain` prints.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Worker {
     name: String,
@@ -112,6 +112,8 @@ pub struct Worker {
     rank: Option<u32>,
     step: u64,
     silent_ms: u64,
+    /// Why no generation takes it; `null` when one may.
+    aside: Option<String>,
 }
 
 impl From<&v1::WorkerStatus> for Worker {
@@ -129,6 +131,7 @@ impl From<&v1::WorkerStatus> for Worker {
             run,
             step: worker.step,
             silent_ms: worker.silent_ms,
+            aside: filled(&worker.aside),
         }
     }
 }
@@ -234,7 +237,7 @@ mod tests {
     #[test]
     fn a_rank_needs_a_run() {
         let idle = Worker::from(&v1::WorkerStatus::default());
-        assert_eq!((idle.run, idle.rank), (None, None));
+        assert_eq!((idle.run, idle.rank, idle.aside), (None, None, None));
         let placed = Worker::from(&v1::WorkerStatus {
             run: "r".to_owned(),
             ..v1::WorkerStatus::default()

@@ -7,6 +7,7 @@ mod audit;
 mod connect;
 mod data;
 mod describe;
+mod drain;
 mod failure;
 mod format;
 mod heads;
@@ -65,6 +66,8 @@ enum Command {
     Checkpoints(runs::OfRun),
     /// List the workers, attached and lost
     Workers(runs::Runs),
+    /// Have a worker finish its step, leave its generation and train no more
+    Drain(drain::Drain),
     /// Prove from the ledger that every sample was trained exactly once
     Audit(audit::Audit),
     /// Prepare and look at training data
@@ -92,6 +95,7 @@ fn run(command: Command) -> Result<Exit, Failure> {
         Command::Resume(command) => block_on(runs::resume(command)),
         Command::Checkpoints(command) => block_on(runs::checkpoints(command)),
         Command::Workers(command) => block_on(runs::workers(command)),
+        Command::Drain(command) => block_on(drain::run(command)),
         Command::Audit(command) => block_on(audit::run(command)),
         Command::Data(command) => data::run(command),
     }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use supra_proto::v1::{Hello, Refusal, Welcome, coordinator_message::Body as Down};
 
+use super::aside::Blame;
 use super::generation::Stage;
 use super::muster::Muster;
 use super::state::Run;
@@ -70,6 +71,7 @@ impl Machine {
             generation: 0,
             body: Down::Welcome(welcome),
         });
+        self.take_back(&hello);
         self.departed.retain(|gone| gone.hello.name != hello.name);
         self.workers
             .insert(conn, Worker::new(hello, peer, self.moment.now));
@@ -158,6 +160,7 @@ impl Machine {
                 "rank {rank} ({}) was lost while {doing}: {cause}",
                 member.name
             );
+            self.accuse(rank, Blame::Lost, &cause);
             self.break_up(
                 cause,
                 super::ending::Severity::Lost { counts: !forming },
@@ -172,6 +175,7 @@ impl Machine {
             self.workers
                 .values_mut()
                 .for_each(|worker| worker.heard = now);
+            self.watch.excuse(now);
         }
         self.ticked_at = now;
         let silence = self.limits.silence;
@@ -182,6 +186,7 @@ impl Machine {
                 &format!("silent for more than {} s", silence.as_secs_f64()),
             );
         }
+        self.watch_over();
         let Some(generation) = &self.generation else {
             return;
         };
@@ -226,7 +231,7 @@ impl Machine {
         let missing: Vec<String> = run
             .members
             .iter()
-            .filter(|name| !attached(name))
+            .filter(|name| !attached(name) && !self.is_aside(name))
             .cloned()
             .collect();
         let now = self.moment.now;
@@ -234,23 +239,23 @@ impl Machine {
             min: run.workers.min,
             max: run.workers.max,
             idle: self.idle().count(),
+            aside: &self.unable(),
             missing: &missing,
             quiet: now.saturating_sub(self.attached_at),
             free: now.saturating_sub(self.free_since),
-            grace: self.limits.grace,
+            grace: run.workers.grace,
             rejoin: self.limits.rejoin,
         }
         .decide()
     }
 
-    /// Attached workers that have no place in the generation in hand.
+    /// Attached workers that a generation may take and that have no place in the one in hand.
     pub(super) fn idle(&self) -> impl Iterator<Item = (Conn, &Worker)> {
         let placed = |conn| {
             let generation = self.generation.as_ref();
             generation.is_some_and(|generation| generation.rank(conn).is_some())
         };
-        self.workers
-            .iter()
+        self.able()
             .map(|(conn, worker)| (*conn, worker))
             .filter(move |(conn, _)| !placed(*conn))
     }

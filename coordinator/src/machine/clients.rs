@@ -1,4 +1,4 @@
-//! What clients ask for: submit, cancel, resume, shut down.
+//! What clients ask for: submit, cancel, resume, shut down. (Draining a worker stands in `aside.rs`.)
 
 use std::path::PathBuf;
 
@@ -36,6 +36,17 @@ pub enum Refused {
     /// There is no such run.
     #[error("there is no run {0}")]
     NoRun(RunNumber),
+    /// No attached worker has this name.
+    #[error(
+        "no attached worker is called {name}{} `supra workers` lists them",
+        hint(near)
+    )]
+    NoWorker {
+        /// What was asked for.
+        name: String,
+        /// Names like it, the nearest first.
+        near: Vec<String>,
+    },
     /// An id that is taken.
     #[error("there is a run {0} already")]
     Taken(String),
@@ -47,6 +58,13 @@ pub enum Refused {
         /// In what way.
         how: &'static str,
     },
+}
+
+fn hint(near: &[String]) -> String {
+    if near.is_empty() {
+        return ";".to_owned();
+    }
+    format!("; did you mean {}?", near.join(" or "))
 }
 
 impl Machine {

@@ -138,6 +138,7 @@ impl Machine {
             return;
         }
         self.all_left();
+        self.judge();
         let Some(generation) = self.generation.take() else {
             return;
         };

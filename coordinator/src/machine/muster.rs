@@ -10,6 +10,8 @@ pub(crate) struct Muster<'a> {
     pub max: u32,
     /// Attached workers without a place.
     pub idle: usize,
+    /// Attached workers that no generation may take, each with the reason.
+    pub aside: &'a [String],
     /// Members of the run's last generation that are not attached.
     pub missing: &'a [String],
     /// Time since a worker last attached.
@@ -31,8 +33,13 @@ impl Muster<'_> {
         let idle = u32::try_from(self.idle).unwrap_or(u32::MAX);
         if idle < self.min {
             let workers = if self.min == 1 { "worker" } else { "workers" };
+            let without = if self.aside.is_empty() {
+                String::new()
+            } else {
+                format!(", without {}", self.aside.join(", "))
+            };
             return Err(format!(
-                "waiting for {} {workers}: {idle} attached",
+                "waiting for {} {workers}: {idle} attached{without}",
                 self.min
             ));
         }
@@ -63,6 +70,7 @@ mod tests {
             min: 2,
             max: 4,
             idle,
+            aside: &[],
             missing: &[],
             quiet: Duration::from_secs(9),
             free: Duration::from_secs(1),

@@ -50,12 +50,12 @@ impl Machine {
             return;
         };
         let world = generation.members.len();
-        let full = self
-            .state
-            .run(generation.run)
-            .is_none_or(|run| world >= run.workers.max as usize);
+        let Some(workers) = self.state.run(generation.run).map(|run| run.workers) else {
+            return;
+        };
+        let full = world >= workers.max as usize;
         let quiet = self.moment.now.saturating_sub(self.attached_at);
-        if full || generation.regroup.is_some() || quiet < self.limits.grace {
+        if full || generation.regroup.is_some() || quiet < workers.grace {
             return;
         }
         let mut names: Vec<&str> = self

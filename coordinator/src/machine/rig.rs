@@ -107,7 +107,11 @@ pub(crate) fn submission(id: &str) -> Submission {
         checkpoint_root: "/checkpoints".into(),
         keep: 1,
         budget_tokens: 100,
-        workers: Workers { min: 1, max: 3 },
+        workers: Workers {
+            min: 1,
+            max: 3,
+            grace: Duration::from_secs(1),
+        },
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -85,6 +86,16 @@ pub struct Workers {
     pub min: u32,
     /// Nor with more.
     pub max: u32,
+    /// Quiet time before a generation forms while more workers could join.
+    #[serde(default = "Workers::default_grace")]
+    pub grace: Duration,
+}
+
+impl Workers {
+    /// Of journals that are older than the key.
+    fn default_grace() -> Duration {
+        Duration::from_secs(1)
+    }
 }
 
 /// Where a run stands.

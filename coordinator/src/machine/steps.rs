@@ -78,6 +78,7 @@ impl Machine {
             );
         }
         self.record(number, Body::Step(entry));
+        self.step_took(metrics.seconds);
         self.out.push(Action::Measured {
             run: number,
             metrics,

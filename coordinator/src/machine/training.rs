@@ -9,6 +9,7 @@ use supra_proto::v1::{
 use supra_recipes::plan::Plan;
 use supra_recipes::schema::{Recipe, Sharding};
 
+use super::aside::Blame;
 use super::ending::Severity;
 use super::fact::Fact;
 use super::generation::Stage;
@@ -270,6 +271,9 @@ impl Machine {
             FaultKind::Unspecified | FaultKind::Transient => Severity::Transient,
             FaultKind::Input | FaultKind::Diverged => Severity::Fatal,
         };
+        if severity == Severity::Transient {
+            self.accuse(rank, Blame::Failed, &cause);
+        }
         self.break_up(cause, severity, Some(rank));
     }
 

@@ -165,6 +165,9 @@ impl Machine {
     fn worker(&self, conn: Conn, worker: &Worker) -> v1::WorkerStatus {
         let place = self.generation.as_ref().and_then(|generation| {
             let rank = generation.rank(conn)?;
+            if generation.members[rank].gone() {
+                return None;
+            }
             Some((self.state.run(generation.run)?.id.clone(), rank as u32))
         });
         let silent = self.moment.now.saturating_sub(worker.heard);
@@ -181,7 +184,7 @@ impl Machine {
             rank,
             step: worker.step,
             silent_ms: u64::try_from(silent.as_millis()).unwrap_or(u64::MAX),
-            aside: String::new(),
+            aside: self.why_aside(worker).to_owned(),
         }
     }
 }

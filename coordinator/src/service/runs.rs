@@ -161,8 +161,13 @@ impl Runs for RunsService {
         Ok(Response::new(CheckpointsResponse { checkpoints }))
     }
 
-    async fn drain(&self, _: Request<DrainRequest>) -> Result<Response<WorkersResponse>, Status> {
-        Err(Status::unimplemented("drain"))
+    async fn drain(
+        &self,
+        request: Request<DrainRequest>,
+    ) -> Result<Response<WorkersResponse>, Status> {
+        let event = Event::Drain(request.into_inner().worker);
+        self.owner.client(event).await?.map_err(refused)?;
+        self.workers(Request::new(WorkersRequest {})).await
     }
 
     async fn workers(
@@ -221,7 +226,7 @@ async fn read_blocking<T: Send + 'static>(
 
 fn refused(refused: Refused) -> Status {
     match refused {
-        Refused::NoRun(_) => Status::not_found(refused.to_string()),
+        Refused::NoRun(_) | Refused::NoWorker { .. } => Status::not_found(refused.to_string()),
         Refused::ShuttingDown => Status::unavailable(refused.to_string()),
         Refused::Taken(_) | Refused::Over { .. } => {
             Status::failed_precondition(refused.to_string())
@@ -261,6 +266,7 @@ fn submission(request: &SubmitRequest, state: &Path) -> Result<Submission, Strin
         workers: Workers {
             min: recipe.workers.min,
             max: recipe.workers.max,
+            grace: recipe.workers.grace.duration(),
         },
         recipe: recipe.to_yaml(),
         id,

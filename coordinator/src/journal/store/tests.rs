@@ -1,5 +1,7 @@
 //! What the tables keep, through restarts, cuts and damage.
 
+use std::time::Duration;
+
 use super::*;
 use crate::journal::{Journal, StateLock};
 use crate::ledger::Step;
@@ -14,7 +16,11 @@ fn submitted(run: RunNumber) -> Fact {
         checkpoint_root: "/checkpoints".into(),
         keep: 3,
         budget_tokens: 1000,
-        workers: Workers { min: 1, max: 2 },
+        workers: Workers {
+            min: 1,
+            max: 2,
+            grace: Duration::from_secs(1),
+        },
         at: 5,
     }
 }
@@ -257,4 +263,10 @@ async fn synced_facts_are_on_disk_and_the_rest_follows_at_the_end() {
         Reader::open(directory.path()).unwrap().state().unwrap(),
         state
     );
+}
+
+#[test]
+fn workers_of_a_journal_without_grace_have_that_of_its_time() {
+    let workers: Workers = serde_json::from_str(r#"{"min":1,"max":2}"#).unwrap();
+    assert_eq!(workers.grace, Duration::from_secs(1));
 }
