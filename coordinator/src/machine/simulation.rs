@@ -266,10 +266,12 @@ impl World {
                         (Some(held), _) => {
                             let state = held.state.clone().unwrap();
                             if held.holders.contains(&place.rank) {
-                                let own = memory.as_ref().map(|memory| &memory.held);
-                                assert_eq!(own, Some(&state), "a holder holds it");
+                                let own = memory.clone().expect("a holder holds it");
+                                assert_eq!(own.held, state);
+                                own.lineage
+                            } else {
+                                self.states[&state.replica_hash].clone()
                             }
-                            self.states[&state.replica_hash].clone()
                         }
                         (None, Some(restore)) => self.checkpoints[&restore.path].clone(),
                         (None, None) => Lineage::new(),

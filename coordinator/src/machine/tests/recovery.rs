@@ -326,9 +326,8 @@ fn a_generation_that_broke_while_it_formed_leaves_the_state_of_the_one_before() 
     let mut rig = survivor(held(1, 1));
     rig.wait(3.1);
     rig.fault(1, 2, v1::FaultKind::Transient, "no peer");
-    rig.left_holding(1, 2, LeftReason::Fault, Some(held(1, 1)));
     rig.told();
-    rig.wait(1.1);
+    rig.left_holding(1, 2, LeftReason::Fault, Some(held(1, 1)));
     assert_eq!(rig.status().generation, 3);
     assert_eq!(starts(&mut rig), (Some((held(1, 1), vec![0])), None));
     to_the_end(&mut rig, 1, 3, 1);
