@@ -123,6 +123,7 @@ impl Machine {
             .unwrap_or_default();
         let colon = if reason.is_empty() { "" } else { ": " };
         self.log(Some(run), level, format!("run {id} {how}{colon}{reason}"));
+        self.unapplied.take_if(|unapplied| unapplied.run == run);
         self.roll_back(run, &reason);
         self.decide(Fact::Ended {
             run,

@@ -461,7 +461,11 @@ fn steps_that_a_crash_of_the_coordinator_took_from_the_ledger_are_trained_again(
 
 #[test]
 fn a_run_that_is_cancelled_while_survivors_hold_it_stands_at_its_checkpoint() {
-    let mut rig = survivor(held(1, 1));
+    let mut rig = training();
+    rig.step(&[1, 2], 1, 1);
+    rig.report(1, 1, 2, 0, 2);
+    rig.lose(2);
+    rig.left_holding(1, 1, LeftReason::Void, Some(held(1, 2)));
     rig.event(Event::Cancel(1)).unwrap();
     assert_eq!(rig.status().state(), RunState::Cancelled);
     assert_eq!((rig.run().step, voids(&rig)), (0, vec![0]));
