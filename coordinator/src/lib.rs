@@ -1,13 +1,15 @@
 //! The head node: decides who trains what, writes down what was trained, and answers people.
 //!
 //! [`machine`] decides and is pure; [`journal`] remembers; [`ledger`] is the hash-chained account of
-//! trained samples and [`audit`] proves it; [`service`] is the gRPC shell around them.
+//! trained samples and [`audit`] proves it; [`goodput`] accounts for their
+//! time; [`service`] is the gRPC shell around them.
 
 #![forbid(unsafe_code)]
 
 pub mod address;
 pub mod audit;
 pub mod cli;
+pub mod goodput;
 pub mod journal;
 pub mod ledger;
 pub mod machine;

@@ -25,6 +25,7 @@ mod fact;
 mod forming;
 mod generation;
 mod muster;
+mod pulse;
 mod recovery;
 mod regroup;
 #[cfg(test)]

@@ -21,8 +21,10 @@ use crate::address;
 use crate::journal::{JournalError, StateLock};
 use crate::machine::{Identity, Limits};
 
+mod accounts;
 mod handle;
 mod owner;
+mod receipt;
 mod runs;
 mod speed;
 mod streams;

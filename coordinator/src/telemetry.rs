@@ -1,4 +1,4 @@
-//! Metrics and log lines: shown to people, decided on by nobody, so kept beside the journal.
+//! Metrics, log lines and accounts of time: shown to people, decided on by nobody, so kept beside the journal.
 //!
 //! `STATE/telemetry.db`, written by one thread in batches. Both stores are bounded: metrics of a long run are thinned to
 //! every second, fourth, … step; of log lines the newest are kept. If it cannot be written the runs go on without it.
@@ -25,7 +25,7 @@ const MAX_METRICS: u64 = 100_000;
 /// Longest text of a log line, bytes.
 const MAX_TEXT: usize = 8192;
 
-const FORMAT: i64 = 2;
+const FORMAT: i64 = 3;
 
 const TABLES: &str = "
     CREATE TABLE metrics (
@@ -42,10 +42,15 @@ const TABLES: &str = "
     CREATE INDEX logs_of_run ON logs (run, id);
 ";
 
+/// Came with format 3.
+const ACCOUNTS: &str =
+    "CREATE TABLE IF NOT EXISTS accounts (run INTEGER PRIMARY KEY, account TEXT NOT NULL);";
+
 enum Item {
     Metrics(RunNumber, StepMetrics),
     Void { run: RunNumber, after_step: u64 },
     Log(RunNumber, LogEntry),
+    Account { run: RunNumber, json: String },
     Flush(oneshot::Sender<()>),
 }
 
@@ -82,7 +87,7 @@ impl Telemetry {
             _ => "",
         };
         connection.execute_batch(&format!(
-            "BEGIN; {steps} PRAGMA user_version = {FORMAT}; COMMIT;"
+            "BEGIN; {steps} {ACCOUNTS} PRAGMA user_version = {FORMAT}; COMMIT;"
         ))?;
         let writer = Writer::new(connection, max_metrics)?;
         let (items, inbox) = mpsc::channel();
@@ -110,6 +115,11 @@ impl Telemetry {
     /// Keeps a log line. Run 0 is for lines that are about no run.
     pub fn log(&self, run: RunNumber, entry: LogEntry) {
         self.send(Item::Log(run, entry));
+    }
+
+    /// Keeps the account of a run's time, as JSON; the one before is replaced.
+    pub fn account(&self, run: RunNumber, json: String) {
+        self.send(Item::Account { run, json });
     }
 
     /// Ready when everything so far is written, or never will be.
@@ -189,6 +199,8 @@ mod tests {
         );
         telemetry.log(1, line("hello"));
         telemetry.log(2, line("other"));
+        telemetry.account(1, "{}".into());
+        telemetry.account(1, "[]".into());
         drop(telemetry);
         let telemetry = Telemetry::open(directory.path()).unwrap();
         let reader = telemetry.reader().unwrap();
@@ -201,6 +213,8 @@ mod tests {
         assert_eq!(reader.newest(1).unwrap().unwrap().step, 4);
         assert_eq!(reader.newest(9).unwrap(), None);
         assert_eq!(reader.logs(1).unwrap(), [line("hello")]);
+        assert_eq!(reader.account(1).unwrap().as_deref(), Some("[]"));
+        assert_eq!(reader.account(2).unwrap(), None);
     }
 
     #[tokio::test]
@@ -217,6 +231,7 @@ mod tests {
             let telemetry = Telemetry::open(directory.path()).unwrap();
             let newest = telemetry.reader().unwrap().newest(1).unwrap().unwrap();
             assert_eq!((newest.seconds, newest.exposed_comm_ms), (0.5, 250.0));
+            assert_eq!(telemetry.reader().unwrap().account(1).unwrap(), None);
         }
     }
 

@@ -6,11 +6,13 @@ use std::time::{Duration, Instant, SystemTime};
 
 use supra_proto::v1::{self, CoordinatorMessage, LogEntry, coordinator_message::Body as Down};
 use tokio::sync::{broadcast, mpsc, watch};
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::ServiceError;
+use super::accounts::Accounts;
 use super::handle::{Ask, Handle};
+use super::receipt::Receipt;
 use super::speed::Speed;
 use crate::journal::{Journal, JournalError};
 use crate::ledger::Body;
@@ -62,11 +64,18 @@ pub(super) struct Owner {
     journal: Journal,
     telemetry: Telemetry,
     started: Instant,
+    /// The wall clock when it started, milliseconds since the Unix epoch.
+    started_unix_ms: u64,
+    build: String,
     links: BTreeMap<Conn, Link>,
     next_conn: Conn,
     /// Events that carrying out actions brought up.
     aftermath: VecDeque<Event>,
     speeds: BTreeMap<RunNumber, Speed>,
+    accounts: Accounts,
+    /// Runs that have ended, whose receipts are to be written, and receipts that are being written.
+    over: Vec<RunNumber>,
+    receipts: JoinSet<()>,
     changed: watch::Sender<u64>,
     logs: broadcast::Sender<(RunNumber, LogEntry)>,
     events: mpsc::WeakSender<Ask>,
@@ -94,7 +103,11 @@ impl Owner {
             speeds.extend(newest.map(|metrics| (run.number, Speed::resumed(metrics))));
         }
         let started = Instant::now();
-        let (machine, actions) = Machine::new(remembered, limits, identity, &moment(started));
+        let now = moment(started);
+        let accounts =
+            Accounts::resumed(remembered.runs(), &reader, now.unix_ms).map_err(telemetry_error)?;
+        let build = identity.build.clone();
+        let (machine, actions) = Machine::new(remembered, limits, identity, &now);
         let (asks, inbox) = mpsc::channel(INBOX);
         let (changed, changes) = watch::channel(0);
         let (logs, _) = broadcast::channel(LOG_BACKLOG);
@@ -108,10 +121,15 @@ impl Owner {
             journal,
             telemetry,
             started,
+            started_unix_ms: now.unix_ms,
+            build,
             links: BTreeMap::new(),
             next_conn: 1,
             aftermath: VecDeque::new(),
             speeds,
+            accounts,
+            over: Vec::new(),
+            receipts: JoinSet::new(),
             changed,
             logs,
             events: asks.downgrade(),
@@ -138,11 +156,15 @@ impl Owner {
                 _ = ticks.tick() => {
                     self.journal.check()?;
                     self.happen(Event::Tick).await?;
+                    self.accounts.note(&self.telemetry, self.unix_ms());
+                    while self.receipts.try_join_next().is_some() {}
                 }
             }
         }
         self.journal.sync().await?;
+        self.accounts.note(&self.telemetry, self.unix_ms());
         self.telemetry.written().await;
+        while self.receipts.join_next().await.is_some() {}
         Ok(Ending {
             stopped_a_run: self.stopped_a_run,
         })
@@ -203,6 +225,8 @@ impl Owner {
     }
 
     async fn carry_out(&mut self, actions: Vec<Action>) -> Result<(), OwnerError> {
+        let at = self.unix_ms();
+        self.accounts.seen(self.machine.pulse(), at);
         if actions.is_empty() {
             return Ok(());
         }
@@ -210,7 +234,7 @@ impl Owner {
         for action in actions {
             match action {
                 Action::Journal(fact) => {
-                    self.note(&fact);
+                    self.note(&fact, at);
                     facts.push(fact);
                 }
                 Action::Measured { run, metrics } => {
@@ -218,6 +242,7 @@ impl Owner {
                         .entry(run)
                         .or_default()
                         .measured(Instant::now(), &metrics);
+                    self.accounts.measured(run, &metrics, at);
                     self.telemetry.measured(run, metrics);
                 }
                 Action::Log { run, entry } => self.log(run.unwrap_or(0), entry),
@@ -245,6 +270,7 @@ impl Owner {
             }
         }
         self.write_down(&mut facts).await?;
+        self.hand_out_receipts();
         self.changed.send_modify(|version| *version += 1);
         Ok(())
     }
@@ -263,7 +289,8 @@ impl Owner {
     }
 
     /// Keeps what is not the machine's in step with a fact.
-    fn note(&mut self, fact: &Fact) {
+    fn note(&mut self, fact: &Fact, at: u64) {
+        self.accounts.decided(fact, at);
         match fact {
             Fact::Recorded { run, record } => {
                 if let Body::Void { after_step, .. } = record.body {
@@ -272,6 +299,7 @@ impl Owner {
             }
             Fact::Formed { run, .. } => self.speeds.entry(*run).or_default().pause(),
             Fact::StopAsked { .. } => self.stopped_a_run = true,
+            Fact::Ended { run, .. } => self.over.push(*run),
             _ => {}
         }
     }
@@ -333,6 +361,28 @@ impl Owner {
         });
     }
 
+    /// Writes the receipts of runs that have just ended, in the background: their folder may be on a slow disk.
+    fn hand_out_receipts(&mut self) {
+        for number in std::mem::take(&mut self.over) {
+            let Some(run) = self.machine.state().run(number) else {
+                continue;
+            };
+            let receipt = Receipt::new(run, self.accounts.of(number), &self.build);
+            let root = run.checkpoint_root.clone();
+            self.receipts.spawn_blocking(move || {
+                if let Err(error) = receipt.write(&root) {
+                    tracing::warn!("cannot write a receipt to {}: {error}", root.display());
+                }
+            });
+        }
+    }
+
+    /// The wall clock as it was at the start, and the time since: durations do not step with it.
+    fn unix_ms(&self) -> u64 {
+        let since = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.started_unix_ms.saturating_add(since)
+    }
+
     pub fn find(&self, prefix: &str) -> Result<RunNumber, FindError> {
         self.machine.find(prefix)
     }
@@ -348,6 +398,7 @@ impl Owner {
         if let Some(speed) = self.speeds.get(&run) {
             speed.show(&mut status, Instant::now());
         }
+        self.accounts.show(run, &mut status, self.unix_ms());
         status
     }
 

@@ -1,4 +1,4 @@
-//! Reading metrics and log lines.
+//! Reading metrics, log lines and accounts.
 
 use rusqlite::{Connection, OptionalExtension, Row};
 use supra_proto::v1::{LogEntry, StepMetrics};
@@ -34,6 +34,20 @@ impl TelemetryReader {
             format!("SELECT {COLUMNS} FROM metrics WHERE run = ?1 ORDER BY step DESC LIMIT 1");
         self.connection
             .query_row(&query, [run], metrics_of)
+            .optional()
+    }
+
+    /// The newest account of a run's time, as JSON.
+    ///
+    /// # Errors
+    /// SQLite cannot read the table.
+    pub fn account(&self, run: RunNumber) -> rusqlite::Result<Option<String>> {
+        self.connection
+            .query_row(
+                "SELECT account FROM accounts WHERE run = ?1",
+                [run],
+                |row| row.get(0),
+            )
             .optional()
     }
 

@@ -122,6 +122,12 @@ impl Writer {
                         density.rows = density.rows.saturating_sub(gone as u64);
                     }
                 }
+                Item::Account { run, json } => {
+                    transaction.execute(
+                        "INSERT OR REPLACE INTO accounts (run, account) VALUES (?1, ?2)",
+                        params![run, json],
+                    )?;
+                }
                 Item::Log(run, entry) => {
                     write_log(&transaction, run, &entry)?;
                     self.logged += 1;

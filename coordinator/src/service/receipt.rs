@@ -1,0 +1,124 @@
+//! `receipt.json`: what a run was and what became of it, beside its checkpoints, for whoever finds them later.
+//!
+//! Written by the coordinator whenever the run ends, and replaced when it was resumed and ends again. It says what the
+//! journal says; the ledger's head in it lets an audit prove that the journal is that of these checkpoints.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::Path;
+
+use serde::Serialize;
+use supra_proto::v1;
+
+use crate::goodput::{Account, Goodput, Incident};
+use crate::ledger::hex;
+use crate::machine::{Run, RunPhase};
+
+/// Version of the receipt's form: grows when a field changes its meaning or goes.
+const FORMAT: u32 = 1;
+
+const FILE: &str = "receipt.json";
+
+/// The receipt of a run.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub(super) struct Receipt {
+    format: u32,
+    run: String,
+    name: String,
+    /// `finished`, `cancelled` or `failed`.
+    outcome: RunPhase,
+    /// Why it ended; empty when it finished.
+    reason: String,
+    /// Version and commit of the coordinator that saw it end.
+    build: String,
+    /// BLAKE3 of the resolved recipe's YAML, hexadecimal.
+    recipe_hash: String,
+    /// BLAKE3 of the training data's manifest; `null` when it never formed.
+    manifest_hash: Option<String>,
+    /// Tokens behind the weights, and of the whole samples of the budget.
+    tokens: u64,
+    budget_tokens: u64,
+    /// Steps behind the weights, of the whole budget (`null` when it never formed), and those whose update was skipped.
+    step: u64,
+    steps: Option<u64>,
+    skipped_steps: Vec<u64>,
+    generations: u64,
+    /// Head of the ledger, hexadecimal, and its number of records.
+    ledger_head: String,
+    ledger_records: u64,
+    /// Where the run can go on, or what it made; `null` before the first.
+    checkpoint: Option<Checkpoint>,
+    /// Milliseconds since the Unix epoch, as is the next.
+    submitted_unix_ms: u64,
+    ended_unix_ms: u64,
+    /// Where the time went; `null` for a run that is older than accounts of time.
+    goodput: Option<Goodput>,
+    /// How many generations ended before the run did, and the newest of these, oldest first.
+    incident_count: u64,
+    incidents: Vec<Incident>,
+}
+
+/// The newest checkpoint.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+struct Checkpoint {
+    step: u64,
+    /// Relative to the receipt.
+    path: String,
+    /// BLAKE3 of its manifest, hexadecimal.
+    manifest_hash: String,
+    published: bool,
+}
+
+impl Receipt {
+    /// The receipt of a run that has ended.
+    pub fn new(run: &Run, account: Option<&Account>, build: &str) -> Receipt {
+        let goodput = account.map(|account| v1::Goodput::from(account.parts(run.ended_unix_ms)));
+        let (incident_count, incidents) = account.map_or((0, Vec::new()), |account| {
+            let (count, newest) = account.incidents();
+            (count, newest.cloned().collect())
+        });
+        Receipt {
+            format: FORMAT,
+            run: run.id.clone(),
+            name: run.name.clone(),
+            outcome: run.phase,
+            reason: run.reason.clone(),
+            build: build.to_owned(),
+            recipe_hash: blake3::hash(run.recipe.as_bytes()).to_string(),
+            manifest_hash: run.open.as_ref().map(|open| hex(&open.manifest_hash)),
+            tokens: run.tokens(),
+            budget_tokens: run.budget_tokens,
+            step: run.step,
+            steps: run.open.as_ref().map(|open| open.steps),
+            skipped_steps: run.skipped.iter().copied().collect(),
+            generations: run.generation,
+            ledger_head: hex(&run.ledger.head),
+            ledger_records: run.ledger.length,
+            checkpoint: run.recovery().map(|known| Checkpoint {
+                step: known.step,
+                path: known.path.clone(),
+                manifest_hash: hex(&known.manifest_hash),
+                published: known.published,
+            }),
+            submitted_unix_ms: run.submitted_unix_ms,
+            ended_unix_ms: run.ended_unix_ms,
+            goodput: goodput.as_ref().map(Goodput::from),
+            incident_count,
+            incidents,
+        }
+    }
+
+    /// Writes it into a run's checkpoint root, which is made when it is not there: whole, or not at all.
+    ///
+    /// # Errors
+    /// The disk's.
+    pub fn write(&self, root: &Path) -> io::Result<()> {
+        fs::create_dir_all(root)?;
+        let pending = root.join(format!("{FILE}.pending"));
+        let mut file = File::create(&pending)?;
+        serde_json::to_writer_pretty(&mut file, self)?;
+        file.write_all(b"\n")?;
+        file.sync_all()?;
+        fs::rename(pending, root.join(FILE))
+    }
+}
