@@ -17,6 +17,7 @@ const COMMANDS: [&[&str]; 19] = [
     &["workers"],
     &["drain"],
     &["audit"],
+    &["replay"],
     &["data"],
     &["data", "tokenize"],
     &["data", "index"],

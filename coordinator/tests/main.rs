@@ -5,6 +5,7 @@ mod cli_connect;
 mod cli_drain;
 mod cli_help;
 mod cli_recipes;
+mod cli_replay;
 mod cli_up;
 mod server_process;
 mod server_rig;

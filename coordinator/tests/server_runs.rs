@@ -1,5 +1,7 @@
 //! A real server with real streams: runs from submission to their end, through faults.
 
+use std::path::Path;
+
 use supra_coordinator::audit::{Options as AuditOptions, Verdict, audit};
 use supra_coordinator::ledger::Record;
 use supra_proto::v1::coordinator_message::Body as Down;
@@ -30,6 +32,30 @@ async fn verdict(client: &mut Client) -> Verdict {
             ..AuditOptions::default()
         },
     )
+}
+
+/// All parts of the time, seconds.
+fn seconds(parts: &v1::Goodput) -> f64 {
+    let v1::Goodput {
+        productive,
+        data,
+        exposed_comm,
+        checkpoint,
+        restore,
+        lost,
+        forming,
+        idle,
+    } = *parts;
+    productive + data + exposed_comm + checkpoint + restore + lost + forming + idle
+}
+
+/// The receipt of a run that has ended, after its coordinator has.
+fn receipt(state: &Path, run: &str) -> serde_json::Value {
+    let path = state
+        .join("runs")
+        .join(run)
+        .join("checkpoints/receipt.json");
+    serde_json::from_slice(&std::fs::read(path).expect("a receipt")).expect("JSON")
 }
 
 #[tokio::test]
@@ -90,14 +116,30 @@ async fn two_workers_train_a_run_to_its_last_sample() {
         lines.iter().any(|line| line.text.contains("has finished")),
         "{lines:?}"
     );
-    drop(service);
+
+    let parts = status.goodput.expect("an account");
+    assert!(parts.productive > 0.0 && parts.lost == 0.0, "{parts:?}");
+    let whole = (status.ended_unix_ms - status.submitted_unix_ms) as f64 / 1e3;
+    assert!((seconds(&parts) - whole).abs() < 0.1, "{whole}: {parts:?}");
+    service.stopper().shut_down("a test").await;
+    service.wait().await.unwrap();
+    let receipt = receipt(state.path(), &run);
+    assert_eq!(
+        (&receipt["outcome"], &receipt["tokens"], &receipt["step"]),
+        (&"finished".into(), &830.into(), &11.into())
+    );
+    assert_eq!(receipt["goodput"]["productive"], parts.productive);
+    assert_eq!(
+        receipt["ledger_head"],
+        supra_coordinator::ledger::hex(&status.ledger_head)
+    );
 }
 
 #[tokio::test]
 async fn a_killed_worker_costs_no_sample_and_repeats_none() {
     let state = tempfile::tempdir().unwrap();
-    let (_service, url, mut client) = coordinator(state.path()).await;
-    submit(&mut client, recipe(1, 2)).await;
+    let (service, url, mut client) = coordinator(state.path()).await;
+    let run = submit(&mut client, recipe(1, 2)).await;
     let a = Worker::start(&url, "a");
     let b = Worker::start(&url, "b");
     wait_for(&mut client, "step 5", |status| status.step >= 5).await;
@@ -110,6 +152,15 @@ async fn a_killed_worker_costs_no_sample_and_repeats_none() {
     assert_eq!(verdict.breaks, []);
     assert!(verdict.finished && verdict.generations >= 2);
     drop(a);
+    service.stopper().shut_down("a test").await;
+    service.wait().await.unwrap();
+    let receipt = receipt(state.path(), &run);
+    let incident = &receipt["incidents"][0];
+    assert!(
+        incident["cause"].as_str().unwrap().contains("(b)")
+            && incident["training_unix_ms"].is_u64(),
+        "{receipt}"
+    );
 }
 
 #[tokio::test]
@@ -164,6 +215,11 @@ async fn a_restarted_coordinator_takes_up_the_run() {
     let stopped = client.status("").await.unwrap();
     assert_eq!(stopped.state(), RunState::Cancelled);
     assert!(stopped.loss == 2.0, "metrics outlive the coordinator");
+    let productive = |status: &v1::RunStatus| status.goodput.map_or(0.0, |parts| parts.productive);
+    assert!(
+        productive(&stopped) > 0.0,
+        "the account outlives the coordinator"
+    );
     client.resume("").await.unwrap();
     let _worker = Worker::start(&url, "a");
     wait_for_state(&mut client, RunState::Finished).await;

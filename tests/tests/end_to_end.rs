@@ -1,5 +1,7 @@
 //! The main road: submit, train, watch, finish exactly on the budget, audit, use the model.
 
+use std::fs;
+
 use supra_proto::v1::RunState;
 use supra_tests::process::run;
 use supra_tests::{Result, TinyRecipe, ledger};
@@ -44,9 +46,25 @@ fn a_run_ends_exactly_on_its_budget_and_its_audit_agrees() -> Result<()> {
         "all remember the ledger"
     );
 
+    let replayed = cluster.supra_json(&[
+        "replay",
+        &id,
+        "--step",
+        "2",
+        "--recipe",
+        &path.to_string_lossy(),
+    ])?;
+    assert_eq!(replayed["verdict"], "same");
+
     let status = cluster.supra_json(&["status", &id])?;
     assert_eq!(status["state"], "finished");
     assert_eq!(status["tokens"], recipe.tokens());
+    let receipt = fs::read(cluster.last_checkpoint(&id)?.with_file_name("receipt.json"))
+        ?;
+    let receipt: serde_json::Value =
+        serde_json::from_slice(&receipt)?;
+    assert_eq!(receipt["goodput"], status["goodput"]);
+    assert_eq!(receipt["ledger_head"], offline["head"]);
     let runs = cluster.supra_json(&["runs"])?;
     assert_eq!(runs[0]["run"], id);
     let watched = cluster.supra(&["watch", &id])?.expect_code(0)?;

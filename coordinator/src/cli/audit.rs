@@ -4,23 +4,17 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use rusqlite::ErrorCode;
-use supra_data::{Loader, Manifest, Reader};
-use supra_recipes::{Digest, Plan, Recipe};
+use supra_recipes::Recipe;
 
 use super::connect::{Connect, TokenFile};
-use super::failure::{Exit, Failure, chain};
+use super::failure::{Exit, Failure};
 use super::format::{self, Table};
 use super::heads;
+use super::ledger::{self, Entry, Offline};
 use super::out;
 use super::runs::{Json, Which};
+use super::samples::Samples;
 use crate::audit::{Auditor, Options, Outcome, Recompute, Verdict};
-use crate::journal::{JournalError, Reader as Journal};
-use crate::ledger::{Hash, Record};
-use crate::machine::Run;
-
-/// Records that are read from the journal at once.
-const CHUNK: usize = 4096;
 
 /// Arguments of `supra audit`.
 #[derive(Args, Debug)]
@@ -54,7 +48,11 @@ pub struct Audit {
 /// # Errors
 /// An unreachable coordinator, an unreadable journal, or an unknown run.
 pub async fn run(command: Audit) -> Result<Exit, Failure> {
-    let mut data = command.data.as_deref().map(Data::open).transpose()?;
+    let open = |path: &Path| {
+        let recipe = Recipe::load(path).map_err(|error| Failure::input(error.to_string()))?;
+        Samples::open(&recipe, &recipe.data.train)
+    };
+    let mut data = command.data.as_deref().map(open).transpose()?;
     let mut recompute = data
         .as_mut()
         .map(|data| |samples: Range<u64>| data.digest(samples));
@@ -96,27 +94,12 @@ async fn online<'a>(
     };
     let mut client = connect.client().await?;
     let status = client.status(&command.which.run).await?;
-    // Zero is the head of a ledger without records.
-    let head = Hash::try_from(status.ledger_head.as_slice())
-        .ok()
-        .filter(|head| *head != Hash::default());
     let mut auditor = Auditor::new(Options {
-        head,
+        head: ledger::head(&status),
         recompute,
         ..Options::default()
     });
-    let mut records = client.ledger(&status.run).await?;
-    while let Some(record) = records.next().await? {
-        match Record::try_from(record) {
-            Ok(record) => {
-                auditor.push(&record);
-                if head == Some(record.hash) {
-                    break;
-                }
-            }
-            Err(error) => auditor.unreadable(&error),
-        }
-    }
+    ledger::each(&mut client, &status, |entry| push(&mut auditor, entry)).await?;
     Ok(auditor.finish())
 }
 
@@ -126,124 +109,24 @@ fn offline<'a>(
     run: &str,
     recompute: Option<&'a mut Recompute<'a>>,
 ) -> Result<Verdict, Failure> {
-    let journal = Journal::open(state).map_err(|error| match &error {
-        JournalError::Sqlite { cause, .. }
-            if cause.sqlite_error_code() == Some(ErrorCode::CannotOpen) =>
-        {
-            let state = state.display();
-            Failure::input(format!(
-                "there is no journal in {state}: give the state directory of a coordinator."
-            ))
-        }
-        _ => unreadable(error),
-    })?;
-    let known = journal.state().map_err(unreadable)?;
-    let run = find(known.runs(), run)?;
+    let mut ledger = Offline::open(state, run)?;
     // Before the ledger is read: what a live coordinator publishes meanwhile is left for the next audit.
-    let checkpoints = heads::remembered(&run.checkpoint_root, &run.id);
-    let known = journal.state().map_err(unreadable)?;
-    let run = find(known.runs(), &run.id)?;
-    let head = Some(run.ledger.head).filter(|head| *head != Hash::default());
-    let recipe_hash = Some(*blake3::hash(run.recipe.as_bytes()).as_bytes());
+    let checkpoints = heads::remembered(&ledger.run.checkpoint_root, &ledger.run.id);
+    ledger.refresh()?;
     let mut auditor = Auditor::new(Options {
-        head,
-        recipe_hash,
+        head: ledger.head(),
+        recipe_hash: Some(*blake3::hash(ledger.run.recipe.as_bytes()).as_bytes()),
         checkpoints,
         recompute,
     });
-    let mut from = 0;
-    loop {
-        let records = journal
-            .ledger(run.number, from, CHUNK)
-            .map_err(unreadable)?;
-        let last = records.len() < CHUNK;
-        for record in records {
-            match record {
-                Ok(record) => {
-                    from = record.index + 1;
-                    auditor.push(&record);
-                    // What a live coordinator adds meanwhile is left for the next audit.
-                    if head == Some(record.hash) {
-                        return Ok(auditor.finish());
-                    }
-                }
-                Err(error) => {
-                    from += 1;
-                    auditor.unreadable(&error);
-                }
-            }
-        }
-        if last {
-            return Ok(auditor.finish());
-        }
-    }
+    ledger.each(|entry| push(&mut auditor, entry))?;
+    Ok(auditor.finish())
 }
 
-/// The run with this id or unique beginning of it; the newest for an empty text.
-fn find<'a>(runs: &'a [Run], prefix: &str) -> Result<&'a Run, Failure> {
-    let mut matching = runs.iter().rev().filter(|run| run.id.starts_with(prefix));
-    let found = runs
-        .iter()
-        .find(|run| run.id == prefix)
-        .or_else(|| matching.next());
-    match found {
-        None if prefix.is_empty() => Err(Failure::input("the journal holds no run yet.")),
-        None => Err(Failure::input(format!(
-            "the journal holds no run {prefix}."
-        ))),
-        Some(run) if prefix.is_empty() || run.id == prefix => Ok(run),
-        Some(run) => match matching.next() {
-            None => Ok(run),
-            Some(other) => Err(Failure::input(format!(
-                "{prefix} may be {} or {}: write more of it.",
-                run.id, other.id
-            ))),
-        },
-    }
-}
-
-/// A damaged journal breaks the proof; anything else only prevents it.
-fn unreadable(error: JournalError) -> Failure {
-    let exit = match &error {
-        JournalError::Damaged { .. } => Exit::Broken,
-        JournalError::Sqlite { cause, .. } => match cause.sqlite_error_code() {
-            Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => Exit::Broken,
-            _ => Exit::Failed,
-        },
-        _ => Exit::Failed,
-    };
-    Failure::Told {
-        exit,
-        message: error.to_string(),
-    }
-}
-
-/// The training data of a recipe, read again.
-struct Data {
-    loader: Loader,
-}
-
-impl Data {
-    fn open(recipe: &Path) -> Result<Data, Failure> {
-        let recipe = Recipe::load(recipe).map_err(|error| Failure::input(error.to_string()))?;
-        let length = u64::from(recipe.batch.sequence_length);
-        let open = || {
-            let manifest = Manifest::load(&recipe.data.train)?;
-            let plan = Plan::new(&recipe, manifest.windows(length), manifest.hash())?;
-            Ok(Data {
-                loader: Loader::new(Reader::open(&recipe.data.train, length)?, plan),
-            })
-        };
-        open().map_err(|error: supra_data::DataError| Failure::input(chain(&error)))
-    }
-
-    fn digest(&mut self, samples: Range<u64>) -> Result<Digest, String> {
-        let mut sum = Digest::ZERO;
-        for id in samples {
-            let sample = self.loader.sample(id).map_err(|error| chain(&error))?;
-            sum += Digest::of_sample(sample.id, &sample.tokens);
-        }
-        Ok(sum)
+fn push(auditor: &mut Auditor<'_>, entry: Entry) {
+    match entry {
+        Ok(record) => auditor.push(&record),
+        Err(error) => auditor.unreadable(&error),
     }
 }
 

@@ -2,10 +2,11 @@
 
 use std::io::IsTerminal;
 
-use supra_proto::v1::{Checkpoint, LogEntry, RunStatus, WorkerStatus};
+use supra_proto::v1::{self, Checkpoint, LogEntry, RunStatus, WorkerStatus};
 
 use super::format::{self, Table};
 use super::{json, progress};
+use crate::goodput::Goodput;
 
 /// Everything about a run, a fact a line.
 pub fn facts(status: &RunStatus) -> String {
@@ -61,6 +62,9 @@ pub fn facts(status: &RunStatus) -> String {
             format!("{} in generation {}", status.world, status.generation),
         );
     }
+    if let Some(text) = status.goodput.as_ref().and_then(goodput) {
+        fact("goodput", text);
+    }
     if let Some(checkpoint) = &status.checkpoint {
         let (step, size) = (
             format::grouped(checkpoint.step),
@@ -75,6 +79,28 @@ pub fn facts(status: &RunStatus) -> String {
         fact("ledger head", format::hex(&status.ledger_head));
     }
     table.render()
+}
+
+/// `93.1 %: productive 2 h 10 min, lost 5 s`, with every part of half a second or more; nothing before the run began.
+fn goodput(parts: &v1::Goodput) -> Option<String> {
+    let parts = Goodput::from(parts);
+    let share = 100.0 * parts.share?;
+    let named = [
+        ("productive", parts.productive),
+        ("data", parts.data),
+        ("communication", parts.exposed_comm),
+        ("checkpoints", parts.checkpoint),
+        ("restoring", parts.restore),
+        ("lost", parts.lost),
+        ("forming", parts.forming),
+        ("idle", parts.idle),
+    ];
+    let spent = named
+        .into_iter()
+        .filter(|(name, seconds)| *seconds >= 0.5 || *name == "productive")
+        .map(|(name, seconds)| format!("{name} {}", format::duration(seconds)));
+    let spent: Vec<String> = spent.collect();
+    Some(format!("{share:.1} %: {}", spent.join(", ")))
 }
 
 /// All runs, a line each.
@@ -226,6 +252,14 @@ mod tests {
             world: 2,
             generation: 3,
             skipped_steps: 1,
+            goodput: Some(v1::Goodput {
+                productive: 475.0,
+                checkpoint: 20.0,
+                lost: 5.0,
+                data: 0.2,
+                idle: 60.0,
+                ..v1::Goodput::default()
+            }),
             ..RunStatus::default()
         };
         assert_eq!(
@@ -241,7 +275,8 @@ mod tests {
              speed          2.5 k tok/s\n\
              time left      19 min 7 s\n\
              communication  12.3 ms of the last step exposed\n\
-             workers        2 in generation 3\n"
+             workers        2 in generation 3\n\
+             goodput        95.0 %: productive 7 min 55 s, checkpoints 20 s, lost 5 s, idle 1 min 0 s\n"
         );
     }
 

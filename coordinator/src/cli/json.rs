@@ -7,6 +7,7 @@ use serde::Serialize;
 use supra_proto::v1;
 
 use super::format::hex;
+use crate::goodput::Goodput;
 
 /// One run: an element of `supra runs --json`, and what `status`, `watch`, `cancel` and `resume` print.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -35,6 +36,8 @@ pub struct Run {
     ended_unix_ms: Option<u64>,
     checkpoint: Option<Checkpoint>,
     ledger_head: Option<String>,
+    /// Where the wall time went; `null` for a run that is older than accounts of time.
+    goodput: Option<Goodput>,
 }
 
 impl From<&v1::RunStatus> for Run {
@@ -67,6 +70,7 @@ impl From<&v1::RunStatus> for Run {
             ended_unix_ms: (status.ended_unix_ms > 0).then_some(status.ended_unix_ms),
             checkpoint: status.checkpoint.as_ref().map(Checkpoint::from),
             ledger_head: hash(&status.ledger_head),
+            goodput: status.goodput.as_ref().map(Goodput::from),
         }
     }
 }
@@ -201,6 +205,7 @@ mod tests {
             "checkpoint",
             "ledger_head",
             "reason",
+            "goodput",
         ] {
             assert!(json[field].is_null(), "{field}: {json}");
         }
@@ -218,6 +223,12 @@ mod tests {
             exposed_comm_ms: 12.5,
             eta_seconds: 4.0,
             ledger_head: vec![0xab; 32],
+            goodput: Some(v1::Goodput {
+                productive: 3.0,
+                lost: 1.0,
+                idle: 100.0,
+                ..v1::Goodput::default()
+            }),
             checkpoint: Some(v1::Checkpoint {
                 step: 2,
                 manifest_hash: vec![1, 2],
@@ -232,6 +243,8 @@ mod tests {
         assert_eq!(json["steps"], 10);
         assert_eq!(json["ledger_head"], "ab".repeat(32));
         assert_eq!(json["checkpoint"]["manifest_hash"], "0102");
+        assert_eq!(json["goodput"]["share"], 0.75);
+        assert_eq!(json["goodput"]["idle"], 100.0);
     }
 
     #[test]

@@ -12,10 +12,13 @@ mod failure;
 mod format;
 mod heads;
 mod json;
+mod ledger;
 mod out;
 mod plan;
 mod progress;
+mod replay;
 mod runs;
+mod samples;
 mod up;
 mod validate;
 
@@ -70,6 +73,8 @@ enum Command {
     Drain(drain::Drain),
     /// Prove from the ledger that every sample was trained exactly once
     Audit(audit::Audit),
+    /// Rebuild the exact batch of a step from ledger, recipe and data, and compare it with what was fed
+    Replay(replay::Replay),
     /// Prepare and look at training data
     #[command(subcommand)]
     Data(data::Data),
@@ -97,6 +102,7 @@ fn run(command: Command) -> Result<Exit, Failure> {
         Command::Workers(command) => block_on(runs::workers(command)),
         Command::Drain(command) => block_on(drain::run(command)),
         Command::Audit(command) => block_on(audit::run(command)),
+        Command::Replay(command) => block_on(replay::run(command)),
         Command::Data(command) => data::run(command),
     }
 }

@@ -125,15 +125,8 @@ pub fn inspect(options: &InspectOptions) -> Result<Inspected, DataError> {
     let tokenizer = options
         .tokenizer
         .as_deref()
-        .map(TextTokenizer::load)
+        .map(|path| TextTokenizer::load_for(path, reader.manifest()))
         .transpose()?;
-    if let Some(tokenizer) = tokenizer
-        .as_ref()
-        .filter(|known| known.hash() != reader.manifest().tokenizer_hash())
-    {
-        let cause = "is not the tokenizer that the dataset was indexed with";
-        return Err(DataError::content(tokenizer.path(), cause, "give that one"));
-    }
     let (tokens, starts) = reader.window(window)?;
     let passages = passages(&tokens, &starts, tokenizer.as_ref())?;
     Ok(Inspected {
@@ -145,7 +138,11 @@ pub fn inspect(options: &InspectOptions) -> Result<Inspected, DataError> {
     })
 }
 
-fn passages(
+/// Cuts a window, given by its tokens and the positions at which documents begin, at document boundaries.
+///
+/// # Errors
+/// When the tokenizer fails on the tokens.
+pub fn passages(
     tokens: &[u32],
     starts: &[u32],
     tokenizer: Option<&TextTokenizer>,

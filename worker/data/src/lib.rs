@@ -41,9 +41,9 @@ mod writer;
 
 pub use error::DataError;
 pub use index::{Auto3, IndexOptions, index};
-pub use inspect::{At, InspectOptions, Inspected, Passage, inspect};
+pub use inspect::{At, InspectOptions, Inspected, Passage, inspect, passages};
 pub use loader::{Batch, Loader, Prefetch, Sample, batch};
-pub use manifest::{Documents, Manifest};
+pub use manifest::{Documents, Manifest, Source};
 pub use pack::{PackOptions, pack};
 pub use progress::Progress;
 pub use reader::Reader;

@@ -4,6 +4,7 @@
 //! bytes; it keys the order of samples, so the same bytes give the same order everywhere.
 
 use std::fmt;
+use std::ops::Range;
 use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -151,6 +152,15 @@ impl Totals {
     }
 }
 
+/// A row group that tokens of the stream come from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Source {
+    /// Name of the file, in the manifest's directory.
+    pub file: String,
+    /// Number of the row group in it; of the chunk, in a packed store.
+    pub row_group: u32,
+}
+
 /// A dataset: files, row groups and documents in the order of the packed stream.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Manifest {
@@ -273,6 +283,25 @@ impl Manifest {
     /// Names of the data files in the order of the stream.
     pub fn files(&self) -> impl ExactSizeIterator<Item = &str> {
         self.content.files.iter().map(|file| file.name.as_str())
+    }
+
+    /// The row groups that these tokens of the packed stream come from, in its order.
+    pub fn sources(&self, tokens: Range<u64>) -> Vec<Source> {
+        let mut sources = Vec::new();
+        for file in &self.content.files {
+            // Row groups follow each other in the stream.
+            let first = file
+                .row_groups
+                .partition_point(|group| group.first_token + group.tokens <= tokens.start);
+            let met = file.row_groups[first..]
+                .iter()
+                .take_while(|group| group.first_token < tokens.end);
+            sources.extend(met.map(|group| Source {
+                file: file.name.clone(),
+                row_group: group.number,
+            }));
+        }
+        sources
     }
 
     /// How the kind of documents, EOT and BOS were found out, as sentences for the user.

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
-use crate::DataError;
 use crate::files;
+use crate::{DataError, Manifest};
 
 /// A tokenizer and the tokens that begin and end a document.
 ///
@@ -94,6 +94,19 @@ impl TextTokenizer {
             adds_bos,
             vocabulary,
         })
+    }
+
+    /// Loads the tokenizer at `path`, which has to be the one that `manifest` was made with.
+    ///
+    /// # Errors
+    /// As [`TextTokenizer::load`], and when it is another one.
+    pub fn load_for(path: &Path, manifest: &Manifest) -> Result<TextTokenizer, DataError> {
+        let tokenizer = TextTokenizer::load(path)?;
+        if tokenizer.hash != manifest.tokenizer_hash() {
+            let cause = "is not the tokenizer that the dataset was indexed with";
+            return Err(DataError::content(&tokenizer.path, cause, "give that one"));
+        }
+        Ok(tokenizer)
     }
 
     /// The token that ends a document.
