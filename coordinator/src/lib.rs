@@ -1,8 +1,8 @@
 //! The head node: decides who trains what, writes down what was trained, and answers people.
 //!
 //! [`machine`] decides and is pure; [`journal`] remembers; [`ledger`] is the hash-chained account of
-//! trained samples and [`audit`] proves it; [`goodput`] accounts for their
-//! time; [`service`] is the gRPC shell around them.
+//! trained samples and [`audit`] proves it; [`goodput`] is the account of time; [`service`] is the
+//! gRPC shell around them.
 
 #![forbid(unsafe_code)]
 

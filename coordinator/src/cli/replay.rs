@@ -1,6 +1,6 @@
 //! `supra replay`: rebuilds the exact batch of a step from ledger, recipe and data, and compares it with what was fed.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde::Serialize;
@@ -196,10 +196,7 @@ pub async fn run(command: Replay) -> Result<Exit, Failure> {
     }
 }
 
-fn offline(
-    state: &std::path::Path,
-    command: &Replay,
-) -> Result<(String, Recipe, Account), Failure> {
+fn offline(state: &Path, command: &Replay) -> Result<(String, Recipe, Account), Failure> {
     let ledger = Offline::open(state, &command.which.run)?;
     let recipe = Recipe::parse(&ledger.run.recipe, &ledger.run.id)
         .map_err(|error| Failure::input(error.to_string()))?;

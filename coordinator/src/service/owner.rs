@@ -6,13 +6,13 @@ use std::time::{Duration, Instant, SystemTime};
 
 use supra_proto::v1::{self, CoordinatorMessage, LogEntry, coordinator_message::Body as Down};
 use tokio::sync::{broadcast, mpsc, watch};
-use tokio::task::{JoinHandle, JoinSet};
+use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval};
 
 use super::ServiceError;
 use super::accounts::Accounts;
 use super::handle::{Ask, Handle};
-use super::receipt::Receipt;
+use super::receipt::Receipts;
 use super::speed::Speed;
 use crate::journal::{Journal, JournalError};
 use crate::ledger::Body;
@@ -66,16 +66,13 @@ pub(super) struct Owner {
     started: Instant,
     /// The wall clock when it started, milliseconds since the Unix epoch.
     started_unix_ms: u64,
-    build: String,
     links: BTreeMap<Conn, Link>,
     next_conn: Conn,
     /// Events that carrying out actions brought up.
     aftermath: VecDeque<Event>,
     speeds: BTreeMap<RunNumber, Speed>,
     accounts: Accounts,
-    /// Runs that have ended, whose receipts are to be written, and receipts that are being written.
-    over: Vec<RunNumber>,
-    receipts: JoinSet<()>,
+    receipts: Receipts,
     changed: watch::Sender<u64>,
     logs: broadcast::Sender<(RunNumber, LogEntry)>,
     events: mpsc::WeakSender<Ask>,
@@ -122,14 +119,12 @@ impl Owner {
             telemetry,
             started,
             started_unix_ms: now.unix_ms,
-            build,
             links: BTreeMap::new(),
             next_conn: 1,
             aftermath: VecDeque::new(),
             speeds,
             accounts,
-            over: Vec::new(),
-            receipts: JoinSet::new(),
+            receipts: Receipts::new(build),
             changed,
             logs,
             events: asks.downgrade(),
@@ -157,14 +152,13 @@ impl Owner {
                     self.journal.check()?;
                     self.happen(Event::Tick).await?;
                     self.accounts.note(&self.telemetry, self.unix_ms());
-                    while self.receipts.try_join_next().is_some() {}
                 }
             }
         }
         self.journal.sync().await?;
         self.accounts.note(&self.telemetry, self.unix_ms());
         self.telemetry.written().await;
-        while self.receipts.join_next().await.is_some() {}
+        self.receipts.written().await;
         Ok(Ending {
             stopped_a_run: self.stopped_a_run,
         })
@@ -270,7 +264,7 @@ impl Owner {
             }
         }
         self.write_down(&mut facts).await?;
-        self.hand_out_receipts();
+        self.receipts.hand_out(self.machine.state(), &self.accounts);
         self.changed.send_modify(|version| *version += 1);
         Ok(())
     }
@@ -299,7 +293,7 @@ impl Owner {
             }
             Fact::Formed { run, .. } => self.speeds.entry(*run).or_default().pause(),
             Fact::StopAsked { .. } => self.stopped_a_run = true,
-            Fact::Ended { run, .. } => self.over.push(*run),
+            Fact::Ended { run, .. } => self.receipts.owe(*run),
             _ => {}
         }
     }
@@ -359,22 +353,6 @@ impl Owner {
                 }
             }
         });
-    }
-
-    /// Writes the receipts of runs that have just ended, in the background: their folder may be on a slow disk.
-    fn hand_out_receipts(&mut self) {
-        for number in std::mem::take(&mut self.over) {
-            let Some(run) = self.machine.state().run(number) else {
-                continue;
-            };
-            let receipt = Receipt::new(run, self.accounts.of(number), &self.build);
-            let root = run.checkpoint_root.clone();
-            self.receipts.spawn_blocking(move || {
-                if let Err(error) = receipt.write(&root) {
-                    tracing::warn!("cannot write a receipt to {}: {error}", root.display());
-                }
-            });
-        }
     }
 
     /// The wall clock as it was at the start, and the time since: durations do not step with it.

@@ -9,10 +9,12 @@ use std::path::Path;
 
 use serde::Serialize;
 use supra_proto::v1;
+use tokio::task::JoinSet;
 
+use super::accounts::Accounts;
 use crate::goodput::{Account, Goodput, Incident};
 use crate::ledger::hex;
-use crate::machine::{Run, RunPhase};
+use crate::machine::{Run, RunNumber, RunPhase, State};
 
 /// Version of the receipt's form: grows when a field changes its meaning or goes.
 const FORMAT: u32 = 1;
@@ -21,7 +23,7 @@ const FILE: &str = "receipt.json";
 
 /// The receipt of a run.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub(super) struct Receipt {
+struct Receipt {
     format: u32,
     run: String,
     name: String,
@@ -71,7 +73,7 @@ struct Checkpoint {
 
 impl Receipt {
     /// The receipt of a run that has ended.
-    pub fn new(run: &Run, account: Option<&Account>, build: &str) -> Receipt {
+    fn new(run: &Run, account: Option<&Account>, build: &str) -> Receipt {
         let goodput = account.map(|account| v1::Goodput::from(account.parts(run.ended_unix_ms)));
         let (incident_count, incidents) = account.map_or((0, Vec::new()), |account| {
             let (count, newest) = account.incidents();
@@ -112,7 +114,7 @@ impl Receipt {
     ///
     /// # Errors
     /// The disk's.
-    pub fn write(&self, root: &Path) -> io::Result<()> {
+    fn write(&self, root: &Path) -> io::Result<()> {
         fs::create_dir_all(root)?;
         let pending = root.join(format!("{FILE}.pending"));
         let mut file = File::create(&pending)?;
@@ -120,5 +122,51 @@ impl Receipt {
         file.write_all(b"\n")?;
         file.sync_all()?;
         fs::rename(pending, root.join(FILE))
+    }
+}
+
+/// The receipts that a coordinator writes.
+#[derive(Debug)]
+pub(super) struct Receipts {
+    build: String,
+    /// Runs that have ended.
+    owed: Vec<RunNumber>,
+    writing: JoinSet<()>,
+}
+
+impl Receipts {
+    pub fn new(build: String) -> Receipts {
+        Receipts {
+            build,
+            owed: Vec::new(),
+            writing: JoinSet::new(),
+        }
+    }
+
+    /// A run has ended.
+    pub fn owe(&mut self, run: RunNumber) {
+        self.owed.push(run);
+    }
+
+    /// Writes what is owed, in the background: the folder may be on a slow disk.
+    pub fn hand_out(&mut self, state: &State, accounts: &Accounts) {
+        while self.writing.try_join_next().is_some() {}
+        for number in std::mem::take(&mut self.owed) {
+            let Some(run) = state.run(number) else {
+                continue;
+            };
+            let receipt = Receipt::new(run, accounts.of(number), &self.build);
+            let root = run.checkpoint_root.clone();
+            self.writing.spawn_blocking(move || {
+                if let Err(error) = receipt.write(&root) {
+                    tracing::warn!("cannot write a receipt to {}: {error}", root.display());
+                }
+            });
+        }
+    }
+
+    /// Ready when none is being written any more.
+    pub async fn written(&mut self) {
+        while self.writing.join_next().await.is_some() {}
     }
 }
