@@ -59,10 +59,8 @@ fn a_run_ends_exactly_on_its_budget_and_its_audit_agrees() -> Result<()> {
     let status = cluster.supra_json(&["status", &id])?;
     assert_eq!(status["state"], "finished");
     assert_eq!(status["tokens"], recipe.tokens());
-    let receipt = fs::read(cluster.last_checkpoint(&id)?.with_file_name("receipt.json"))
-        ?;
-    let receipt: serde_json::Value =
-        serde_json::from_slice(&receipt)?;
+    let receipt = fs::read(cluster.last_checkpoint(&id)?.with_file_name("receipt.json"))?;
+    let receipt: serde_json::Value = serde_json::from_slice(&receipt)?;
     assert_eq!(receipt["goodput"], status["goodput"]);
     assert_eq!(receipt["ledger_head"], offline["head"]);
     let runs = cluster.supra_json(&["runs"])?;
