@@ -8,6 +8,7 @@ pub mod kills;
 pub mod plot;
 pub mod precision;
 pub mod recovery;
+pub mod scale;
 pub mod step;
 pub mod uptrain;
 pub mod worlds;

@@ -12,7 +12,7 @@ use supra_tests::campaigns::kills::{self, Kills};
 use supra_tests::campaigns::precision::{self, Precision};
 use supra_tests::campaigns::recovery::{self, Recovery};
 use supra_tests::campaigns::uptrain::{self, Uptrain};
-use supra_tests::campaigns::{components, feed, step, worlds};
+use supra_tests::campaigns::{components, feed, scale, step, worlds};
 use supra_tests::failure::Result;
 use supra_tests::models::quickstart;
 use supra_tests::programs::repository;
@@ -55,6 +55,8 @@ enum Campaign {
     Curves,
     /// Tokens per second that one thread reads in the order of a run, from parquet and from the packed store.
     Feed,
+    /// One coordinator with 10 to 10,000 simulated workers: latency, memory, and how fast a death is told.
+    Scale,
     /// World sizes 1, 2 and 4 give the same losses.
     Worlds,
     /// Speed of the training step of a 7B model beside PyTorch's; needs an NVIDIA GPU and the peer's Python packages.
@@ -69,6 +71,16 @@ enum Campaign {
     Precision,
     /// How long it takes from kill -9 of a worker to training again; with --device cuda between ranks of NCCL.
     Recovery,
+}
+
+impl Campaign {
+    /// Name of what it writes.
+    fn page<'a>(&self, name: &'a str) -> &'a str {
+        match self {
+            Campaign::Scale => "coordinator-scale",
+            _ => name,
+        }
+    }
 }
 
 fn main() -> ExitCode {
@@ -88,7 +100,10 @@ fn prove(arguments: &Arguments) -> Result<()> {
         .campaign
         .to_possible_value()
         .map_or_else(String::new, |value| value.get_name().to_owned());
-    let report = Report::begin(&name, &format!("scripts/prove {name}"))?;
+    let report = Report::begin(
+        arguments.campaign.page(&name),
+        &format!("scripts/prove {name}"),
+    )?;
     let benchmarks = repository().join("docs/benchmarks");
     let plot = if arguments.quick {
         scratch.path()
@@ -111,6 +126,10 @@ fn prove(arguments: &Arguments) -> Result<()> {
         Campaign::Feed => (
             feed::ABOUT,
             feed::run(&programs, scratch.path(), arguments.quick)?,
+        ),
+        Campaign::Scale => (
+            scale::ABOUT,
+            scale::run(&programs, scratch.path(), arguments.quick)?,
         ),
         Campaign::Step => (
             step::ABOUT,
