@@ -168,6 +168,16 @@ pub enum Event {
     Tick,
 }
 
+impl Event {
+    /// It is noted and changes no decision: a heartbeat or a line of a log.
+    fn is_chatter(&self) -> bool {
+        let Event::Message { message, .. } = self else {
+            return false;
+        };
+        matches!(message.body, Some(Up::Heartbeat(_) | Up::Log(_)))
+    }
+}
+
 /// What is to be done, in order.
 #[derive(Clone, Debug)]
 pub enum Action {
@@ -280,6 +290,7 @@ impl Machine {
             now,
             ..moment.clone()
         };
+        let chatter = event.is_chatter();
         match event {
             Event::Hello { conn, peer, hello } => self.attach(conn, peer, hello),
             Event::Message { conn, message } => self.message(conn, message),
@@ -292,7 +303,10 @@ impl Machine {
             Event::Deleted { run, path } => self.deleted(run, path),
             Event::Tick => self.tick(),
         }
-        self.advance();
+        // Nothing follows from it, and there is much of it: one per second from each of thousands of workers.
+        if !chatter {
+            self.advance();
+        }
         Ok(std::mem::take(&mut self.out))
     }
 

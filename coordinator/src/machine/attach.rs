@@ -1,5 +1,6 @@
 //! Workers that come and go.
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use supra_proto::v1::{Hello, Refusal, Welcome, coordinator_message::Body as Down};
@@ -223,15 +224,15 @@ impl Machine {
 
     /// Whether the first run in the queue gets its generation now, of how many workers, or why not.
     pub(super) fn muster(&self, run: &Run) -> Result<u32, String> {
-        let attached = |name: &String| {
-            self.workers
-                .values()
-                .any(|worker| worker.hello.name == *name)
-        };
+        let attached: HashSet<&String> = self
+            .workers
+            .values()
+            .map(|worker| &worker.hello.name)
+            .collect();
         let missing: Vec<String> = run
             .members
             .iter()
-            .filter(|name| !attached(name) && !self.is_aside(name))
+            .filter(|name| !attached.contains(name) && !self.is_aside(name))
             .cloned()
             .collect();
         let now = self.moment.now;

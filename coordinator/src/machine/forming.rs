@@ -128,9 +128,12 @@ impl Machine {
             .iter()
             .map(|chosen| chosen.data_address.clone())
             .collect();
+        let ranks = chosen.iter().enumerate();
+        let ranks = ranks.map(|(rank, chosen)| (chosen.conn, rank)).collect();
         self.generation = Some(Generation {
             run: number,
             number: generation,
+            ranks,
             members: self.members(chosen),
             stage: Stage::Forming,
             from_step,

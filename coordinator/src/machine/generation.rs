@@ -21,6 +21,8 @@ pub(crate) struct Generation {
     pub number: u64,
     /// In rank order.
     pub members: Vec<Member>,
+    /// Rank by stream: every message asks for it.
+    pub ranks: BTreeMap<Conn, usize>,
     pub stage: Stage,
     /// Step that it starts from.
     pub from_step: u64,
@@ -32,8 +34,8 @@ pub(crate) struct Generation {
     pub whole: bool,
     /// Why its members were asked to regroup, once they were.
     pub regroup: Option<String>,
-    /// Reports on steps that not all ranks have reported yet: one place per rank.
-    pub reports: BTreeMap<u64, Vec<Option<StepReport>>>,
+    /// Reports on steps that not all ranks have reported yet, by rank.
+    pub reports: BTreeMap<u64, BTreeMap<usize, StepReport>>,
     /// Step whose checkpoint rank 0 has begun, while it waits for the ledger's head.
     pub begun: Option<u64>,
     /// A checkpoint of a step that is not applied yet.
@@ -73,7 +75,7 @@ impl Member {
 impl Generation {
     /// Rank of the worker on this stream.
     pub fn rank(&self, conn: Conn) -> Option<usize> {
-        self.members.iter().position(|member| member.conn == conn)
+        self.ranks.get(&conn).copied()
     }
 
     /// It is over.
@@ -103,22 +105,21 @@ impl Generation {
 
     /// Notes a report; a repeat changes nothing.
     pub fn note(&mut self, rank: usize, report: StepReport) {
-        let world = self.members.len();
-        let reports = self
-            .reports
-            .entry(report.step)
-            .or_insert_with(|| vec![None; world]);
-        reports[rank].get_or_insert(report);
+        let reports = self.reports.entry(report.step).or_default();
+        reports.entry(rank).or_insert(report);
     }
 
     /// The reports on `step` that there are.
     pub fn reported(&self, step: u64) -> Vec<Said<'_, StepReport>> {
         let reports = self.reports.get(&step).into_iter().flatten();
-        let members = self.members.iter().enumerate().zip(reports);
-        members
-            .filter_map(|((rank, member), report)| {
-                Some((rank, member.name.as_str(), report.as_ref()?))
-            })
+        reports
+            .map(|(rank, report)| (*rank, self.members[*rank].name.as_str(), report))
             .collect()
+    }
+
+    /// All ranks have reported `step`. Every report asks: their number says it without looking at each.
+    pub fn complete(&self, step: u64) -> bool {
+        let reports = self.reports.get(&step);
+        reports.is_some_and(|reports| reports.len() == self.members.len())
     }
 }

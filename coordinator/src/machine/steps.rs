@@ -93,7 +93,7 @@ impl Machine {
             .filter(|generation| generation.stage == Stage::Training)?;
         let plan = generation.plan.as_ref()?;
         let step = self.state.run(number)?.step + 1;
-        if generation.reported(step).len() < generation.members.len() {
+        if !generation.complete(step) {
             return None;
         }
         Some((step, generation.account(step, plan).transpose()?))

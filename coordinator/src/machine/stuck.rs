@@ -200,7 +200,7 @@ fn progress(generation: &Generation, rank: usize, worker: &Worker) -> u64 {
         .reports
         .iter()
         .rev()
-        .find(|(_, reports)| reports[rank].is_some())
+        .find(|(_, reports)| reports.contains_key(&rank))
         .map_or(0, |(step, _)| 2 * step);
     let said = match worker.phase {
         Phase::Training => (2 * worker.step).saturating_sub(1),
