@@ -1,13 +1,14 @@
 //! Simulated workers: on the wire they attach, form, report and leave as real ones do, and they compute nothing.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use supra_proto::BUILD;
 use supra_proto::v1::workers_client::WorkersClient;
 use supra_proto::v1::{
     Assignment, CheckpointBegun, CoordinatorMessage, Formed, Heartbeat, Hello, Left, LeftReason,
-    Phase, StepReport, WorkerMessage, coordinator_message::Body as Down, worker_message::Body as Up,
+    Phase, StepReport, WorkerMessage, coordinator_message::Body as Down,
+    worker_message::Body as Up,
 };
 use supra_recipes::plan::{self, Plan};
 use supra_recipes::schema::Recipe;
@@ -101,6 +102,13 @@ impl Crowd {
         )
     }
 
+    /// Waits until this step, or a later one, is reported, and says which.
+    pub fn wait_step(&self, step: u64, limit: Duration) -> Result<u64> {
+        self.wait("the next step", limit, |told| {
+            (told.step >= step).then_some(told.step)
+        })
+    }
+
     /// From the last rank's report on a step to the answer that says that it is applied, for the steps since the last call.
     pub fn take_answers(&self) -> Vec<Duration> {
         std::mem::take(&mut self.hall.lock().answers)
@@ -111,12 +119,7 @@ impl Crowd {
         self.hall.lock().step
     }
 
-    fn wait<T>(
-        &self,
-        what: &str,
-        limit: Duration,
-        look: impl Fn(&Told) -> Option<T>,
-    ) -> Result<T> {
+    fn wait<T>(&self, what: &str, limit: Duration, look: impl Fn(&Told) -> Option<T>) -> Result<T> {
         let deadline = Instant::now() + limit;
         loop {
             {
@@ -173,6 +176,9 @@ pub async fn connect(url: &str) -> Result<Channel> {
     Ok(endpoint.connect().await?)
 }
 
+/// Takes a millisecond or two, and is the same for all.
+static PROBE: LazyLock<[u8; 32]> = LazyLock::new(plan::probe);
+
 /// A hello that is let in.
 pub fn hello(name: &str) -> Hello {
     Hello {
@@ -180,7 +186,7 @@ pub fn hello(name: &str) -> Hello {
         name: name.to_owned(),
         build: BUILD.to_owned(),
         plan_version: plan::VERSION,
-        plan_probe: plan::probe().to_vec(),
+        plan_probe: PROBE.to_vec(),
         device: "cpu".to_owned(),
         data_address: "127.0.0.1:1".to_owned(),
         ..Hello::default()
