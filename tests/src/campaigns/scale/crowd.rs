@@ -78,11 +78,12 @@ impl Crowd {
 
     /// Drops the stream of a worker, as the death of its process does.
     pub fn kill(&mut self, seat: usize) -> Instant {
+        // Nobody hears of the death before it is noted, and the stream's task does not see its own end.
         let mut told = self.hall.lock();
-        (told.voided, told.formed) = (0, 0);
-        told.seats[seat] = Seat::default();
         let killed = Instant::now();
         self.streams[seat].abort();
+        (told.voided, told.formed) = (0, 0);
+        told.seats[seat] = Seat::default();
         killed
     }
 
