@@ -9,6 +9,7 @@ pub mod plot;
 pub mod precision;
 pub mod recovery;
 pub mod scale;
+pub mod simulation;
 pub mod step;
 pub mod uptrain;
 pub mod worlds;

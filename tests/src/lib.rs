@@ -13,6 +13,7 @@ pub mod models;
 pub mod process;
 pub mod programs;
 pub mod report;
+pub mod simulation;
 pub mod weights;
 
 pub use cluster::{Cluster, Device};

@@ -5,6 +5,7 @@ use std::time::Duration;
 use supra_tests::campaigns::big::Big;
 use supra_tests::campaigns::kills::Kills;
 use supra_tests::campaigns::precision::Precision;
+use supra_tests::campaigns::simulation::Simulation;
 use supra_tests::campaigns::uptrain::Uptrain;
 use supra_tests::campaigns::{curves::Curves, worlds};
 use supra_tests::models::quickstart;
@@ -74,4 +75,11 @@ fn bf16_learns_like_fp32() -> Result<()> {
         device: Device::Cpu,
     };
     precision.run(&Programs::find()?, scratch.path()).map(drop)
+}
+
+#[test]
+fn simulated_faults_lose_and_repeat_no_sample_and_every_mutant_is_found() -> Result<()> {
+    let rows = Simulation::SMALL.run()?;
+    assert!(!rows.is_empty());
+    Ok(())
 }

@@ -11,6 +11,7 @@ use supra_tests::campaigns::curves::{self, Curves};
 use supra_tests::campaigns::kills::{self, Kills};
 use supra_tests::campaigns::precision::{self, Precision};
 use supra_tests::campaigns::recovery::{self, Recovery};
+use supra_tests::campaigns::simulation::{self, Simulation};
 use supra_tests::campaigns::uptrain::{self, Uptrain};
 use supra_tests::campaigns::{components, feed, scale, step, worlds};
 use supra_tests::failure::Result;
@@ -34,6 +35,9 @@ struct Arguments {
     /// Folder with text (parquet, column `content`) that uptrain takes in place of the quickstart's.
     #[arg(long, value_name = "DIR")]
     text: Option<PathBuf>,
+    /// Simulate only this seed, and print what happens in it.
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
 }
 
 impl Arguments {
@@ -67,6 +71,8 @@ enum Campaign {
     Big,
     /// A model of 30 M parameters is pretrained and uptrained, by one rank and by two; needs an NVIDIA GPU.
     Uptrain,
+    /// The coordinator's and the workers' state machines in simulated time, with everything going wrong.
+    Simulation,
     /// bf16 on a GPU learns like fp32 on the processor; needs an NVIDIA GPU.
     Precision,
     /// How long it takes from kill -9 of a worker to training again; with --device cuda between ranks of NCCL.
@@ -94,6 +100,9 @@ fn main() -> ExitCode {
 }
 
 fn prove(arguments: &Arguments) -> Result<()> {
+    if let (Campaign::Simulation, Some(seed)) = (arguments.campaign, arguments.seed) {
+        return simulation::replay(seed, |line| println!("{line}"));
+    }
     let programs = Programs::find()?;
     let scratch = tempfile::tempdir()?;
     let name = arguments
@@ -155,6 +164,14 @@ fn prove(arguments: &Arguments) -> Result<()> {
                 text: arguments.text.clone().unwrap_or_else(|| quickstart("text")),
             };
             (uptrain::ABOUT, uptrain.run(&programs, scratch.path())?)
+        }
+        Campaign::Simulation => {
+            let simulation = if arguments.quick {
+                Simulation::QUICK
+            } else {
+                Simulation::WHOLE
+            };
+            (simulation::ABOUT, simulation.run()?)
         }
         Campaign::Precision => {
             let precision = Precision {

@@ -1,0 +1,412 @@
+//! The simulated training loop: what a rank does between its start and its return, and the ring that keeps the ranks of a
+//! generation in step.
+
+use rand::RngExt;
+use supra_agent::link::{Report, Tagged};
+use supra_agent::session::Input;
+use supra_agent::{Outcome, Place};
+use supra_proto::v1::{CheckpointWritten, FaultKind, Phase as Said};
+
+use super::World;
+use super::disk::Saved;
+use super::fault::Phase;
+use super::ground::{Model, ground};
+use super::held::{Memory, Start};
+use super::queue::{Event, MS, SECOND, Time};
+
+/// How long ranks look for each other.
+const CONNECT: Time = 60 * SECOND;
+
+/// What the training loop comes to.
+#[derive(Clone, Debug)]
+pub(super) enum Work {
+    Begin,
+    /// Not all ranks have come.
+    Impatient,
+    Loaded,
+    /// The forward and backward pass of a step is done.
+    Computed(u64),
+    /// All ranks have come to where this one waits. What they agreed on there.
+    Passed { stop: bool, skipped: bool },
+    /// The ring says that a rank is gone.
+    RingBroke,
+    ToldHead(u64, [u8; 32]),
+    Saved,
+    ToldPublished(u64),
+    /// Something breaks.
+    Breaks(FaultKind),
+    Aborted,
+}
+
+/// Where a rank is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    Connecting,
+    Loading,
+    Computing,
+    /// Its gradients are on the ring.
+    Reducing,
+    /// Waits for the ledger's head.
+    AwaitingHead,
+    Saving { head: [u8; 32] },
+    AwaitingPublished,
+    /// Waits for rank 0's checkpoint.
+    AwaitingRelease,
+    Aborting,
+}
+
+/// A place in a generation, being worked on.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub number: u64,
+    pub place: Place,
+    pub stage: Stage,
+    pub stop: bool,
+    pub model: Model,
+    /// The ranks agreed to stop here.
+    stopping: bool,
+    start: Option<Start>,
+}
+
+impl Job {
+    pub fn new(number: u64, place: Place, start: Option<Start>) -> Job {
+        let stop = place.stop;
+        Job {
+            number,
+            place,
+            stage: Stage::Connecting,
+            stop,
+            model: Model::default(),
+            stopping: false,
+            start,
+        }
+    }
+
+    pub fn phase(&self) -> Phase {
+        match self.stage {
+            Stage::Connecting => Phase::Forming,
+            Stage::Loading => Phase::Loading,
+            Stage::Computing | Stage::Reducing => Phase::Training,
+            Stage::AwaitingHead
+            | Stage::Saving { .. }
+            | Stage::AwaitingPublished
+            | Stage::AwaitingRelease => Phase::Checkpointing,
+            Stage::Aborting => Phase::Leaving,
+        }
+    }
+
+    fn key(&self) -> (String, u64) {
+        (self.place.run.clone(), self.place.generation)
+    }
+}
+
+/// The ranks of a generation that have found each other so far.
+#[derive(Debug, Default)]
+pub(super) struct Ring {
+    members: Vec<Option<usize>>,
+    arrived: Vec<bool>,
+    stop: bool,
+    broken: bool,
+    /// State that a holder gives to the others.
+    held: Option<Model>,
+}
+
+impl World {
+    /// Lets the training loop of a worker get on after a while.
+    pub(super) fn work(&mut self, worker: usize, after: Time, work: Work) {
+        let Some(job) = &self.workers[worker].job else {
+            return;
+        };
+        let (epoch, job) = (self.workers[worker].epoch, job.number);
+        self.queue.push(
+            self.now + after,
+            Event::Work {
+                worker,
+                epoch,
+                job,
+                work,
+            },
+        );
+    }
+
+    fn report(&mut self, worker: usize, report: Report) {
+        let Some(job) = &self.workers[worker].job else {
+            return;
+        };
+        let tagged = Tagged {
+            job: job.number,
+            report,
+        };
+        self.input(worker, Input::Report(tagged));
+    }
+
+    pub(super) fn works(&mut self, worker: usize, epoch: u32, number: u64, work: Work) {
+        let stalled = self.workers[worker].ring_stalled_until;
+        let Some(job) = &self.workers[worker].job else {
+            return;
+        };
+        if self.workers[worker].epoch != epoch || job.number != number {
+            return;
+        }
+        let stage = job.stage;
+        match (stage, work) {
+            (Stage::Aborting, Work::Aborted) => self.done(worker, Outcome::Voided),
+            (Stage::Aborting, _) => {}
+            (_, Work::Begin | Work::Computed(_)) if stalled > self.now => {
+                let work = match stage {
+                    Stage::Connecting => Work::Begin,
+                    _ => Work::Computed(job.model.step + 1),
+                };
+                self.work(worker, stalled - self.now, work);
+            }
+            (Stage::Connecting, Work::Begin) => {
+                self.report(worker, Report::Phase(Said::Forming, 0));
+                self.work(worker, CONNECT, Work::Impatient);
+                self.join_ring(worker);
+            }
+            (Stage::Connecting, Work::Impatient) => {
+                self.breaks(worker, FaultKind::Transient, "a neighbour did not come");
+            }
+            (Stage::Loading, Work::Loaded) => self.loaded(worker),
+            (Stage::Computing, Work::Computed(_)) => {
+                self.enter(worker, Stage::Reducing);
+                self.arrive(worker);
+            }
+            (_, Work::Passed { stop, skipped }) => self.passed(worker, stop, skipped),
+            (_, Work::RingBroke) => self.breaks(worker, FaultKind::Transient, "a peer vanished"),
+            (Stage::AwaitingHead, Work::ToldHead(step, head)) if step == job.model.step => {
+                self.enter(worker, Stage::Saving { head });
+                let after = self.random.random_range(20 * MS..800 * MS);
+                self.work(worker, after, Work::Saved);
+            }
+            (Stage::Saving { head }, Work::Saved) => self.saved(worker, head),
+            (Stage::AwaitingPublished, Work::ToldPublished(step)) if step >= job.model.step => {
+                self.enter(worker, Stage::AwaitingRelease);
+                self.arrive(worker);
+            }
+            (_, Work::Breaks(kind)) => self.breaks(worker, kind, "the disk is full"),
+            _ => {}
+        }
+    }
+
+    fn enter(&mut self, worker: usize, stage: Stage) {
+        if let Some(job) = &mut self.workers[worker].job {
+            job.stage = stage;
+        }
+    }
+
+    fn breaks(&mut self, worker: usize, kind: FaultKind, message: &str) {
+        let message = message.to_owned();
+        self.done(worker, Outcome::Fault { kind, message });
+    }
+
+    /// The training loop is back; what it holds stays in memory.
+    fn done(&mut self, worker: usize, outcome: Outcome) {
+        let orderly = matches!(outcome, Outcome::Finished | Outcome::Stopped);
+        self.leave_ring(worker, orderly);
+        let Some(job) = self.workers[worker].job.take() else {
+            return;
+        };
+        // State that was not loaded is none.
+        self.workers[worker].memory = (job.model != Model::default()).then(|| Memory {
+            run: job.place.run.clone(),
+            generation: job.place.generation,
+            model: job.model,
+        });
+        let tagged = Tagged {
+            job: job.number,
+            report: Report::Done(outcome),
+        };
+        self.input(worker, Input::Report(tagged));
+    }
+
+    fn join_ring(&mut self, worker: usize) {
+        let Some(job) = &self.workers[worker].job else {
+            return;
+        };
+        let (world, rank) = (job.place.world as usize, job.place.rank as usize);
+        let ring = self.rings.entry(job.key()).or_insert_with(|| Ring {
+            members: vec![None; world],
+            arrived: vec![false; world],
+            ..Ring::default()
+        });
+        ring.members[rank] = Some(worker);
+        if ring.broken {
+            return self.work(worker, 100 * MS, Work::RingBroke);
+        }
+        self.arrive(worker);
+    }
+
+    /// A rank waits for the others; the last one frees all.
+    fn arrive(&mut self, worker: usize) {
+        let Some(job) = &self.workers[worker].job else {
+            return;
+        };
+        let reducing = job.stage == Stage::Reducing;
+        let step = job.model.step + 1;
+        let key = job.key();
+        let Some(ring) = self.rings.get_mut(&key) else {
+            return;
+        };
+        ring.arrived[job.place.rank as usize] = true;
+        ring.stop |= reducing && job.stop;
+        if ring.broken || ring.arrived.contains(&false) {
+            return;
+        }
+        ring.arrived.fill(false);
+        let stop = std::mem::take(&mut ring.stop);
+        let members: Vec<usize> = ring.members.iter().flatten().copied().collect();
+        let skipped = reducing && std::mem::take(&mut self.nonfinite);
+        if reducing {
+            self.watch.trained(&key.0, key.1, step, members.len());
+        }
+        for member in members {
+            let after = self.random.random_range(MS..15 * MS);
+            self.work(member, after, Work::Passed { stop, skipped });
+        }
+    }
+
+    /// A rank is gone. Unless it has left in order, the others learn of it, or hang.
+    pub(super) fn leave_ring(&mut self, worker: usize, orderly: bool) {
+        let Some(job) = &self.workers[worker].job else {
+            return;
+        };
+        let (key, rank) = (job.key(), job.place.rank as usize);
+        let Some(ring) = self.rings.get_mut(&key) else {
+            return;
+        };
+        if ring.members[rank].take().is_none() || orderly || ring.broken {
+            return;
+        }
+        ring.broken = true;
+        let members: Vec<usize> = ring.members.iter().flatten().copied().collect();
+        for member in members {
+            if self.random.random_bool(0.7) {
+                let after = self.random.random_range(MS..900 * MS);
+                self.work(member, after, Work::RingBroke);
+            }
+        }
+    }
+
+    fn passed(&mut self, worker: usize, stop: bool, skipped: bool) {
+        let Some(job) = &mut self.workers[worker].job else {
+            return;
+        };
+        match job.stage {
+            Stage::Connecting => {
+                job.stage = Stage::Loading;
+                if job.start.as_ref().is_some_and(|start| start.holder) {
+                    self.offer(worker);
+                }
+                self.report(worker, Report::Phase(Said::Loading, 0));
+                let after = self.random.random_range(50 * MS..700 * MS);
+                self.work(worker, after, Work::Loaded);
+            }
+            Stage::Reducing => {
+                job.model = job.model.trained(job.place.generation);
+                job.stopping = stop;
+                let (rank, world) = (job.place.rank, job.place.world);
+                let model = job.model;
+                let report = ground().report(&model, rank, world, skipped);
+                self.report(worker, Report::Step(report));
+                self.after_step(worker, model.step, stop, rank);
+            }
+            Stage::AwaitingRelease => {
+                let step = job.model.step;
+                if step == ground().plan.steps {
+                    self.done(worker, Outcome::Finished);
+                } else if job.stopping {
+                    self.done(worker, Outcome::Stopped);
+                } else {
+                    self.next_step(worker);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn after_step(&mut self, worker: usize, step: u64, stop: bool, rank: u32) {
+        if !ground().plan.checkpoint_due(step) && !stop {
+            return self.next_step(worker);
+        }
+        self.report(worker, Report::Phase(Said::Checkpointing, step));
+        if rank == 0 {
+            self.enter(worker, Stage::AwaitingHead);
+            self.report(worker, Report::CheckpointBegun(step));
+        } else {
+            self.enter(worker, Stage::AwaitingRelease);
+            self.arrive(worker);
+        }
+    }
+
+    fn next_step(&mut self, worker: usize) {
+        let Some(job) = &mut self.workers[worker].job else {
+            return;
+        };
+        job.stage = Stage::Computing;
+        let step = job.model.step + 1;
+        self.report(worker, Report::Phase(Said::Training, step));
+        let after = self.random.random_range(150 * MS..450 * MS);
+        self.work(worker, after, Work::Computed(step));
+    }
+
+    /// A holder gives its state to the ring.
+    fn offer(&mut self, worker: usize) {
+        let Some(job) = &self.workers[worker].job else {
+            return;
+        };
+        let memory = self.workers[worker].memory.as_ref();
+        let held = memory
+            .filter(|memory| {
+                job.start
+                    .as_ref()
+                    .is_some_and(|start| memory.is(&start.state))
+            })
+            .map(|memory| memory.model);
+        if let Some(ring) = self.rings.get_mut(&job.key()) {
+            ring.held = ring.held.or(held);
+        }
+    }
+
+    fn loaded(&mut self, worker: usize) {
+        let Some(job) = &self.workers[worker].job else {
+            return;
+        };
+        let model = match (&job.start, &job.place.restore) {
+            (Some(_), _) => self.rings.get(&job.key()).and_then(|ring| ring.held),
+            (None, Some(restore)) => self
+                .checkpoints
+                .read(&job.place.run, &restore.relative, restore.manifest_hash)
+                .map(|saved| saved.model),
+            (None, None) => Some(Model::default()),
+        };
+        let Some(model) = model else {
+            return self.breaks(worker, FaultKind::Input, "there is nothing to start from");
+        };
+        if let Some(job) = &mut self.workers[worker].job {
+            job.model = model;
+        }
+        self.report(worker, Report::Formed(model.formed()));
+        self.next_step(worker);
+    }
+
+    fn saved(&mut self, worker: usize, head: [u8; 32]) {
+        let Some(job) = &self.workers[worker].job else {
+            return;
+        };
+        let (step, generation) = (job.model.step, job.place.generation);
+        let path = format!("step-{step:08}-gen-{generation}");
+        let saved = Saved::pending(job.model, head);
+        let manifest_hash = saved.manifest_hash;
+        self.checkpoints.write(&job.place.run, &path, saved);
+        self.enter(worker, Stage::AwaitingPublished);
+        let written = CheckpointWritten {
+            step,
+            path,
+            bytes: 100,
+            manifest_hash: manifest_hash.to_vec(),
+            seconds: 0.1,
+        };
+        self.report(worker, Report::CheckpointWritten(written));
+    }
+}

@@ -1,0 +1,144 @@
+//! What all simulated runs train: a small recipe, its plan, and the state that training leads to.
+
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use supra_coordinator::machine::{Identity, Submission, Workers};
+use supra_proto::v1;
+use supra_recipes::plan::{Digest, Plan};
+use supra_recipes::schema::Recipe;
+
+/// 10 tokens per sample, 11 samples per step, 268 samples: 24 steps and a smaller one. A checkpoint every 4 steps.
+pub(super) const RECIPE: &str = "\
+name: simulated
+base: { path: /base }
+data: { train: /data }
+budget: { tokens: 2685 }
+batch: { tokens: 110, micro_batch: 1, sequence_length: 10 }
+optimizer: { warmup: 2 steps }
+checkpoint: { every_tokens: 440, keep: 2 }
+workers: { min: 2, max: 8 }
+replica_check: { every_steps: 3 }
+";
+
+const WINDOWS: u64 = 500;
+const MANIFEST: [u8; 32] = [2; 32];
+
+/// The evaluated recipe.
+pub(super) struct Ground {
+    pub plan: Plan,
+    /// Digest of each sample.
+    digests: Vec<Digest>,
+}
+
+/// The plan that all simulated runs share.
+pub(super) fn ground() -> &'static Ground {
+    static GROUND: OnceLock<Ground> = OnceLock::new();
+    GROUND.get_or_init(|| {
+        let recipe = Recipe::parse(RECIPE, "simulated").expect("invariant: the recipe is right");
+        let plan = Plan::new(&recipe, WINDOWS, MANIFEST)
+            .expect("invariant: the windows suffice for the budget");
+        let sample = |sample: u64| Digest::of_sample(sample, &[plan.window(sample) as u32]);
+        let digests = (0..plan.samples).map(sample).collect();
+        Ground { plan, digests }
+    })
+}
+
+impl Ground {
+    /// Sum of the digests of a range of samples.
+    pub fn digest(&self, samples: std::ops::Range<u64>) -> Digest {
+        let places = samples.start as usize..samples.end as usize;
+        self.digests
+            .get(places)
+            .map_or(Digest::ZERO, |digests| digests.iter().copied().sum())
+    }
+
+    /// What an honest rank reports when it is behind `state`.
+    pub fn report(&self, state: &Model, rank: u32, world: u32, skipped: bool) -> v1::StepReport {
+        let (plan, step) = (&self.plan, state.step);
+        let all = plan.step_samples(step);
+        let mine = plan.rank_samples(step, rank, world);
+        v1::StepReport {
+            step,
+            first_sample: all.start,
+            samples: all.end - all.start,
+            fed_samples: mine.end - mine.start,
+            fed_digest: self.digest(mine).as_bytes().to_vec(),
+            loss_sum: 3.5 * (all.end - all.start) as f64,
+            targets: (all.end - all.start) * plan.sequence_length,
+            grad_norm: 1.0,
+            learning_rate: plan.learning_rate(step),
+            skipped,
+            replica_hash: if plan.replica_check_due(step) {
+                state.hash.to_vec()
+            } else {
+                Vec::new()
+            },
+            seconds: 0.3,
+            data_seconds: 0.01,
+            exposed_comm_ms: 5.0,
+            step_digest: self.digest(all).as_bytes().to_vec(),
+        }
+    }
+}
+
+/// Parameters and moments of a rank, as far as they matter here: which generation trained which step, in a hash.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Model {
+    /// Step that it is behind; 0 = the base.
+    pub step: u64,
+    /// Names its whole lineage.
+    pub hash: [u8; 32],
+}
+
+impl Model {
+    /// The state after `generation` trained one more step.
+    pub fn trained(self, generation: u64) -> Model {
+        let step = self.step + 1;
+        let mut lineage = [0; 48];
+        lineage[..32].copy_from_slice(&self.hash);
+        lineage[32..40].copy_from_slice(&step.to_le_bytes());
+        lineage[40..].copy_from_slice(&generation.to_le_bytes());
+        Model {
+            step,
+            hash: *blake3::hash(&lineage).as_bytes(),
+        }
+    }
+
+    /// What a rank says that has loaded it.
+    pub fn formed(&self) -> v1::Formed {
+        v1::Formed {
+            step: self.step,
+            replica_hash: self.hash.to_vec(),
+            windows: WINDOWS,
+            manifest_hash: MANIFEST.to_vec(),
+        }
+    }
+}
+
+/// What workers have to match.
+pub(super) fn identity() -> Identity {
+    Identity {
+        build: "simulated".into(),
+        plan_version: supra_recipes::plan::VERSION,
+        plan_probe: vec![5; 32],
+    }
+}
+
+/// A run for between `workers.0` and `workers.1` workers.
+pub(super) fn submission(number: usize, workers: (u32, u32)) -> Submission {
+    let plan = &ground().plan;
+    let id = format!("run-{number}");
+    Submission {
+        checkpoint_root: PathBuf::from("/checkpoints").join(&id),
+        id,
+        name: "simulated".into(),
+        recipe: RECIPE.into(),
+        keep: 2,
+        budget_tokens: plan.samples * plan.sequence_length,
+        workers: Workers {
+            min: workers.0,
+            max: workers.1,
+        },
+    }
+}

@@ -1,0 +1,344 @@
+//! The promises, checked after every event, by code that shares nothing with the cores but the ledger's hash.
+
+use std::collections::BTreeMap;
+
+use supra_coordinator::ledger::{self, Body, Record, Step, Tail};
+use supra_coordinator::machine::{Fact, Outcome, RunNumber};
+use supra_proto::v1::coordinator_message::Body as Down;
+
+use super::disk::Checkpoints;
+use super::ground::{Model, ground};
+use super::queue::Time;
+
+/// A run as its journalled facts tell it.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Account {
+    pub id: String,
+    pub records: Vec<Record>,
+    /// Generation of each step that is applied and not void.
+    pub standing: Vec<u64>,
+    tail: Tail,
+    generation: u64,
+    durable: u64,
+    /// Step of the newest journalled checkpoint.
+    recovery: u64,
+    closed: bool,
+    pub outcome: Option<Outcome>,
+}
+
+impl Account {
+    /// The state that the standing steps lead to.
+    pub fn model(&self) -> Model {
+        self.standing
+            .iter()
+            .fold(Model::default(), |model, generation| {
+                model.trained(*generation)
+            })
+    }
+}
+
+/// Run, generation and step.
+type Place = (String, u64, u64);
+
+/// Everything that the promises are about.
+#[derive(Default)]
+pub(super) struct Watch {
+    /// The first broken promise.
+    pub violation: Option<String>,
+    pub accounts: Vec<Account>,
+    live: Option<(RunNumber, u64)>,
+    /// When generations ended.
+    ended: BTreeMap<(String, u64), Time>,
+    /// What was told outlives every crash: keys of assignments, and steps of checkpoints that were to be published.
+    keys: BTreeMap<(String, u64), Vec<u8>>,
+    promised: BTreeMap<String, u64>,
+    /// How many ranks trained a step, and how many have reported it.
+    trained: BTreeMap<Place, usize>,
+    reported: BTreeMap<Place, usize>,
+}
+
+impl Watch {
+    /// Notes that a promise is broken.
+    pub fn broken(&mut self, what: impl Into<String>) {
+        self.violation.get_or_insert(what.into());
+    }
+
+    /// Run and generation that may apply steps.
+    pub fn live(&self) -> Option<(String, u64)> {
+        let (run, generation) = self.live?;
+        Some((self.id(run), generation))
+    }
+
+    pub fn id(&self, run: RunNumber) -> String {
+        self.account(run)
+            .map(|account| account.id.clone())
+            .unwrap_or_default()
+    }
+
+    fn account(&self, run: RunNumber) -> Option<&Account> {
+        self.accounts.get((run as usize).checked_sub(1)?)
+    }
+
+    /// A run waits for its next generation.
+    pub fn mustering(&self) -> bool {
+        self.live.is_none() && self.accounts.iter().any(|account| account.outcome.is_none())
+    }
+
+    /// Runs that are not finished, oldest first.
+    pub fn unfinished(&self) -> impl Iterator<Item = RunNumber> + '_ {
+        (1..)
+            .zip(&self.accounts)
+            .filter(|(_, account)| account.outcome != Some(Outcome::Finished))
+            .map(|(run, _)| run)
+    }
+
+    /// Since when a generation is over; none while it is live.
+    pub fn over_since(&self, run: &str, generation: u64) -> Option<Time> {
+        let live = self
+            .live
+            .is_some_and(|(number, known)| known == generation && self.id(number) == run);
+        let key = (run.to_owned(), generation);
+        (!live).then(|| self.ended.get(&key).copied().unwrap_or(0))
+    }
+
+    /// All ranks of a generation have trained a step.
+    pub fn trained(&mut self, run: &str, generation: u64, step: u64, world: usize) {
+        self.trained
+            .insert((run.to_owned(), generation, step), world);
+    }
+
+    /// A rank has sent its report of a step.
+    pub fn reported(&mut self, run: &str, generation: u64, step: u64) {
+        *self
+            .reported
+            .entry((run.to_owned(), generation, step))
+            .or_default() += 1;
+    }
+
+    /// A fact is handed to the journal.
+    pub fn journalled(&mut self, now: Time, fact: &Fact, checkpoints: &Checkpoints) {
+        if let Err(what) = self.fits(fact, checkpoints) {
+            self.broken(what);
+        }
+        if let Some((run, generation)) = self.live() {
+            self.ended.insert((run, generation), now);
+        }
+        if let Err(what) = self.fold(fact) {
+            self.broken(what);
+        }
+    }
+
+    /// A crash has taken back what was not on the disk.
+    pub fn rewind(&mut self, facts: &[Fact]) {
+        self.accounts.clear();
+        self.live = None;
+        for fact in facts {
+            if let Err(what) = self.fold(fact) {
+                self.broken(what);
+            }
+        }
+        for account in &self.accounts {
+            let promised = self.promised.get(&account.id).copied().unwrap_or(0);
+            if account.recovery < promised {
+                let what = format!(
+                    "{}: a checkpoint of step {promised} was to be published, and a crash took the journal back to step {}",
+                    account.id, account.recovery
+                );
+                return self.broken(what);
+            }
+        }
+    }
+
+    /// What a fact must not contradict beside the journal itself.
+    fn fits(&self, fact: &Fact, checkpoints: &Checkpoints) -> Result<(), String> {
+        let id = self.id(fact.run());
+        let Fact::Recorded { record, .. } = fact else {
+            return Ok(());
+        };
+        match &record.body {
+            Body::Step(step) => {
+                let place = (id.clone(), step.generation, step.step);
+                let world = self.trained.get(&place).copied().unwrap_or(usize::MAX);
+                if self.reported.get(&place).copied().unwrap_or(0) < world {
+                    return Err(format!(
+                        "{id}: step {} of generation {} is applied before all ranks have trained and reported it",
+                        step.step, step.generation
+                    ));
+                }
+                if self.live != Some((fact.run(), step.generation)) {
+                    return Err(format!(
+                        "{id}: generation {} applies step {}, but it is not the one in hand",
+                        step.generation, step.step
+                    ));
+                }
+                Ok(())
+            }
+            Body::Void { after_step, .. } => {
+                let promised = self.promised.get(&id).copied().unwrap_or(0);
+                if *after_step < promised {
+                    return Err(format!(
+                        "{id}: steps after {after_step} are void, but the checkpoint of step {promised} was promised"
+                    ));
+                }
+                Ok(())
+            }
+            Body::Durable { manifest_hash, .. } => checkpoints
+                .published(&id)
+                .any(|(_, saved)| saved.manifest_hash == *manifest_hash)
+                .then_some(())
+                .ok_or(format!("{id}: durable, but no checkpoint is published")),
+            Body::Open(_) | Body::Close { .. } => Ok(()),
+        }
+    }
+
+    /// Applies a fact to the account of its run.
+    fn fold(&mut self, fact: &Fact) -> Result<(), String> {
+        if let Fact::Submitted { id, .. } = fact {
+            self.accounts.push(Account {
+                id: id.clone(),
+                ..Account::default()
+            });
+            return Ok(());
+        }
+        let number = fact.run();
+        let place = (number as usize).wrapping_sub(1);
+        let Some(account) = self.accounts.get_mut(place) else {
+            return Err(format!("a fact of run {number}, which nobody submitted"));
+        };
+        match fact {
+            Fact::Formed { generation, .. } => {
+                if *generation <= account.generation {
+                    return Err(format!("{}: generation {generation} forms again", account.id));
+                }
+                account.generation = *generation;
+                self.live = Some((number, *generation));
+            }
+            Fact::Broke { .. } => self.live = None,
+            Fact::Queued { .. } => account.outcome = None,
+            Fact::Ended { outcome, .. } => {
+                account.outcome = Some(*outcome);
+                self.live = self.live.filter(|(run, _)| *run != number);
+            }
+            Fact::Written { checkpoint, .. } => {
+                if checkpoint.step > account.standing.len() as u64 {
+                    return Err(format!(
+                        "{}: a checkpoint of step {}, which is not applied",
+                        account.id, checkpoint.step
+                    ));
+                }
+                account.recovery = account.recovery.max(checkpoint.step);
+            }
+            Fact::Recorded { record, .. } => return account.record(record),
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// A worker is told something: what stands behind it has to be on the disk by now.
+    pub fn told(&mut self, safe: &[Fact], run: &str, generation: u64, body: &Down) {
+        let on_disk = |is: &dyn Fn(&Fact) -> bool| safe.iter().rev().any(is);
+        let known = match body {
+            Down::Assignment(assignment) => {
+                let key = (run.to_owned(), generation);
+                let before = self
+                    .keys
+                    .entry(key)
+                    .or_insert_with(|| assignment.data_key.clone());
+                if *before != assignment.data_key {
+                    let what = format!("{run}: generation {generation} is assigned a second time");
+                    return self.broken(what);
+                }
+                on_disk(
+                    &|fact| matches!(fact, Fact::Formed { generation: of, .. } if *of == generation),
+                )
+            }
+            Down::Void(_) => on_disk(
+                &|fact| matches!(fact, Fact::Broke { generation: of, .. } if *of == generation),
+            ),
+            Down::Publish(publish) => {
+                let promised = self.promised.entry(run.to_owned()).or_default();
+                *promised = publish.step.max(*promised);
+                on_disk(&|fact| {
+                    matches!(fact, Fact::Written { checkpoint, .. }
+                        if checkpoint.manifest_hash.as_slice() == publish.manifest_hash)
+                })
+            }
+            Down::LedgerHead(head) => self
+                .accounts
+                .iter()
+                .any(|account| account.id == run && account.tail.head.as_slice() == head.hash),
+            _ => true,
+        };
+        if !known {
+            let kind = super::kind_of_down(body);
+            self.broken(format!(
+                "{run}: a worker of generation {generation} was told {kind} before it was on the disk"
+            ));
+        }
+    }
+}
+
+impl Account {
+    /// Puts a record at the end of the ledger, if it belongs there.
+    fn record(&mut self, record: &Record) -> Result<(), String> {
+        let id = &self.id;
+        let fits = record.index == self.tail.length
+            && record.previous == self.tail.head
+            && record.hash == ledger::hash(&record.previous, record.index, &record.body);
+        if !fits {
+            return Err(format!("{id}: record {} breaks the chain", record.index));
+        }
+        if self.closed {
+            return Err(format!("{id}: a record after the close"));
+        }
+        self.tail.advance(record);
+        self.records.push(record.clone());
+        let standing = self.standing.len() as u64;
+        let plan = &ground().plan;
+        match &record.body {
+            Body::Open(_) => Ok(()),
+            Body::Step(step) => self.step(step),
+            Body::Void { after_step, .. } if *after_step < self.durable => Err(format!(
+                "{id}: steps after {after_step} are void, but {} is durable",
+                self.durable
+            )),
+            Body::Void { after_step, .. } => {
+                self.standing.truncate(*after_step as usize);
+                Ok(())
+            }
+            Body::Durable { step, .. } if *step > standing || *step <= self.durable => {
+                Err(format!("{id}: step {step} cannot become durable now"))
+            }
+            Body::Durable { step, .. } => {
+                self.durable = *step;
+                Ok(())
+            }
+            Body::Close { step, samples } => {
+                self.closed = true;
+                let whole = (plan.steps, plan.samples);
+                if (*step, *samples) != whole || standing != plan.steps {
+                    return Err(format!("{id}: closed after {standing} steps"));
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// No sample twice, none left out.
+    fn step(&mut self, step: &Step) -> Result<(), String> {
+        let id = &self.id;
+        let next = self.standing.len() as u64 + 1;
+        if step.step != next {
+            return Err(format!("{id}: step {} is applied, {next} is next", step.step));
+        }
+        let samples = ground().plan.step_samples(step.step);
+        let same = step.first_sample == samples.start
+            && step.samples == samples.end - samples.start
+            && step.digest == *ground().digest(samples).as_bytes();
+        if !same {
+            return Err(format!("{id}: step {next} was fed with other samples"));
+        }
+        self.standing.push(step.generation);
+        Ok(())
+    }
+}
