@@ -17,6 +17,9 @@ use super::queue::{Event, MS, SECOND, Time};
 /// How long ranks look for each other.
 const CONNECT: Time = 60 * SECOND;
 
+/// What a training loop says that a fault has hit.
+pub(super) const BROKEN: &str = "something is broken";
+
 /// What the training loop comes to.
 #[derive(Clone, Debug)]
 pub(super) enum Work {
@@ -27,7 +30,10 @@ pub(super) enum Work {
     /// The forward and backward pass of a step is done.
     Computed(u64),
     /// All ranks have come to where this one waits. What they agreed on there.
-    Passed { stop: bool, skipped: bool },
+    Passed {
+        stop: bool,
+        skipped: bool,
+    },
     /// The ring says that a rank is gone.
     RingBroke,
     ToldHead(u64, [u8; 32]),
@@ -48,7 +54,9 @@ pub(super) enum Stage {
     Reducing,
     /// Waits for the ledger's head.
     AwaitingHead,
-    Saving { head: [u8; 32] },
+    Saving {
+        head: [u8; 32],
+    },
     AwaitingPublished,
     /// Waits for rank 0's checkpoint.
     AwaitingRelease,
@@ -184,7 +192,7 @@ impl World {
                 self.enter(worker, Stage::AwaitingRelease);
                 self.arrive(worker);
             }
-            (_, Work::Breaks(kind)) => self.breaks(worker, kind, "the disk is full"),
+            (_, Work::Breaks(kind)) => self.breaks(worker, kind, BROKEN),
             _ => {}
         }
     }

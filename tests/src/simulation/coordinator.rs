@@ -7,7 +7,8 @@ use rand::RngExt;
 use supra_coordinator::ledger::Body;
 use supra_coordinator::machine::{self, Action, Conn, Fact, Limits, Machine, Moment};
 use supra_proto::v1::{
-    CoordinatorMessage, WorkerMessage, coordinator_message::Body as Down, worker_message::Body as Up,
+    CoordinatorMessage, WorkerMessage, coordinator_message::Body as Down,
+    worker_message::Body as Up,
 };
 
 use super::World;
@@ -208,7 +209,8 @@ impl World {
     }
 
     fn tell(&mut self, conn: Conn, run: String, generation: u64, body: Down) {
-        self.watch.told(self.journal.safe(), &run, generation, &body);
+        self.watch
+            .told(self.journal.safe(), &run, generation, &body);
         let Some(&stream) = self.coordinator.conns.get(&conn) else {
             return;
         };
@@ -246,12 +248,15 @@ impl World {
         let Some(conn) = self.streams[stream].conn else {
             return;
         };
-        if self.mutant == Some(Mutant::TakeOldReports)
-            && matches!(message.body, Some(Up::Step(_)))
-            && let Some((run, generation)) = self.watch.live()
-            && run == message.run
-        {
-            message.generation = generation;
+        if let Some(Up::Step(report)) = &message.body {
+            let (run, generation) = (&message.run, message.generation);
+            self.watch.reported(run, generation, report.step, stream);
+            if self.mutant == Some(Mutant::TakeOldReports)
+                && let Some((live, generation)) = self.watch.live()
+                && live == *run
+            {
+                message.generation = generation;
+            }
         }
         self.happen(machine::Event::Message { conn, message });
     }

@@ -88,7 +88,12 @@ impl Checkpoints {
     }
 
     /// Gives the manifest its final name, which may have happened before.
-    pub fn publish(&mut self, run: &str, path: &str, manifest_hash: [u8; 32]) -> Result<(), String> {
+    pub fn publish(
+        &mut self,
+        run: &str,
+        path: &str,
+        manifest_hash: [u8; 32],
+    ) -> Result<(), String> {
         match self.0.get_mut(&(run.to_owned(), path.to_owned())) {
             Some(saved) if saved.manifest_hash == manifest_hash => {
                 saved.published = true;

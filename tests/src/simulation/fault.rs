@@ -249,7 +249,7 @@ impl World {
             Kind::DeafWorker => self.partition(number, false, long),
             Kind::Lag => self.slow_down(number, short),
             Kind::Double => {
-                let messages = self.random.random_range(1..20);
+                let messages = self.random.random_range(1..40);
                 self.double(number, messages);
             }
             Kind::Transient => self.work(number, MS, Work::Breaks(FaultKind::Transient)),

@@ -47,7 +47,7 @@ pub(super) struct Stream {
     pub broken: bool,
     up: Way,
     down: Way,
-    /// Messages that are still to be delivered twice.
+    /// Messages that are still to be delivered again and again.
     doubles: u32,
     /// Further delay of every message.
     lag: Time,
@@ -106,9 +106,11 @@ impl World {
         line.way(up).last = at;
         if doubled {
             // A repeat changes nothing, whenever it comes.
-            let later = self.random.random_range(0..8 * SECOND);
-            let item = item.clone();
-            self.queue.push(at + later, Event::Deliver { stream, item });
+            for _ in 0..3 {
+                let later = self.random.random_range(0..12 * SECOND);
+                let item = item.clone();
+                self.queue.push(at + later, Event::Deliver { stream, item });
+            }
         }
         self.queue.push(at, Event::Deliver { stream, item });
     }

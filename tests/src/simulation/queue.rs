@@ -22,28 +22,62 @@ pub(super) enum Event {
     WorkerTick(usize),
     CoordinatorTick,
     /// A message arrives at one end of a stream.
-    Deliver { stream: usize, item: Item },
+    Deliver {
+        stream: usize,
+        item: Item,
+    },
     /// One end of a stream learns that it is broken.
-    Noticed { stream: usize, by_worker: bool },
+    Noticed {
+        stream: usize,
+        by_worker: bool,
+    },
     /// A stalled direction moves again.
-    Unstall { stream: usize, up: bool },
+    Unstall {
+        stream: usize,
+        up: bool,
+    },
     /// A stream that stood still for too long is given up.
-    KeepAlive { stream: usize },
+    KeepAlive {
+        stream: usize,
+    },
     /// A worker process begins.
-    WorkerStarts { worker: usize },
+    WorkerStarts {
+        worker: usize,
+    },
     /// A worker tries to attach, or has waited long enough for an answer.
-    Attach { worker: usize, epoch: u32 },
-    Unanswered { stream: usize },
+    Attach {
+        worker: usize,
+        epoch: u32,
+    },
+    Unanswered {
+        stream: usize,
+    },
     /// The training loop gets on.
-    Work { worker: usize, epoch: u32, job: u64, work: Work },
+    Work {
+        worker: usize,
+        epoch: u32,
+        job: u64,
+        work: Work,
+    },
     /// A publication is done.
-    Published { worker: usize, epoch: u32, input: Box<Input> },
+    Published {
+        worker: usize,
+        epoch: u32,
+        input: Box<Input>,
+    },
     /// A signal asks a worker to end.
-    Interrupt { worker: usize, epoch: u32 },
+    Interrupt {
+        worker: usize,
+        epoch: u32,
+    },
     /// The coordinator begins again.
     CoordinatorStarts,
     /// The directory of a retired checkpoint is gone.
-    Deleted { epoch: u32, run: RunNumber, path: String },
+    Deleted {
+        epoch: u32,
+        run: RunNumber,
+        path: String,
+    },
     /// The client looks at its runs.
     Client,
     /// A fault is due.

@@ -1,6 +1,6 @@
 //! The promises, checked after every event, by code that shares nothing with the cores but the ledger's hash.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use supra_coordinator::ledger::{self, Body, Record, Step, Tail};
 use supra_coordinator::machine::{Fact, Outcome, RunNumber};
@@ -9,6 +9,9 @@ use supra_proto::v1::coordinator_message::Body as Down;
 use super::disk::Checkpoints;
 use super::ground::{Model, ground};
 use super::queue::Time;
+
+/// Why a run may fail: its input is wrong, or nothing goes right any more.
+const GROUNDS: [&str; 2] = [super::compute::BROKEN, "generations in a row failed"];
 
 /// A run as its journalled facts tell it.
 #[derive(Clone, Debug, Default)]
@@ -52,9 +55,9 @@ pub(super) struct Watch {
     /// What was told outlives every crash: keys of assignments, and steps of checkpoints that were to be published.
     keys: BTreeMap<(String, u64), Vec<u8>>,
     promised: BTreeMap<String, u64>,
-    /// How many ranks trained a step, and how many have reported it.
+    /// How many ranks trained a step, and the streams over which the coordinator has heard of it.
     trained: BTreeMap<Place, usize>,
-    reported: BTreeMap<Place, usize>,
+    reported: BTreeMap<Place, BTreeSet<usize>>,
 }
 
 impl Watch {
@@ -81,7 +84,11 @@ impl Watch {
 
     /// A run waits for its next generation.
     pub fn mustering(&self) -> bool {
-        self.live.is_none() && self.accounts.iter().any(|account| account.outcome.is_none())
+        self.live.is_none()
+            && self
+                .accounts
+                .iter()
+                .any(|account| account.outcome.is_none())
     }
 
     /// Runs that are not finished, oldest first.
@@ -107,12 +114,12 @@ impl Watch {
             .insert((run.to_owned(), generation, step), world);
     }
 
-    /// A rank has sent its report of a step.
-    pub fn reported(&mut self, run: &str, generation: u64, step: u64) {
-        *self
-            .reported
+    /// The report of a rank has arrived.
+    pub fn reported(&mut self, run: &str, generation: u64, step: u64, stream: usize) {
+        self.reported
             .entry((run.to_owned(), generation, step))
-            .or_default() += 1;
+            .or_default()
+            .insert(stream);
     }
 
     /// A fact is handed to the journal.
@@ -152,6 +159,15 @@ impl Watch {
     /// What a fact must not contradict beside the journal itself.
     fn fits(&self, fact: &Fact, checkpoints: &Checkpoints) -> Result<(), String> {
         let id = self.id(fact.run());
+        if let Fact::Ended {
+            outcome: Outcome::Failed,
+            reason,
+            ..
+        } = fact
+            && !GROUNDS.iter().any(|ground| reason.contains(ground))
+        {
+            return Err(format!("{id}: failed without a ground: {reason}"));
+        }
         let Fact::Recorded { record, .. } = fact else {
             return Ok(());
         };
@@ -159,7 +175,7 @@ impl Watch {
             Body::Step(step) => {
                 let place = (id.clone(), step.generation, step.step);
                 let world = self.trained.get(&place).copied().unwrap_or(usize::MAX);
-                if self.reported.get(&place).copied().unwrap_or(0) < world {
+                if self.reported.get(&place).map_or(0, BTreeSet::len) < world {
                     return Err(format!(
                         "{id}: step {} of generation {} is applied before all ranks have trained and reported it",
                         step.step, step.generation
@@ -208,7 +224,10 @@ impl Watch {
         match fact {
             Fact::Formed { generation, .. } => {
                 if *generation <= account.generation {
-                    return Err(format!("{}: generation {generation} forms again", account.id));
+                    return Err(format!(
+                        "{}: generation {generation} forms again",
+                        account.id
+                    ));
                 }
                 account.generation = *generation;
                 self.live = Some((number, *generation));
@@ -281,21 +300,29 @@ impl Watch {
 impl Account {
     /// Puts a record at the end of the ledger, if it belongs there.
     fn record(&mut self, record: &Record) -> Result<(), String> {
-        let id = &self.id;
+        if self.closed {
+            return Err(format!("{}: a record after the close", self.id));
+        }
+        self.body(&record.body)?;
         let fits = record.index == self.tail.length
             && record.previous == self.tail.head
             && record.hash == ledger::hash(&record.previous, record.index, &record.body);
         if !fits {
-            return Err(format!("{id}: record {} breaks the chain", record.index));
-        }
-        if self.closed {
-            return Err(format!("{id}: a record after the close"));
+            return Err(format!(
+                "{}: record {} breaks the chain",
+                self.id, record.index
+            ));
         }
         self.tail.advance(record);
         self.records.push(record.clone());
+        Ok(())
+    }
+
+    fn body(&mut self, body: &Body) -> Result<(), String> {
+        let id = &self.id;
         let standing = self.standing.len() as u64;
         let plan = &ground().plan;
-        match &record.body {
+        match body {
             Body::Open(_) => Ok(()),
             Body::Step(step) => self.step(step),
             Body::Void { after_step, .. } if *after_step < self.durable => Err(format!(
@@ -329,7 +356,10 @@ impl Account {
         let id = &self.id;
         let next = self.standing.len() as u64 + 1;
         if step.step != next {
-            return Err(format!("{id}: step {} is applied, {next} is next", step.step));
+            return Err(format!(
+                "{id}: step {} is applied, {next} is next",
+                step.step
+            ));
         }
         let samples = ground().plan.step_samples(step.step);
         let same = step.first_sample == samples.start

@@ -219,7 +219,11 @@ impl World {
         }
         self.say(|| {
             let kind = message.body.as_ref().map(super::kind_of_down);
-            format!("worker {number} hears {} of generation {}", kind.unwrap_or_default(), message.generation)
+            format!(
+                "worker {number} hears {} of generation {}",
+                kind.unwrap_or_default(),
+                message.generation
+            )
         });
         self.input(number, Input::Message(message));
     }
@@ -323,11 +327,13 @@ impl World {
             return;
         };
         held::declare(self.workers[number].memory.as_ref(), &mut body);
-        if let Up::Step(report) = &body {
-            self.watch.reported(&run, generation, report.step);
-        }
         if !matches!(body, Up::Heartbeat(_)) {
-            self.say(|| format!("worker {number} says {} of generation {generation}", super::kind_of_up(&body)));
+            self.say(|| {
+                format!(
+                    "worker {number} says {} of generation {generation}",
+                    super::kind_of_up(&body)
+                )
+            });
         }
         self.streams[stream].sequence_up += 1;
         let message = WorkerMessage {
