@@ -13,8 +13,8 @@ pub const ABOUT: &str = "The real state machines of one coordinator and of 8 to 
     left out, one generation that may apply steps, durable steps that stay, an intact chain, nothing told before it is on the \
     disk; at the end, within simulated minutes of the last fault, every worker knows of every void, all runs are finished, and the \
     last checkpoint holds exactly what the ledger says. The first row is the campaign. The others count how often each kind of fault \
-    hit a worker in each phase that it can hit, and then name bugs that were put in at the boundary of the state machines, the \
-    number of seeds that it took to find each, and the promise that it broke first.";
+    hit a worker in each phase that it can hit (`events`: in all), and then name bugs that were put in at the boundary of the state \
+    machines, the number of seeds that it took to find each, and, under `coverage`, the promise that it broke first.";
 
 /// How many seeds.
 #[derive(Clone, Copy, Debug)]
@@ -96,10 +96,11 @@ impl Simulation {
         Ok((events, coverage))
     }
 
-    /// The seed that finds a bug, and how it showed.
-    fn hunt(&self, mutant: Mutant) -> Result<(u64, String)> {
+    /// The seed that finds a bug, and what it showed.
+    fn hunt(&self, mutant: Mutant) -> Result<(u64, Verdict)> {
         (0..self.hunts)
-            .find_map(|seed| Some((seed, simulate(seed, Some(mutant), false).violation?)))
+            .map(|seed| (seed, simulate(seed, Some(mutant), false)))
+            .find(|(_, verdict)| verdict.violation.is_some())
             .ok_or_else(|| Failure::new(format!("{mutant:?} survives {} seeds", self.hunts)))
     }
 }
@@ -138,32 +139,43 @@ fn rows(
     seeds: u64,
     events: u64,
     coverage: &Coverage,
-    found: &[(Mutant, (u64, String))],
+    found: &[(Mutant, (u64, Verdict))],
 ) -> Vec<Row> {
-    let row = |what: String, seeds: u64, result: String| {
+    let killed = found.len() as u64;
+    let row = |what: String, seeds: u64, events: u64| {
         Row::new()
             .with("what", what)
             .with("seeds", seeds)
-            .with("result", result)
+            .with("events", events)
+    };
+    let rest = |row: Row, violations: u64, coverage: String, mutants: u64, killed: u64| {
+        row.with("violations", violations)
+            .with("coverage", coverage)
+            .with("mutants", mutants)
+            .with("mutants_killed", killed)
     };
     let rarest = coverage.rarest().map_or(0, |(_, _, count)| count);
-    let whole = format!(
-        "{events} events, 0 violations, every reachable pair of fault and phase hit {rarest} times or more, \
-         {} of {} mutants killed",
-        found.len(),
-        Mutant::ALL.len()
-    );
-    let mut rows = vec![row("campaign".into(), seeds, whole)];
+    let whole = row("campaign".into(), seeds, events);
+    let covered = format!("every pair {rarest} or more");
+    let mutants = Mutant::ALL.len() as u64;
+    let mut rows = vec![rest(whole, 0, covered, mutants, killed)];
     for kind in Kind::ALL {
         let phases = Phase::ALL.into_iter().filter(|phase| kind.reaches(*phase));
-        let hits: Vec<String> = phases
-            .map(|phase| format!("{phase:?} {}", coverage.of(kind, phase)))
+        let hits: Vec<_> = phases
+            .map(|phase| (phase, coverage.of(kind, phase)))
             .collect();
-        rows.push(row(format!("fault {kind:?}"), seeds, hits.join(", ")));
+        let sum = hits.iter().map(|(_, count)| count).sum();
+        let texts = hits
+            .iter()
+            .map(|(phase, count)| format!("{phase:?} {count}"));
+        let covered = texts.collect::<Vec<_>>().join(", ");
+        let row = row(format!("fault {kind:?}"), seeds, sum);
+        rows.push(rest(row, 0, covered, 0, 0));
     }
-    for (mutant, (seed, what)) in found {
-        let what = format!("killed: {what}");
-        rows.push(row(format!("mutant {mutant:?}"), seed + 1, what));
+    for (mutant, (seed, verdict)) in found {
+        let row = row(format!("mutant {mutant:?}"), seed + 1, verdict.events);
+        let what = verdict.violation.clone().unwrap_or_default();
+        rows.push(rest(row, 1, what, 1, 1));
     }
     rows
 }
