@@ -374,3 +374,15 @@ fn kind_of_up(body: &Up) -> String {
         Up::CheckpointBegun(begun) => format!("begun step {}", begun.step),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_seed_always_says_the_same() {
+        let (first, second) = (simulate(3, None, true), simulate(3, None, true));
+        assert_eq!(first.trace, second.trace);
+        assert!(first.events >= 500, "{}", first.events);
+    }
+}

@@ -1,5 +1,6 @@
 //! Seed after seed of the simulation, and the bugs that it has to catch.
 
+use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 
@@ -129,7 +130,7 @@ fn on_all_cores<T: Send>(work: impl Fn() -> T + Sync) -> Vec<T> {
         let threads: Vec<_> = (0..cores).map(|_| scope.spawn(&work)).collect();
         threads
             .into_iter()
-            .filter_map(|thread| thread.join().ok())
+            .map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
             .collect()
     })
 }
