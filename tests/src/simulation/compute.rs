@@ -28,7 +28,7 @@ pub(super) enum Work {
     Impatient,
     Loaded,
     /// The forward and backward pass of a step is done.
-    Computed(u64),
+    Computed,
     /// All ranks have come to where this one waits. What they agreed on there.
     Passed {
         stop: bool,
@@ -160,10 +160,10 @@ impl World {
         match (stage, work) {
             (Stage::Aborting, Work::Aborted) => self.done(worker, Outcome::Voided),
             (Stage::Aborting, _) => {}
-            (_, Work::Begin | Work::Computed(_)) if stalled > self.now => {
+            (_, Work::Begin | Work::Computed) if stalled > self.now => {
                 let work = match stage {
                     Stage::Connecting => Work::Begin,
-                    _ => Work::Computed(job.model.step + 1),
+                    _ => Work::Computed,
                 };
                 self.work(worker, stalled - self.now, work);
             }
@@ -176,7 +176,7 @@ impl World {
                 self.breaks(worker, FaultKind::Transient, "a neighbour did not come");
             }
             (Stage::Loading, Work::Loaded) => self.loaded(worker),
-            (Stage::Computing, Work::Computed(_)) => {
+            (Stage::Computing, Work::Computed) => {
                 self.enter(worker, Stage::Reducing);
                 self.arrive(worker);
             }
@@ -355,7 +355,7 @@ impl World {
         let step = job.model.step + 1;
         self.report(worker, Report::Phase(Said::Training, step));
         let after = self.random.random_range(150 * MS..450 * MS);
-        self.work(worker, after, Work::Computed(step));
+        self.work(worker, after, Work::Computed);
     }
 
     /// A holder gives its state to the ring.

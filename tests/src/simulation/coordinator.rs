@@ -26,9 +26,9 @@ const LOST: usize = 6;
 /// Where in a journal write the coordinator dies.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Death {
-    BeforeAppend,
-    BeforeSync,
-    BeforeTelling,
+    Unwritten,
+    Unsynced,
+    Untold,
 }
 
 #[derive(Default)]
@@ -169,7 +169,7 @@ impl World {
             return true;
         }
         let death = self.coordinator.armed.take();
-        if matches!(death, Some(Death::BeforeAppend)) {
+        if matches!(death, Some(Death::Unwritten)) {
             self.coordinator_dies();
             return false;
         }
@@ -194,7 +194,7 @@ impl World {
                 self.journal.append([fact.clone()]);
             }
         }
-        if matches!(death, Some(Death::BeforeSync)) {
+        if matches!(death, Some(Death::Unsynced)) {
             self.coordinator_dies();
             return false;
         }

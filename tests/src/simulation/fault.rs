@@ -16,10 +16,15 @@ use super::queue::{Event, MS, SECOND, Time};
 pub enum Phase {
     /// Without a place, while others have one or nothing is to be trained.
     Idle,
+    /// Connecting to its peers.
     Forming,
+    /// Reading the state to start from.
     Loading,
+    /// In a step.
     Training,
+    /// Writing a checkpoint, or waiting for it.
     Checkpointing,
+    /// Aborting a void generation.
     Leaving,
     /// Without a place, while a run waits for its next generation.
     Mustering,
@@ -51,8 +56,9 @@ pub enum Kind {
     Break,
     /// Nothing gets through, neither to the coordinator nor to peers.
     Partition,
-    /// Nothing gets up, or nothing gets down.
+    /// Nothing gets up.
     DeafCoordinator,
+    /// Nothing gets down.
     DeafWorker,
     /// Every message takes longer.
     Lag,
@@ -72,6 +78,7 @@ pub enum Kind {
     Leave,
     /// The coordinator dies in its next journal write.
     CoordinatorCrash,
+    /// The coordinator stands still for a while.
     CoordinatorPause,
     /// The wall clock is set to another time.
     WallJump,
@@ -267,7 +274,7 @@ impl World {
                     .push(self.now, Event::Interrupt { worker, epoch });
             }
             Kind::CoordinatorCrash => {
-                let deaths = [Death::BeforeAppend, Death::BeforeSync, Death::BeforeTelling];
+                let deaths = [Death::Unwritten, Death::Unsynced, Death::Untold];
                 self.coordinator.armed = Some(deaths[self.random.random_range(0..3)]);
             }
             Kind::CoordinatorPause => self.coordinator.paused_until = self.now + long,
