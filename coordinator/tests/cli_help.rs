@@ -2,7 +2,7 @@
 
 use crate::support::{Output, run};
 
-const COMMANDS: [&[&str]; 19] = [
+const COMMANDS: [&[&str]; 20] = [
     &["up"],
     &["validate"],
     &["plan"],

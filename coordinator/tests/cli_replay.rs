@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use arrow::array::{ArrayRef, RecordBatch, StringArray};
 use parquet::arrow::ArrowWriter;
@@ -113,7 +114,11 @@ fn journal(root: &Path, fed: Option<[u8; 32]>) {
         checkpoint_root: root.join("checkpoints"),
         keep: 3,
         budget_tokens: 80,
-        workers: Workers { min: 1, max: 1 },
+        workers: Workers {
+            min: 1,
+            max: 1,
+            grace: Duration::from_secs(1),
+        },
         at: 1,
     };
     let mut tail = Tail::default();

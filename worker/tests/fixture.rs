@@ -216,7 +216,7 @@ impl<'a> Generation<'a> {
     }
 
     /// Generation 2, from the state that the ranks `holders` of it keep.
-    pub fn from_memory(self, state: &Held, holders: &[u32]) -> Generation<'a> {
+    pub fn starting_from_memory(self, state: &Held, holders: &[u32]) -> Generation<'a> {
         let donation = Donation {
             state: state.clone(),
             holders: holders.to_vec(),

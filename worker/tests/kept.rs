@@ -75,7 +75,7 @@ fn a_void_generation_leaves_states_from_which_the_next_goes_on_with_the_same_bit
             .map(|(rank, _)| rank)
             .collect();
         let next = Generation::new(&recipe, &root)
-            .from_memory(&newest, &holders)
+            .starting_from_memory(&newest, &holders)
             .run_on(kept(&mut ranks));
         for rank in &next {
             assert_eq!(rank.outcome, Outcome::Finished);
@@ -104,7 +104,7 @@ fn a_newcomer_gets_the_state_from_a_rank_that_holds_it() {
         let mut kept = kept(&mut ranks);
         kept[1 - holder] = None;
         let next = Generation::new(&recipe, &world.checkpoints(&name))
-            .from_memory(&held, &[holder as u32])
+            .starting_from_memory(&held, &[holder as u32])
             .run_on(kept);
         for rank in &next {
             assert_eq!(rank.outcome, Outcome::Finished);
@@ -136,7 +136,7 @@ fn ranks_regroup_after_a_step_that_they_agree_on_and_go_on_as_fewer_or_more() {
         let mut kept = kept(&mut ranks);
         kept.resize_with(size, || None);
         let next = Generation::new(&recipe, &world.checkpoints(&name))
-            .from_memory(&held, holders)
+            .starting_from_memory(&held, holders)
             .run_on(kept);
         for rank in &next {
             assert_eq!(rank.outcome, Outcome::Finished);
@@ -187,7 +187,7 @@ fn a_part_is_not_kept_and_a_whole_becomes_parts() {
     let held = alone[0].held.clone().unwrap();
     assert_eq!(held.step, 1);
     let next = Generation::new(&recipe, &root)
-        .from_memory(&held, &[0])
+        .starting_from_memory(&held, &[0])
         .run_on(vec![alone[0].kept.take(), None]);
     for rank in &next {
         assert_eq!(rank.outcome, Outcome::Finished);
@@ -211,7 +211,7 @@ fn a_rank_that_does_not_hold_what_it_should_says_what_it_holds() {
     let mut kept = kept(&mut ranks);
     kept[1] = None;
     let next = Generation::new(&recipe, &world.checkpoints("a"))
-        .from_memory(&other, &[0, 1])
+        .starting_from_memory(&other, &[0, 1])
         .run_on(kept);
     for (rank, holds) in next.iter().zip([
         format!("but holds step {} of generation 1 of run run-1", held.step),
@@ -240,7 +240,7 @@ fn a_generation_that_comes_to_nothing_leaves_the_state_that_it_was_to_start_from
     // Rank 1 keeps nothing, and so ends the generation before its first step.
     kept[1] = None;
     let next = Generation::new(&recipe, &world.checkpoints("a"))
-        .from_memory(&held, &[0, 1])
+        .starting_from_memory(&held, &[0, 1])
         .run_on(kept);
     let again = next[0].held.clone().unwrap();
     assert_eq!((again.generation, again.step), (2, held.step));
@@ -282,7 +282,7 @@ fn a_checkpoint_that_is_due_where_a_generation_starts_is_written_unless_it_is_th
         let (mut ranks, held) = regrouped(&world, &recipe, &name);
         let written = ranks[0].checkpoints.last().unwrap();
         assert_eq!(written.step, held.step);
-        let mut next = Generation::new(&recipe, &root).from_memory(&held, &[0, 1]);
+        let mut next = Generation::new(&recipe, &root).starting_from_memory(&held, &[0, 1]);
         next.restore = there.then(|| restore(&root, written));
         let next = next.run_on(kept(&mut ranks));
         assert_eq!(next[0].outcome, Outcome::Finished);

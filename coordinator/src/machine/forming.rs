@@ -87,8 +87,7 @@ impl Machine {
             return;
         };
         let (generation, from_step) = (run.generation + 1, run.step);
-        let checkpoint = run.recovery().filter(|_| held.is_none());
-        let restore = checkpoint.map(|checkpoint| RestoreFrom {
+        let restore = run.recovery().map(|checkpoint| RestoreFrom {
             step: checkpoint.step,
             path: checkpoint.path.clone(),
             manifest_hash: checkpoint.manifest_hash.to_vec(),

@@ -38,11 +38,7 @@ pub(crate) fn newest<'a>(
             ledger::hex(&newest.replica_hash),
         ));
     }
-    // A generation that starts from a journalled checkpoint also publishes it.
-    let unpublished = run
-        .recovery()
-        .is_some_and(|known| known.step == newest.step && !known.published);
-    Ok(Some(newest).filter(|_| !unpublished))
+    Ok(Some(newest))
 }
 
 /// Two workers hold the same state. The same one may go by two generations: that which trained it, and a later one that
@@ -52,14 +48,9 @@ pub(crate) fn same(left: &Held, right: &Held) -> bool {
 }
 
 /// The state is behind the last applied step, or behind a later one that can still be applied; and it comes from the
-/// generations that the ledger accounts for. One behind the last step of all is worth nothing but what a checkpoint of it
-/// is worth, and only a generation that trains writes one.
+/// generations that the ledger accounts for.
 pub(crate) fn usable(run: &Run, unapplied: Option<&Unapplied>, held: &Held) -> bool {
-    let last = |steps| held.step >= steps;
-    if held.run != run.id
-        || held.replica_hash.len() != HASH_BYTES
-        || run.open.as_ref().is_some_and(|open| last(open.steps))
-    {
+    if held.run != run.id || held.replica_hash.len() != HASH_BYTES {
         return false;
     }
     if held.step == run.step {

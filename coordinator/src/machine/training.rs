@@ -94,18 +94,18 @@ impl Machine {
         generation.stage = Stage::Training;
         generation.plan = Some(ground.plan);
         generation.whole = ground.sharding == Sharding::None || world == 1;
-        let (generation, restored) = (generation.number, generation.from_held.is_none());
+        let generation = generation.number;
         self.log(
             Some(number),
             "INFO",
             format!("generation {generation} trains with {world} workers"),
         );
-        // Rank 0 publishes the checkpoint that it restores from, if the last generation could not.
+        // Before it starts, rank 0 publishes the newest checkpoint, if the last generation could not.
         let unpublished = self
             .state
             .run(number)
             .and_then(|run| run.recovery())
-            .filter(|known| restored && !known.published);
+            .filter(|known| !known.published);
         if let Some(path) = unpublished.map(|known| known.path.clone()) {
             self.decide(Fact::Published { run: number, path });
         }
@@ -145,7 +145,7 @@ impl Machine {
             .as_mut()
             .filter(|generation| !generation.leaving())
         {
-            generation.begun = Some(begun.step);
+            generation.begun = generation.begun.max(Some(begun.step));
             self.release(number);
         }
     }

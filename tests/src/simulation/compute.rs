@@ -31,7 +31,7 @@ pub(super) enum Work {
     Computed,
     /// All ranks have come to where this one waits. What they agreed on there.
     Passed {
-        stop: bool,
+        wish: Wish,
         skipped: bool,
     },
     /// The ring says that a rank is gone.
@@ -63,29 +63,44 @@ pub(super) enum Stage {
     Aborting,
 }
 
+/// How a rank was asked to end its generation; the ranks agree on the greatest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Wish {
+    #[default]
+    Nothing,
+    /// Keep the state, for another membership.
+    Regroup,
+    /// Write a checkpoint.
+    Stop,
+}
+
 /// A place in a generation, being worked on.
 #[derive(Debug)]
 pub(super) struct Job {
     pub number: u64,
     pub place: Place,
     pub stage: Stage,
-    pub stop: bool,
+    pub wish: Wish,
     pub model: Model,
-    /// The ranks agreed to stop here.
-    stopping: bool,
+    /// What the ranks agreed on after their last step.
+    agreed: Wish,
     start: Option<Start>,
 }
 
 impl Job {
     pub fn new(number: u64, place: Place, start: Option<Start>) -> Job {
-        let stop = place.stop;
+        let wish = if place.stop {
+            Wish::Stop
+        } else {
+            Wish::Nothing
+        };
         Job {
             number,
             place,
             stage: Stage::Connecting,
-            stop,
+            wish,
             model: Model::default(),
-            stopping: false,
+            agreed: Wish::Nothing,
             start,
         }
     }
@@ -113,7 +128,7 @@ impl Job {
 pub(super) struct Ring {
     members: Vec<Option<usize>>,
     arrived: Vec<bool>,
-    stop: bool,
+    wish: Wish,
     broken: bool,
     /// State that a holder gives to the others.
     held: Option<Model>,
@@ -180,7 +195,7 @@ impl World {
                 self.enter(worker, Stage::Reducing);
                 self.arrive(worker);
             }
-            (_, Work::Passed { stop, skipped }) => self.passed(worker, stop, skipped),
+            (_, Work::Passed { wish, skipped }) => self.passed(worker, wish, skipped),
             (_, Work::RingBroke) => self.breaks(worker, FaultKind::Transient, "a peer vanished"),
             (Stage::AwaitingHead, Work::ToldHead(step, head)) if step == job.model.step => {
                 self.enter(worker, Stage::Saving { head });
@@ -210,7 +225,10 @@ impl World {
 
     /// The training loop is back; what it holds stays in memory.
     fn done(&mut self, worker: usize, outcome: Outcome) {
-        let orderly = matches!(outcome, Outcome::Finished | Outcome::Stopped);
+        let orderly = matches!(
+            outcome,
+            Outcome::Finished | Outcome::Stopped | Outcome::Regrouped
+        );
         self.leave_ring(worker, orderly);
         let Some(job) = self.workers[worker].job.take() else {
             return;
@@ -257,12 +275,14 @@ impl World {
             return;
         };
         ring.arrived[job.place.rank as usize] = true;
-        ring.stop |= reducing && job.stop;
+        if reducing {
+            ring.wish = ring.wish.max(job.wish);
+        }
         if ring.broken || ring.arrived.contains(&false) {
             return;
         }
         ring.arrived.fill(false);
-        let stop = std::mem::take(&mut ring.stop);
+        let wish = std::mem::take(&mut ring.wish);
         let members: Vec<usize> = ring.members.iter().flatten().copied().collect();
         let skipped = reducing && std::mem::take(&mut self.nonfinite);
         if reducing {
@@ -270,7 +290,7 @@ impl World {
         }
         for member in members {
             let after = self.random.random_range(MS..15 * MS);
-            self.work(member, after, Work::Passed { stop, skipped });
+            self.work(member, after, Work::Passed { wish, skipped });
         }
     }
 
@@ -296,7 +316,7 @@ impl World {
         }
     }
 
-    fn passed(&mut self, worker: usize, stop: bool, skipped: bool) {
+    fn passed(&mut self, worker: usize, wish: Wish, skipped: bool) {
         let Some(job) = &mut self.workers[worker].job else {
             return;
         };
@@ -312,30 +332,35 @@ impl World {
             }
             Stage::Reducing => {
                 job.model = job.model.trained(job.place.generation);
-                job.stopping = stop;
+                job.agreed = wish;
                 let (rank, world) = (job.place.rank, job.place.world);
                 let model = job.model;
                 let report = ground().report(&model, rank, world, skipped);
                 self.report(worker, Report::Step(report));
-                self.after_step(worker, model.step, stop, rank);
+                self.after_step(worker, model.step, wish, rank);
             }
             Stage::AwaitingRelease => {
                 let step = job.model.step;
                 if step == ground().plan.steps {
                     self.done(worker, Outcome::Finished);
-                } else if job.stopping {
-                    self.done(worker, Outcome::Stopped);
                 } else {
-                    self.next_step(worker);
+                    match job.agreed {
+                        Wish::Nothing => self.next_step(worker),
+                        Wish::Regroup => self.done(worker, Outcome::Regrouped),
+                        Wish::Stop => self.done(worker, Outcome::Stopped),
+                    }
                 }
             }
             _ => {}
         }
     }
 
-    fn after_step(&mut self, worker: usize, step: u64, stop: bool, rank: u32) {
-        if !ground().plan.checkpoint_due(step) && !stop {
-            return self.next_step(worker);
+    fn after_step(&mut self, worker: usize, step: u64, wish: Wish, rank: u32) {
+        match wish {
+            _ if ground().plan.checkpoint_due(step) => {}
+            Wish::Nothing => return self.next_step(worker),
+            Wish::Regroup => return self.done(worker, Outcome::Regrouped),
+            Wish::Stop => {}
         }
         self.report(worker, Report::Phase(Said::Checkpointing, step));
         if rank == 0 {
@@ -391,10 +416,17 @@ impl World {
         let Some(model) = model else {
             return self.breaks(worker, FaultKind::Input, "there is nothing to start from");
         };
-        if let Some(job) = &mut self.workers[worker].job {
-            job.model = model;
-        }
+        let Some(job) = &mut self.workers[worker].job else {
+            return;
+        };
+        job.model = model;
+        let written = job.place.restore.as_ref().map_or(0, |restore| restore.step);
+        let (rank, due) = (job.place.rank, ground().plan.checkpoint_due(model.step));
         self.report(worker, Report::Formed(model.formed()));
+        if due && written != model.step {
+            // The generation that trained it did not come to write its checkpoint.
+            return self.after_step(worker, model.step, Wish::Nothing, rank);
+        }
         self.next_step(worker);
     }
 

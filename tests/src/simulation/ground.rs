@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use supra_coordinator::machine::{Identity, Submission, Workers};
 use supra_proto::v1;
@@ -139,6 +140,7 @@ pub(super) fn submission(number: usize, workers: (u32, u32)) -> Submission {
         workers: Workers {
             min: workers.0,
             max: workers.1,
+            grace: Duration::from_secs(1),
         },
     }
 }

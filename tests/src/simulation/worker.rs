@@ -11,7 +11,7 @@ use supra_proto::v1::{
 };
 
 use super::World;
-use super::compute::{Job, Stage, Work};
+use super::compute::{Job, Stage, Wish, Work};
 use super::fault::Phase;
 use super::ground;
 use super::held::{self, Memory, Start};
@@ -275,7 +275,12 @@ impl World {
             }
             Action::RequestStop => {
                 if let Some(job) = &mut self.workers[number].job {
-                    job.stop = true;
+                    job.wish = Wish::Stop;
+                }
+            }
+            Action::RequestRegroup => {
+                if let Some(job) = &mut self.workers[number].job {
+                    job.wish = job.wish.max(Wish::Regroup);
                 }
             }
             Action::Publish {

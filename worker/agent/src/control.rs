@@ -64,7 +64,7 @@ type Opened = Result<(Line, CoordinatorMessage), ClientError>;
 
 /// What the event loop woke up for.
 enum Event {
-    Input(Input),
+    Input(Box<Input>),
     /// The pause before an attempt to attach is over.
     Paused,
     Opened(Box<Opened>),
@@ -107,17 +107,17 @@ impl Controller {
         self.stream = Stream::pausing(Duration::ZERO);
         loop {
             let event = tokio::select! {
-                Some(tagged) = self.reports.recv() => Event::Input(Input::Report(tagged)),
+                Some(tagged) = self.reports.recv() => Event::Input(Box::new(Input::Report(tagged))),
                 event = self.stream.event() => event,
-                Some(input) = self.published.recv() => Event::Input(input),
+                Some(input) = self.published.recv() => Event::Input(Box::new(input)),
                 name = signals.next() => {
                     tracing::info!("{name}: leaving");
-                    Event::Input(Input::Interrupted(format!("the worker was stopped by {name}")))
+                    Event::Input(Box::new(Input::Interrupted(format!("the worker was stopped by {name}"))))
                 }
-                _ = ticks.tick() => Event::Input(Input::Tick),
+                _ = ticks.tick() => Event::Input(Box::new(Input::Tick)),
             };
             let inputs = match event {
-                Event::Input(input) => vec![input],
+                Event::Input(input) => vec![*input],
                 Event::Paused => {
                     self.attach();
                     Vec::new()
@@ -312,7 +312,7 @@ impl Stream {
     async fn event(&mut self) -> Event {
         match self {
             Stream::Up(line) => match line.receive().await {
-                Ok(Some(message)) => Event::Input(Input::Message(message)),
+                Ok(Some(message)) => Event::Input(Box::new(Input::Message(message))),
                 Ok(None) => Event::Broken("it closed the stream".to_owned()),
                 Err(status) => Event::Broken(status.message().to_owned()),
             },

@@ -63,15 +63,15 @@ pub enum TrainError {
     /// This rank does not keep what the generation was to start from.
     #[error(
         "rank {rank} was to keep step {} of generation {}, but holds {}",
-        asked.step, asked.generation, holds(found.as_ref())
+        asked.step, asked.generation, holds(found.as_deref())
     )]
     NotKept {
         /// This rank.
         rank: u32,
         /// What the coordinator takes it to have.
-        asked: Held,
+        asked: Box<Held>,
         /// What it has.
-        found: Option<Held>,
+        found: Option<Box<Held>>,
     },
     /// Recipe, data, base or checkpoint do not fit each other.
     #[error("{0}")]

@@ -83,8 +83,8 @@ pub fn start(
     let Some(mine) = kept.as_ref().filter(|kept| kept.is(state)) else {
         return Err(TrainError::NotKept {
             rank: job.rank,
-            asked: state.clone(),
-            found: kept.as_ref().map(Kept::held),
+            asked: Box::new(state.clone()),
+            found: kept.as_ref().map(|kept| Box::new(kept.held())),
         });
     };
     if holders.len() < job.world as usize {
