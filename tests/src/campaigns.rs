@@ -1,6 +1,7 @@
 //! Long campaigns: `scripts/prove NAME` runs them large, the tests run the same code small.
 
 pub mod big;
+pub mod chaos;
 pub mod components;
 pub mod curves;
 pub mod feed;

@@ -9,7 +9,9 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
-use supra_proto::v1::{Checkpoint, LedgerRecord, LogEntry, RunState, RunStatus, StepMetrics};
+use supra_proto::v1::{
+    Checkpoint, LedgerRecord, LogEntry, RunState, RunStatus, StepMetrics, WorkerStatus,
+};
 use supra_proto::{Client, ClientError};
 
 use crate::failure::{Failure, Result, While};
@@ -137,8 +139,13 @@ impl Cluster {
 
     /// The same, on another device. Workers that share a GPU are hosts of their own for NCCL.
     pub fn worker_command_on(&self, device: &str, name: &str) -> Command {
+        self.worker_command_by(&self.url, device, name)
+    }
+
+    /// The same, by another way to the coordinator than its own address.
+    pub fn worker_command_by(&self, url: &str, device: &str, name: &str) -> Command {
         let mut command = self.programs.worker();
-        command.args(["run", "--coordinator", &self.url, "--name", name]);
+        command.args(["run", "--coordinator", url, "--name", name]);
         // One thread: many ranks share few cores here, and bits must not depend on how many.
         command.args(["--device", device, "--threads", "1"]);
         command.env("NCCL_HOSTID", name);
@@ -194,6 +201,20 @@ impl Cluster {
         self.worker(name)?.kill_tree()?;
         self.workers.remove(name);
         Ok(())
+    }
+
+    /// Asks a worker to leave, and leaves it to its owner to wait for that.
+    pub fn dismiss_worker(&mut self, name: &str) -> Result<Process> {
+        self.worker(name)?.signal(Signal::SIGTERM)?;
+        let worker = self.workers.remove(name);
+        worker.ok_or_else(|| Failure::new(format!("no worker {name}")))
+    }
+
+    /// Starts a command of `supra` against this coordinator beside everything else.
+    pub fn start_supra(&self, arguments: &[&str]) -> Result<Process> {
+        let mut command = self.programs.supra();
+        command.args(arguments).args(["--coordinator", &self.url]);
+        Process::spawn("supra", command, &self.directory)
     }
 
     /// Names of the workers that were started and not removed.
@@ -320,6 +341,14 @@ impl Cluster {
         let workers = ask(async { self.client().await?.workers().await })?;
         let attached = workers.into_iter().filter(|worker| worker.phase != "lost");
         Ok(attached.map(|worker| (worker.name, worker.phase)).collect())
+    }
+
+    /// Names of attached workers that no generation takes.
+    pub fn aside(&self) -> Result<Vec<String>> {
+        let workers = ask(async { self.client().await?.workers().await })?;
+        let aside = |worker: &WorkerStatus| worker.phase != "lost" && !worker.aside.is_empty();
+        let aside = workers.into_iter().filter(aside);
+        Ok(aside.map(|worker| worker.name).collect())
     }
 
     /// Waits until so many workers are attached.

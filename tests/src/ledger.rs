@@ -54,6 +54,37 @@ pub fn expect_exactly_once(records: &[LedgerRecord], samples: u64) -> Result<()>
     }
 }
 
+/// How the steps that were not voided cover the samples of the budget.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Coverage {
+    /// Samples that none of them trained.
+    pub lost: u64,
+    /// Samples that were trained though an earlier one of them had done so.
+    pub repeated: u64,
+}
+
+/// Counts what [`expect_exactly_once`] would complain about.
+pub fn coverage(records: &[LedgerRecord], samples: u64) -> Coverage {
+    let mut steps = Vec::new();
+    for record in records {
+        match &record.body {
+            Some(Body::Step(step)) => steps.push((step.first_sample, step.samples, step.step)),
+            Some(Body::Void(void)) => steps.retain(|(_, _, step)| *step <= void.after_step),
+            _ => {}
+        }
+    }
+    steps.sort_unstable();
+    let (mut next, mut lost, mut repeated) = (0, 0, 0);
+    for (first, count, _) in steps {
+        let end = first + count;
+        lost += first.saturating_sub(next);
+        repeated += next.min(end).saturating_sub(first);
+        next = next.max(end);
+    }
+    lost += samples.saturating_sub(next);
+    Coverage { lost, repeated }
+}
+
 #[cfg(test)]
 mod tests {
     use supra_proto::v1::{LedgerStep, LedgerVoid};
@@ -99,5 +130,22 @@ mod tests {
         expect_exactly_once(&chain(vec![step(1, 0), step(2, 4), step(2, 4)]), 8)
             .expect_err("twice");
         expect_exactly_once(&chain(vec![step(1, 0), step(2, 5)]), 9).expect_err("a hole");
+    }
+
+    #[test]
+    fn lost_and_repeated_samples_are_counted() {
+        let void = Body::Void(LedgerVoid {
+            after_step: 1,
+            ..LedgerVoid::default()
+        });
+        let count = |bodies, samples| {
+            let Coverage { lost, repeated } = coverage(&chain(bodies), samples);
+            (lost, repeated)
+        };
+        let again = vec![step(1, 0), step(2, 4), void.clone(), step(2, 4)];
+        assert_eq!(count(again, 8), (0, 0));
+        assert_eq!(count(vec![step(1, 0), step(2, 4), void], 8), (4, 0));
+        assert_eq!(count(vec![step(1, 0), step(2, 3), step(3, 9)], 13), (2, 1));
+        assert_eq!(count(vec![step(1, 0), step(2, 0)], 8), (4, 4));
     }
 }

@@ -102,18 +102,25 @@ impl Process {
         for process in [self.pid()].into_iter().chain(descendants(self.pid())) {
             let mut prlimit = Command::new("prlimit");
             prlimit.arg("--pid").arg(process.to_string()).arg(&limit);
-            run(prlimit, Duration::from_secs(10))?.expect_code(0)?;
+            let output = run(prlimit, Duration::from_secs(10))?;
+            if lives(process) {
+                output.expect_code(0)?;
+            }
         }
         Ok(())
     }
 
     /// `kill -9` of what it started, and not of itself.
     pub fn kill_children(&self) -> Result<()> {
-        for process in descendants(self.pid()) {
-            // It may have ended meanwhile.
-            let _ = kill(pid(process), Signal::SIGKILL);
-        }
+        self.signal_children(Signal::SIGKILL);
         Ok(())
+    }
+
+    /// Sends a signal to what it started, and not to itself; returns the ids of these processes.
+    pub fn signal_children(&self, signal: Signal) -> Vec<u32> {
+        let children = descendants(self.pid());
+        children.iter().for_each(|child| notify(*child, signal));
+        children
     }
 
     /// `kill -9` of the process and of everything below it.
@@ -121,8 +128,7 @@ impl Process {
         let below = descendants(self.pid());
         self.kill()?;
         for process in below {
-            // It may have ended together with its parent.
-            let _ = kill(pid(process), Signal::SIGKILL);
+            notify(process, Signal::SIGKILL);
         }
         Ok(())
     }
@@ -212,6 +218,15 @@ pub fn run(mut command: Command, limit: Duration) -> Result<Output> {
         stdout: String::from_utf8_lossy(&std::fs::read(&out)?).into_owned(),
         stderr: String::from_utf8_lossy(&std::fs::read(&err)?).into_owned(),
     })
+}
+
+/// Sends a signal to a process that may have ended meanwhile.
+pub fn notify(process: u32, signal: Signal) {
+    let _ = kill(pid(process), signal);
+}
+
+fn lives(process: u32) -> bool {
+    kill(pid(process), None).is_ok()
 }
 
 fn descendants(process: u32) -> Vec<u32> {

@@ -8,10 +8,13 @@ use safetensors::tensor::TensorView;
 
 use crate::failure::{Failure, Result, While};
 
-/// BLAKE3 of every tensor (type, shape, bytes) in the safetensors files of a directory, by `FILE:NAME`.
+/// BLAKE3 of every tensor (type, shape, bytes) of a checkpoint, by `FILE:NAME`.
+pub type Hashes = BTreeMap<String, blake3::Hash>;
+
+/// The hashes of all tensors in the safetensors files of a directory.
 ///
 /// Files are not compared as they are: their headers may name the run or the generation.
-pub fn hashes(directory: &Path) -> Result<BTreeMap<String, blake3::Hash>> {
+pub fn hashes(directory: &Path) -> Result<Hashes> {
     let mut hashes = BTreeMap::new();
     for entry in std::fs::read_dir(directory).while_doing(directory.display())? {
         let path = entry?.path();
@@ -46,7 +49,7 @@ pub fn expect_same(one: &Path, other: &Path) -> Result<()> {
 }
 
 /// Fails, naming the tensors, unless a directory holds the tensors of these [`hashes`].
-pub fn expect(expected: &BTreeMap<String, blake3::Hash>, directory: &Path) -> Result<()> {
+pub fn expect(expected: &Hashes, directory: &Path) -> Result<()> {
     let found = hashes(directory)?;
     let differing: Vec<_> = expected
         .keys()

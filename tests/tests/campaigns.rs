@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use supra_tests::campaigns::big::Big;
+use supra_tests::campaigns::chaos::Chaos;
 use supra_tests::campaigns::kills::Kills;
 use supra_tests::campaigns::precision::Precision;
 use supra_tests::campaigns::simulation::Simulation;
@@ -21,6 +22,14 @@ fn kills_at_random_moments_change_nothing() -> Result<()> {
         seed: 5,
     };
     let rows = kills.run(&Programs::find()?, scratch.path())?;
+    assert!(!rows.is_empty());
+    Ok(())
+}
+
+#[test]
+fn faults_at_random_moments_change_nothing() -> Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let rows = Chaos::schedules(4).run(&Programs::find()?, scratch.path())?;
     assert!(!rows.is_empty());
     Ok(())
 }

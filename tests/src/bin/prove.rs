@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
 use supra_tests::campaigns::big::{self, Big};
+use supra_tests::campaigns::chaos::{self, Chaos};
 use supra_tests::campaigns::curves::{self, Curves};
 use supra_tests::campaigns::kills::{self, Kills};
 use supra_tests::campaigns::precision::{self, Precision};
@@ -35,7 +36,7 @@ struct Arguments {
     /// Folder with text (parquet, column `content`) that uptrain takes in place of the quickstart's.
     #[arg(long, value_name = "DIR")]
     text: Option<PathBuf>,
-    /// Simulate only this seed, and print what happens in it.
+    /// Repeat only the case of this seed (simulation, chaos), and write nothing.
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
 }
@@ -53,6 +54,8 @@ impl Arguments {
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Campaign {
+    /// 200 runs while processes die and stand still, connections break, disks fill up, workers come and go.
+    Chaos,
     /// kill -9 of workers, coordinator and everything, 50 times.
     Kills,
     /// Loss of the uptrained quickstart model, of one from random weights, and of the softmax base.
@@ -125,6 +128,14 @@ fn prove(arguments: &Arguments) -> Result<()> {
             kills::ABOUT,
             kills(arguments.quick).run(&programs, scratch.path())?,
         ),
+        Campaign::Chaos => {
+            let chaos = match (arguments.seed, arguments.quick) {
+                (Some(seed), _) => Chaos { seeds: vec![seed] },
+                (None, true) => Chaos::schedules(6),
+                (None, false) => Chaos::schedules(200),
+            };
+            (chaos::ABOUT, chaos.run(&programs, scratch.path())?)
+        }
         Campaign::Worlds => {
             let steps = if arguments.quick { 20 } else { 200 };
             (
@@ -210,7 +221,7 @@ fn prove(arguments: &Arguments) -> Result<()> {
         }
     };
     print!("{}", table(&rows));
-    if !arguments.quick {
+    if !arguments.quick && arguments.seed.is_none() {
         let path = report.write(about, &rows, &benchmarks)?;
         println!(
             "\nwritten to {}",

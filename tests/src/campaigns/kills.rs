@@ -180,7 +180,7 @@ fn name(worker: u32) -> String {
 }
 
 /// Budget, audit and ledger of a finished run.
-fn check(cluster: &Cluster, run: &str, recipe: &TinyRecipe) -> Result<()> {
+pub(super) fn check(cluster: &Cluster, run: &str, recipe: &TinyRecipe) -> Result<()> {
     let status = cluster.status(run)?;
     if status.tokens != recipe.tokens() || status.step != recipe.steps() {
         return Err(Failure::new(format!(
@@ -198,7 +198,7 @@ fn check(cluster: &Cluster, run: &str, recipe: &TinyRecipe) -> Result<()> {
 }
 
 /// Steps that were applied and taken back.
-fn voided(cluster: &Cluster, run: &str) -> Result<u64> {
+pub(super) fn voided(cluster: &Cluster, run: &str) -> Result<u64> {
     let verdict = cluster.audit(run)?;
     let voided = verdict["voided_steps"].as_u64();
     voided.ok_or_else(|| Failure::new(format!("audit --json has no `voided_steps`: {verdict}")))
