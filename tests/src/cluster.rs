@@ -9,6 +9,7 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
+use nix::sys::signal::Signal;
 use supra_proto::v1::{
     Checkpoint, LedgerRecord, LogEntry, RunState, RunStatus, StepMetrics, WorkerStatus,
 };
