@@ -40,8 +40,8 @@ pub struct Chaos {
     pub seeds: Vec<u64>,
 }
 
-const BATCH: u64 = 512;
-const STEPS: u64 = 120;
+const BATCH: u64 = 1024;
+const STEPS: u64 = 250;
 const RANKS: u32 = 2;
 /// One of them is a spare.
 const WORKERS: u32 = 3;
