@@ -41,7 +41,7 @@ pub struct Chaos {
 }
 
 const BATCH: u64 = 1024;
-const STEPS: u64 = 250;
+const STEPS: u64 = 150;
 const RANKS: u32 = 2;
 /// One of them is a spare.
 const WORKERS: u32 = 3;

@@ -8,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 
 /// Longest time from the submission to the first fault, and from one fault to the next, seconds. About as long as it takes
 /// to form a generation and to train.
-const PAUSE: f64 = 1.2;
+const PAUSE: f64 = 0.8;
 
 /// Shortest and longest time for which a fault lasts, seconds. The coordinator gives up a silent worker after 10.
 const LASTS: (f64, f64) = (0.3, 15.0);
