@@ -25,10 +25,11 @@ use schedule::{Kind, Schedule};
 use stage::Stage;
 
 /// What the report says above its table.
-pub const ABOUT: &str = "Two of three workers train the same recipe, once per schedule, while two to four faults happen at random \
+pub const ABOUT: &str = "Two of three workers train the same recipe, once per schedule, while up to four faults happen at random \
     moments: processes die by SIGKILL or stand still (SIGSTOP), the connection of a worker to the coordinator is reset and refused \
     (cut), silent (half-open) or slow, the disk of the workers is full, the coordinator is restarted in order, a worker leaves and \
-    another joins, or one is drained. Standstills, broken lines and full disks last 0.3 to 15 s, so faults overlap. Every run ended \
+    another joins, or one is drained (which may fail only amid other faults). Standstills, broken lines and full disks last 0.3 to 15 s, \
+    so faults overlap. Every run ended \
     exactly on its budget, `supra audit` agreed, every sample stands in its ledger exactly once, and its final weights and optimizer \
     state are bit-identical to those of a run that nobody disturbed. `faults_by_kind` counts what was really inflicted; the other \
     columns are sums over the schedules with a fault of this kind, and in the last line over all. `voided_steps` were trained again.";
@@ -78,8 +79,8 @@ impl Chaos {
         let mut outcomes = Vec::new();
         for (place, seed) in (1..).zip(&self.seeds) {
             let schedule = Schedule::draw(*seed);
-            let place_of_it = directory.join(format!("schedule-{seed}"));
-            let mut stage = Stage::start(programs, &place_of_it, WORKERS)?;
+            let folder = directory.join(format!("schedule-{seed}"));
+            let mut stage = Stage::start(programs, &folder, WORKERS)?;
             let outcome = suffer(&mut stage, &path, &schedule, &recipe, &expected);
             let outcome = outcome.map_err(|failure| report(&failure, &schedule, &stage))?;
             eprintln!(
@@ -91,7 +92,7 @@ impl Chaos {
             );
             outcomes.push(outcome);
             drop(stage);
-            std::fs::remove_dir_all(&place_of_it)?;
+            std::fs::remove_dir_all(&folder)?;
         }
         Ok(rows(&outcomes))
     }
