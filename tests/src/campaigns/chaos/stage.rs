@@ -39,7 +39,7 @@ enum Cure {
     Wake(Vec<u32>),
     Heal(String),
     Room,
-    /// The drained worker is started again. Without other faults meanwhile the command must have gone well.
+    /// The drained worker is started again. Without other faults before and meanwhile the command must have gone well.
     Undrain {
         worker: String,
         command: Process,
@@ -164,7 +164,7 @@ impl Stage {
                 return Ok(Some(Cure::Undrain {
                     worker: name,
                     command,
-                    alone: self.going_on.is_empty(),
+                    alone: self.inflicted.len() == 1,
                 }));
             }
         }
