@@ -316,11 +316,11 @@ impl Machine {
     }
 
     /// What follows from the state as it now is: a generation that all have left is over, and the next one forms; one
-    /// that others could join regroups.
+    /// that others could join, or a member is to leave, regroups.
     fn advance(&mut self) {
         self.conclude();
         if self.generation.is_some() {
-            return self.welcome();
+            return self.reconsider();
         }
         if self.shutdown.is_some() {
             self.say_goodbye();

@@ -28,10 +28,10 @@ fn dataset(root: &Path) {
         "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"}
     });
     let base = root.join("base");
-    fs::create_dir(&base).unwrap();
-    fs::write(base.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    fs::create_dir(&base).expect("the fixture");
+    fs::write(base.join("tokenizer.json"), tokenizer.to_string()).expect("the fixture");
     let config = json!({"eos_token": "</s>"}).to_string();
-    fs::write(base.join("tokenizer_config.json"), config).unwrap();
+    fs::write(base.join("tokenizer_config.json"), config).expect("the fixture");
 
     let text = (0..40).map(|document| {
         let words: Vec<String> = (0..12)
@@ -40,12 +40,12 @@ fn dataset(root: &Path) {
         words.join(" ")
     });
     let column: ArrayRef = Arc::new(StringArray::from_iter_values(text));
-    let rows = RecordBatch::try_from_iter([("content", column)]).unwrap();
-    fs::create_dir(root.join("text")).unwrap();
-    let file = File::create(root.join("text/a.parquet")).unwrap();
-    let mut writer = ArrowWriter::try_new(file, rows.schema(), None).unwrap();
-    writer.write(&rows).unwrap();
-    writer.close().unwrap();
+    let rows = RecordBatch::try_from_iter([("content", column)]).expect("the fixture");
+    fs::create_dir(root.join("text")).expect("the fixture");
+    let file = File::create(root.join("text/a.parquet")).expect("the fixture");
+    let mut writer = ArrowWriter::try_new(file, rows.schema(), None).expect("the fixture");
+    writer.write(&rows).expect("the fixture");
+    writer.close().expect("the fixture");
     let path = |name: &str| root.join(name).display().to_string();
     let (text, data, base) = (path("text"), path("data"), path("base"));
     run(&["data", "tokenize", &text, "-o", &data, "--tokenizer", &base]).expect_code(0);
@@ -59,19 +59,19 @@ fn journal(root: &Path, fed: Option<[u8; 32]>) {
          batch: {{ tokens: 32, micro_batch: 1, sequence_length: 8 }}\noptimizer: {{ warmup: 1 steps }}\n",
         root.display()
     );
-    let reader = Reader::open(&root.join("data"), 8).unwrap();
+    let reader = Reader::open(&root.join("data"), 8).expect("the fixture");
     let (windows, manifest_hash) = (reader.windows(), reader.manifest().hash());
     let plan = Plan::new(
-        &Recipe::parse(&recipe, "small").unwrap(),
+        &Recipe::parse(&recipe, "small").expect("the fixture"),
         windows,
         manifest_hash,
     )
-    .unwrap();
+    .expect("the fixture");
     let mut loader = Loader::new(reader, plan.clone());
     let mut digest = |step: u64| {
         let mut sum = Digest::ZERO;
         for number in plan.step_samples(step) {
-            sum += Digest::of_sample(number, &loader.sample(number).unwrap().tokens);
+            sum += Digest::of_sample(number, &loader.sample(number).expect("the fixture").tokens);
         }
         *sum.as_bytes()
     };
@@ -128,7 +128,7 @@ fn journal(root: &Path, fed: Option<[u8; 32]>) {
         Fact::Recorded { run: 1, record }
     });
     let state = root.join("state");
-    fs::create_dir(&state).unwrap();
+    fs::create_dir(&state).expect("the fixture");
     let (journal, _) = Journal::open(&state).expect("a journal");
     journal
         .append([vec![submitted], records.to_vec()].concat())
@@ -146,20 +146,22 @@ fn replay(root: &Path, step: &str, more: &[&str]) -> Output {
 
 #[test]
 fn the_batch_of_a_step_is_rebuilt_with_all_its_attempts() {
-    let place = tempfile::tempdir().unwrap();
+    let place = tempfile::tempdir().expect("the fixture");
     dataset(place.path());
     journal(place.path(), None);
     let answer = replay(place.path(), "2", &["--json", "--text", "1"]).expect_code(0);
-    let batch: serde_json::Value = serde_json::from_str(&answer.stdout).unwrap();
+    let batch: serde_json::Value = serde_json::from_str(&answer.stdout).expect("the fixture");
     assert_eq!(batch["verdict"], "same");
     assert_eq!(batch["attempts"][0]["voided"], "rank 1 (b) was lost");
     assert!(batch["attempts"][1]["voided"].is_null());
     assert_eq!(batch["attempts"][1]["digest"], batch["digest"]);
-    let samples = batch["samples"].as_array().unwrap();
+    let samples = batch["samples"].as_array().expect("the fixture");
     let numbers: Vec<_> = samples.iter().map(|sample| &sample["number"]).collect();
     assert_eq!(numbers, [4, 5, 6, 7]);
     assert_eq!(samples[0]["sources"][0]["row_group"], 0);
-    let text = samples[0]["passages"][0]["text"].as_str().unwrap();
+    let text = samples[0]["passages"][0]["text"]
+        .as_str()
+        .expect("the fixture");
     assert!(text.contains('w'), "{text}");
     assert!(samples[1]["passages"].is_null());
 
@@ -178,7 +180,7 @@ fn the_batch_of_a_step_is_rebuilt_with_all_its_attempts() {
 
 #[test]
 fn a_step_that_was_fed_something_else_ends_with_four() {
-    let place = tempfile::tempdir().unwrap();
+    let place = tempfile::tempdir().expect("the fixture");
     dataset(place.path());
     journal(place.path(), Some([7; 32]));
     let answer = replay(place.path(), "2", &[]).expect_code(4);
@@ -188,7 +190,7 @@ fn a_step_that_was_fed_something_else_ends_with_four() {
 
 #[test]
 fn a_step_to_come_is_shown_and_one_outside_the_plan_is_bad_input() {
-    let place = tempfile::tempdir().unwrap();
+    let place = tempfile::tempdir().expect("the fixture");
     dataset(place.path());
     journal(place.path(), None);
     let text = replay(place.path(), "3", &[]).expect_code(0).stdout;
@@ -201,17 +203,17 @@ fn a_step_to_come_is_shown_and_one_outside_the_plan_is_bad_input() {
 
 #[test]
 fn data_that_moved_is_named_and_other_data_is_refused() {
-    let place = tempfile::tempdir().unwrap();
+    let place = tempfile::tempdir().expect("the fixture");
     dataset(place.path());
     journal(place.path(), None);
     let moved = place.path().join("moved");
-    fs::rename(place.path().join("data"), &moved).unwrap();
+    fs::rename(place.path().join("data"), &moved).expect("the fixture");
     replay(place.path(), "1", &[]).expect_code(2);
     let moved_text = moved.display().to_string();
     replay(place.path(), "1", &["--data", &moved_text]).expect_code(0);
     let manifest = moved.join("dataset.json");
-    let changed = fs::read_to_string(&manifest).unwrap() + "\n";
-    fs::write(&manifest, changed).unwrap();
+    let changed = fs::read_to_string(&manifest).expect("the fixture") + "\n";
+    fs::write(&manifest, changed).expect("the fixture");
     let answer = replay(place.path(), "1", &["--data", &moved_text]).expect_code(2);
     assert!(
         answer.stderr.contains("is not the dataset"),

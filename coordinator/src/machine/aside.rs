@@ -10,7 +10,7 @@ use supra_proto::v1::Hello;
 
 use super::Machine;
 use super::clients::Refused;
-use super::generation::Stage;
+use super::generation::{Generation, Stage};
 use super::worker::{Conn, Worker};
 
 /// Generations that are remembered.
@@ -195,7 +195,7 @@ impl Machine {
             .workers
             .iter()
             .find(|(_, worker)| worker.hello.name == name);
-        let Some((&conn, worker)) = known else {
+        let Some((_, worker)) = known else {
             return Err(self.no_worker(name));
         };
         if self.conduct.why(&worker.hello) == Some(DRAINED) {
@@ -208,14 +208,17 @@ impl Machine {
         self.conduct.aside.insert(name.to_owned(), drained);
         let run = self.state.queue.front().copied();
         self.log(run, "INFO", format!("worker {name} is drained"));
-        let placed = self.generation.as_ref().and_then(|generation| {
-            let rank = generation.rank(conn)?;
-            (!generation.members[rank].gone()).then_some(rank)
-        });
-        if placed.is_some() {
-            self.regroup(format!("worker {name} is drained"));
-        }
         Ok(())
+    }
+
+    /// A member of a generation that no generation may take any more.
+    pub(super) fn drained<'a>(&self, generation: &'a Generation) -> Option<&'a str> {
+        let aside = |name: &str| self.conduct.aside.contains_key(name);
+        if self.conduct.aside.is_empty() {
+            return None;
+        }
+        let names = generation.members.iter().map(|member| member.name.as_str());
+        names.into_iter().find(|name| aside(name))
     }
 
     fn no_worker(&self, name: &str) -> Refused {
@@ -376,6 +379,9 @@ mod tests {
         let mut rig = training();
         rig.event(Event::Drain("b".into())).unwrap();
         rig.event(Event::Drain("b".into())).unwrap();
+        assert!(rig.told().is_empty(), "it has no step to finish yet");
+        rig.formed(1, 1, 0);
+        rig.formed(2, 1, 0);
         let told = rig.told();
         assert_eq!(told.len(), 2, "a repeat is harmless: {told:?}");
         for (_, _, body) in told {

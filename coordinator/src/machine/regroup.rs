@@ -39,9 +39,17 @@ impl Machine {
         self.tell_all(&Down::Regroup(Regroup { reason }), None);
     }
 
-    /// Lets the generation in hand regroup when workers wait that it could have. One that would lose its steps by it goes
-    /// on alone.
-    pub(super) fn welcome(&mut self) {
+    /// Lets the generation in hand regroup when a member is drained, or when workers wait that it could have.
+    pub(super) fn reconsider(&mut self) {
+        let drained = self.generation.as_ref().and_then(|it| self.drained(it));
+        match drained.map(str::to_owned) {
+            Some(name) => self.regroup(format!("worker {name} is drained")),
+            None => self.welcome(),
+        }
+    }
+
+    /// Takes in who waits. A generation that would lose its steps by it goes on alone.
+    fn welcome(&mut self) {
         let Some(generation) = self
             .generation
             .as_ref()
@@ -50,6 +58,10 @@ impl Machine {
             return;
         };
         let world = generation.members.len();
+        // All members are attached while they train. Every message asks: nobody is looked at when there is nobody else.
+        if self.workers.len() == world {
+            return;
+        }
         let Some(workers) = self.state.run(generation.run).map(|run| run.workers) else {
             return;
         };

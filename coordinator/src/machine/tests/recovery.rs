@@ -346,22 +346,7 @@ fn a_state_that_a_checkpoint_has_overtaken_is_ignored() {
 }
 
 #[test]
-fn a_checkpoint_that_is_not_published_is_started_from_so_that_it_is() {
-    let mut rig = training();
-    rig.step(&[1, 2], 1, 1);
-    rig.step(&[1, 2], 1, 2);
-    rig.written(1, 1, 2);
-    rig.lose(2);
-    rig.left_holding(1, 1, LeftReason::Void, Some(held(1, 2)));
-    rig.told();
-    rig.wait(3.1);
-    assert_eq!(starts(&mut rig), (None, Some(2)));
-    rig.formed(1, 2, 2);
-    assert_eq!(rig.run().durable, 2);
-}
-
-#[test]
-fn one_that_starts_from_memory_publishes_no_checkpoint_that_nobody_has_opened() {
+fn a_generation_that_starts_from_memory_publishes_the_newest_checkpoint_if_need_be() {
     let mut rig = training();
     rig.step(&[1, 2], 1, 1);
     rig.written(1, 1, 1);
@@ -370,23 +355,24 @@ fn one_that_starts_from_memory_publishes_no_checkpoint_that_nobody_has_opened() 
     rig.left_holding(1, 1, LeftReason::Void, Some(held(1, 2)));
     rig.told();
     rig.wait(3.1);
-    assert_eq!(starts(&mut rig), (Some((held(1, 2), vec![0])), None));
-    rig.formed(1, 2, 2);
+    assert_eq!(starts(&mut rig), (Some((held(1, 2), vec![0])), Some(1)));
     assert!(!rig.run().checkpoints[0].published);
-    assert_eq!(rig.run().durable, 0);
+    rig.formed(1, 2, 2);
+    assert!(rig.run().checkpoints[0].published);
+    assert_eq!(rig.run().durable, 1);
 }
 
 #[test]
-fn the_last_step_is_trained_again_since_only_who_trains_it_writes_it_down() {
+fn behind_the_last_step_a_generation_forms_only_to_write_it_down() {
     let mut rig = halfway();
     rig.step(&[1, 2], 1, 3);
     rig.lose(2);
     rig.left_holding(1, 1, LeftReason::Void, Some(held(1, 3)));
     rig.told();
     rig.wait(3.1);
-    assert_eq!(starts(&mut rig), (None, Some(2)));
-    assert_eq!(voids(&rig), [2]);
-    to_the_end(&mut rig, 1, 2, 2);
+    assert_eq!(starts(&mut rig), (Some((held(1, 3), vec![0])), Some(2)));
+    assert!(voids(&rig).is_empty());
+    to_the_end(&mut rig, 1, 2, 3);
 }
 
 #[test]
