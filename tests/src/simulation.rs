@@ -239,9 +239,19 @@ impl World {
         }
     }
 
-    /// The client wants all its runs finished, and submits more while things go wrong.
+    /// The client wants all its runs finished, and submits more while things go wrong. Who is put aside he starts anew.
     fn client(&mut self) {
         self.queue.push(self.now + LOOK, Event::Client);
+        let coordinator = self.coordinator.machine.as_ref();
+        let known = coordinator
+            .map(machine::Machine::worker_list)
+            .unwrap_or_default();
+        for status in known.iter().filter(|status| !status.aside.is_empty()) {
+            let named = |worker: &Worker| worker.name == status.name;
+            if let Some(number) = self.workers.iter().position(named) {
+                self.worker_dies(number, true, true);
+            }
+        }
         let count = self.watch.accounts.len();
         let busy = self.watch.unfinished().next().is_some();
         if count == 0 || (!busy && !self.calm && count < RUNS) {

@@ -70,6 +70,9 @@ fn whole_checkpoints(directory: &Path) -> Result<usize> {
     let mut whole = 0;
     for entry in fs::read_dir(directory)? {
         let checkpoint = entry?.path();
+        if checkpoint.is_file() {
+            continue; // The receipt of the run.
+        }
         let names = checkpoint.display();
         assert!(checkpoint.join("manifest.json").exists(), "half: {names}");
         weights::hashes(&checkpoint)?;

@@ -84,7 +84,9 @@ fn goes_on(outcome: &Outcome) -> bool {
     match outcome {
         Outcome::Regrouped | Outcome::Voided => true,
         Outcome::Finished | Outcome::Stopped => false,
-        Outcome::Fault { kind, .. } => *kind == FaultKind::Transient,
+        Outcome::Fault { kind, .. } => {
+            matches!(kind, FaultKind::Transient | FaultKind::Peer)
+        }
     }
 }
 

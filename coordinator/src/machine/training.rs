@@ -268,10 +268,10 @@ impl Machine {
             fault.message
         );
         let severity = match fault.kind() {
-            FaultKind::Unspecified | FaultKind::Transient => Severity::Transient,
+            FaultKind::Unspecified | FaultKind::Transient | FaultKind::Peer => Severity::Transient,
             FaultKind::Input | FaultKind::Diverged => Severity::Fatal,
         };
-        if severity == Severity::Transient {
+        if severity == Severity::Transient && fault.kind() != FaultKind::Peer {
             self.accuse(rank, Blame::Failed, &cause);
         }
         self.break_up(cause, severity, Some(rank));

@@ -13,6 +13,7 @@ use super::fault::Phase;
 use super::ground::{Model, ground};
 use super::held::{Memory, Start};
 use super::queue::{Event, MS, SECOND, Time};
+use super::worker::Worker;
 
 /// How long ranks look for each other.
 const CONNECT: Time = 60 * SECOND;
@@ -82,6 +83,8 @@ pub(super) struct Job {
     pub stage: Stage,
     pub wish: Wish,
     pub model: Model,
+    /// The model is a state, and not just none yet.
+    loaded: bool,
     /// What the ranks agreed on after their last step.
     agreed: Wish,
     start: Option<Start>,
@@ -100,6 +103,7 @@ impl Job {
             stage: Stage::Connecting,
             wish,
             model: Model::default(),
+            loaded: false,
             agreed: Wish::Nothing,
             start,
         }
@@ -183,12 +187,13 @@ impl World {
                 self.work(worker, stalled - self.now, work);
             }
             (Stage::Connecting, Work::Begin) => {
+                self.enter_held(worker);
                 self.report(worker, Report::Phase(Said::Forming, 0));
                 self.work(worker, CONNECT, Work::Impatient);
                 self.join_ring(worker);
             }
             (Stage::Connecting, Work::Impatient) => {
-                self.breaks(worker, FaultKind::Transient, "a neighbour did not come");
+                self.breaks(worker, FaultKind::Peer, "a neighbour did not come");
             }
             (Stage::Loading, Work::Loaded) => self.loaded(worker),
             (Stage::Computing, Work::Computed) => {
@@ -196,7 +201,7 @@ impl World {
                 self.arrive(worker);
             }
             (_, Work::Passed { wish, skipped }) => self.passed(worker, wish, skipped),
-            (_, Work::RingBroke) => self.breaks(worker, FaultKind::Transient, "a peer vanished"),
+            (_, Work::RingBroke) => self.breaks(worker, FaultKind::Peer, "a peer vanished"),
             (Stage::AwaitingHead, Work::ToldHead(step, head)) if step == job.model.step => {
                 self.enter(worker, Stage::Saving { head });
                 let after = self.random.random_range(20 * MS..800 * MS);
@@ -223,7 +228,7 @@ impl World {
         self.done(worker, Outcome::Fault { kind, message });
     }
 
-    /// The training loop is back; what it holds stays in memory.
+    /// The training loop is back; what another generation may start from stays in memory.
     fn done(&mut self, worker: usize, outcome: Outcome) {
         let orderly = matches!(
             outcome,
@@ -233,12 +238,32 @@ impl World {
         let Some(job) = self.workers[worker].job.take() else {
             return;
         };
-        // State that was not loaded is none.
-        self.workers[worker].memory = (job.model != Model::default()).then(|| Memory {
-            run: job.place.run.clone(),
-            generation: job.place.generation,
-            model: job.model,
-        });
+        let memory = &mut self.workers[worker].memory;
+        if job.loaded {
+            *memory = Some(Memory {
+                run: job.place.run.clone(),
+                generation: job.place.generation,
+                model: job.model,
+            });
+        }
+        match outcome {
+            Outcome::Voided | Outcome::Regrouped => {}
+            Outcome::Fault {
+                kind: FaultKind::Transient | FaultKind::Peer,
+                ..
+            } => {}
+            _ => *memory = None,
+        }
+        if let Some(held) = memory.as_ref().map(Memory::held) {
+            let report = Report::Held(held);
+            self.input(
+                worker,
+                Input::Report(Tagged {
+                    job: job.number,
+                    report,
+                }),
+            );
+        }
         let tagged = Tagged {
             job: job.number,
             report: Report::Done(outcome),
@@ -325,6 +350,9 @@ impl World {
                 job.stage = Stage::Loading;
                 if job.start.as_ref().is_some_and(|start| start.holder) {
                     self.offer(worker);
+                } else {
+                    // There is no room for two.
+                    self.workers[worker].memory = None;
                 }
                 self.report(worker, Report::Phase(Said::Loading, 0));
                 let after = self.random.random_range(50 * MS..700 * MS);
@@ -383,6 +411,21 @@ impl World {
         self.work(worker, after, Work::Computed);
     }
 
+    /// A generation that is to start from a state in memory has it as its own, even if it comes to nothing.
+    fn enter_held(&mut self, worker: usize) {
+        let Worker { job, memory, .. } = &mut self.workers[worker];
+        let (Some(job), Some(memory)) = (job, memory) else {
+            return;
+        };
+        if job
+            .start
+            .as_ref()
+            .is_some_and(|start| memory.is(&start.state))
+        {
+            memory.generation = job.place.generation;
+        }
+    }
+
     /// A holder gives its state to the ring.
     fn offer(&mut self, worker: usize) {
         let Some(job) = &self.workers[worker].job else {
@@ -414,12 +457,16 @@ impl World {
             (None, None) => Some(Model::default()),
         };
         let Some(model) = model else {
-            return self.breaks(worker, FaultKind::Input, "there is nothing to start from");
+            let kind = match job.start {
+                Some(_) => FaultKind::Transient,
+                None => FaultKind::Input,
+            };
+            return self.breaks(worker, kind, "there is nothing to start from");
         };
         let Some(job) = &mut self.workers[worker].job else {
             return;
         };
-        job.model = model;
+        (job.model, job.loaded) = (model, true);
         let written = job.place.restore.as_ref().map_or(0, |restore| restore.step);
         let (rank, due) = (job.place.rank, ground().plan.checkpoint_due(model.step));
         self.report(worker, Report::Formed(model.formed()));

@@ -1,7 +1,6 @@
-//! What simulated workers keep in memory when a generation ends: the one place that knows how it is said, and how one
-//! starts from it.
+//! What simulated workers keep in memory when a generation ends, and how one starts from it.
 
-use supra_proto::v1::{Assignment, Held, worker_message::Body as Up};
+use supra_proto::v1::{Assignment, Held};
 
 use super::ground::Model;
 
@@ -15,7 +14,8 @@ pub(super) struct Memory {
 }
 
 impl Memory {
-    fn held(&self) -> Held {
+    /// Its name.
+    pub fn held(&self) -> Held {
         Held {
             run: self.run.clone(),
             generation: self.generation,
@@ -24,21 +24,10 @@ impl Memory {
         }
     }
 
-    /// It is the state that an assignment names.
+    /// It is the state that an assignment names, whichever generation calls it its own.
     pub fn is(&self, held: &Held) -> bool {
-        self.held() == *held
-    }
-}
-
-/// Says in a Hello or Left what the worker keeps, unless it says so already.
-pub(super) fn declare(memory: Option<&Memory>, body: &mut Up) {
-    let place = match body {
-        Up::Hello(hello) => &mut hello.held,
-        Up::Left(left) => &mut left.held,
-        _ => return,
-    };
-    if place.is_none() {
-        *place = memory.map(Memory::held);
+        (&self.run, self.model.step) == (&held.run, held.step)
+            && self.model.hash[..] == held.replica_hash[..]
     }
 }
 

@@ -173,18 +173,23 @@ impl Watch {
         };
         match &record.body {
             Body::Step(step) => {
-                let place = (id.clone(), step.generation, step.step);
-                let world = self.trained.get(&place).copied().unwrap_or(usize::MAX);
-                if self.reported.get(&place).map_or(0, BTreeSet::len) < world {
-                    return Err(format!(
-                        "{id}: step {} of generation {} is applied before all ranks have trained and reported it",
-                        step.step, step.generation
-                    ));
+                let of = format!("step {} of generation {}", step.step, step.generation);
+                let last = self.account(fact.run()).map(|account| account.generation);
+                if last != Some(step.generation) {
+                    return Err(format!("{id}: {of} is applied, a generation too late"));
                 }
-                if self.live != Some((fact.run(), step.generation)) {
+                let place = (id.clone(), step.generation, step.step);
+                let Some(world) = self.trained.get(&place).copied() else {
                     return Err(format!(
-                        "{id}: generation {} applies step {}, but it is not the one in hand",
-                        step.generation, step.step
+                        "{id}: {of} is applied before all ranks have trained it"
+                    ));
+                };
+                // Once it is over, one rank that lived is enough: the ranks have told each other what they fed.
+                let live = self.live == Some((fact.run(), step.generation));
+                let needed = if live { world } else { 1 };
+                if self.reported.get(&place).map_or(0, BTreeSet::len) < needed {
+                    return Err(format!(
+                        "{id}: {of} is applied before {needed} ranks have reported it"
                     ));
                 }
                 Ok(())

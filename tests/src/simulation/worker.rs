@@ -14,7 +14,7 @@ use super::World;
 use super::compute::{Job, Stage, Wish, Work};
 use super::fault::Phase;
 use super::ground;
-use super::held::{self, Memory, Start};
+use super::held::{Memory, Start};
 use super::network::Item;
 use super::queue::{Event, MS, SECOND, Time};
 
@@ -146,10 +146,15 @@ impl World {
 
     pub(super) fn attach(&mut self, number: usize, epoch: u32) {
         let worker = &self.workers[number];
-        if worker.epoch != epoch || worker.session.is_none() || worker.stream.is_some() {
+        let Some(session) = &worker.session else {
+            return;
+        };
+        if worker.epoch != epoch || worker.stream.is_some() {
             return;
         }
-        if self.coordinator.machine.is_none() {
+        let held = session.held().cloned();
+        // Hello says what is kept, so the training loop has to be back.
+        if self.coordinator.machine.is_none() || session.leaving() {
             return self.try_again(number);
         }
         let stream = self.connect(number);
@@ -167,7 +172,7 @@ impl World {
             data_address: format!("{}:1", worker.name),
             pid: epoch + 1,
             previous_exit: worker.previous_exit.clone(),
-            held: None,
+            held,
         };
         self.send_up(number, String::new(), 0, Up::Hello(hello));
         self.queue
@@ -327,11 +332,10 @@ impl World {
         self.worker_dies(number, true, true);
     }
 
-    fn send_up(&mut self, number: usize, run: String, generation: u64, mut body: Up) {
+    fn send_up(&mut self, number: usize, run: String, generation: u64, body: Up) {
         let Some(stream) = self.workers[number].stream else {
             return;
         };
-        held::declare(self.workers[number].memory.as_ref(), &mut body);
         if !matches!(body, Up::Heartbeat(_)) {
             self.say(|| {
                 format!(

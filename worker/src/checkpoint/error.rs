@@ -150,6 +150,7 @@ impl CheckpointError {
     /// Whether another try may succeed without anybody changing the run.
     pub fn fault_kind(&self) -> FaultKind {
         match self {
+            CheckpointError::Exchange(DeviceCollectiveError::Host(_)) => FaultKind::Peer,
             CheckpointError::Full { .. }
             | CheckpointError::RanOut { .. }
             | CheckpointError::Io { .. }

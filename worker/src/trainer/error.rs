@@ -106,8 +106,10 @@ impl TrainError {
     /// Who has to act.
     pub fn fault_kind(&self) -> FaultKind {
         match self {
+            TrainError::Collective(_) | TrainError::Devices(DeviceCollectiveError::Host(_)) => {
+                FaultKind::Peer
+            }
             TrainError::Void(_)
-            | TrainError::Collective(_)
             | TrainError::Devices(_)
             | TrainError::Kernel(_)
             | TrainError::Layout(LayoutError::Memory(_))
