@@ -4,7 +4,7 @@ use supra_proto::v1::{LeftReason, Void, coordinator_message::Body as Down};
 
 use super::fact::{Fact, Outcome};
 use super::generation::{Generation, Stage};
-use super::state::{RunNumber, RunPhase};
+use super::state::{Run, RunNumber, RunPhase};
 use super::{Action, Machine};
 use crate::ledger::Body;
 
@@ -146,7 +146,9 @@ impl Machine {
         self.free_since = self.moment.now;
         self.unapplied = None;
         let run = generation.run;
-        let Some(known) = self.state.run(run).filter(|known| !known.ended()) else {
+        // What was voided meanwhile stays void, also when the run was resumed before all had left.
+        let goes_on = |known: &&Run| !known.ended() && known.lineage <= generation.number;
+        let Some(known) = self.state.run(run).filter(goes_on) else {
             return;
         };
         match generation.unapplied(known.step) {

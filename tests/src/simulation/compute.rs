@@ -91,7 +91,8 @@ pub(super) struct Job {
 }
 
 impl Job {
-    pub fn new(number: u64, place: Place, start: Option<Start>) -> Job {
+    pub fn new(number: u64, place: Place) -> Job {
+        let start = Start::of(&place);
         let wish = if place.stop {
             Wish::Stop
         } else {

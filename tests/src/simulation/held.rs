@@ -1,6 +1,7 @@
 //! What simulated workers keep in memory when a generation ends, and how one starts from it.
 
-use supra_proto::v1::{Assignment, Held};
+use supra_agent::Place;
+use supra_proto::v1::Held;
 
 use super::ground::Model;
 
@@ -41,11 +42,11 @@ pub(super) struct Start {
 
 impl Start {
     /// What an assignment says.
-    pub fn of(assignment: &Assignment) -> Option<Start> {
-        let held = assignment.held.as_ref()?;
+    pub fn of(place: &Place) -> Option<Start> {
+        let donation = place.donation.as_ref()?;
         Some(Start {
-            state: held.state.clone()?,
-            holder: held.holders.contains(&assignment.rank),
+            state: donation.state.clone(),
+            holder: donation.holders.contains(&place.rank),
         })
     }
 }

@@ -5,16 +5,13 @@ use std::time::{Duration, Instant};
 use rand::RngExt;
 use supra_agent::Exit;
 use supra_agent::session::{Action, Input, Session};
-use supra_proto::v1::{
-    CoordinatorMessage, Hello, WorkerMessage, coordinator_message::Body as Down,
-    worker_message::Body as Up,
-};
+use supra_proto::v1::{CoordinatorMessage, Hello, WorkerMessage, worker_message::Body as Up};
 
 use super::World;
 use super::compute::{Job, Stage, Wish, Work};
 use super::fault::Phase;
 use super::ground;
-use super::held::{Memory, Start};
+use super::held::Memory;
 use super::network::Item;
 use super::queue::{Event, MS, SECOND, Time};
 
@@ -47,8 +44,6 @@ pub(super) struct Worker {
     pub job: Option<Job>,
     /// State that outlived its generation.
     pub memory: Option<Memory>,
-    /// Where the generation that it was assigned last starts, if in memory.
-    pub start: Option<Start>,
     pub paused_until: Time,
     /// Until when new streams stand still: down, up.
     pub partition: [Time; 2],
@@ -74,7 +69,6 @@ impl Worker {
             known: false,
             job: None,
             memory: None,
-            start: None,
             paused_until: 0,
             partition: [0; 2],
             ring_stalled_until: 0,
@@ -219,9 +213,6 @@ impl World {
         }
         worker.attached = true;
         worker.pause = FIRST_PAUSE;
-        if let Some(Down::Assignment(assignment)) = &message.body {
-            worker.start = Start::of(assignment);
-        }
         self.say(|| {
             let kind = message.body.as_ref().map(super::kind_of_down);
             format!(
@@ -261,8 +252,7 @@ impl World {
                 body,
             } => self.send_up(number, run, generation, body),
             Action::Start { job, place } => {
-                let start = self.workers[number].start.take();
-                self.workers[number].job = Some(Job::new(job, *place, start));
+                self.workers[number].job = Some(Job::new(job, *place));
                 self.work(number, MS, Work::Begin);
             }
             Action::Void => {

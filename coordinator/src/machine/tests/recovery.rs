@@ -401,6 +401,21 @@ fn survivors_that_hold_different_states_of_a_step_end_the_run() {
 }
 
 #[test]
+fn what_a_failed_run_has_voided_stays_void_when_it_is_resumed_before_all_have_left() {
+    let mut rig = training();
+    rig.step(&[1, 2], 1, 1);
+    rig.fault(1, 1, v1::FaultKind::Input, "the base is gone");
+    rig.left_holding(1, 1, LeftReason::Fault, None);
+    assert_eq!(voids(&rig), [0]);
+    rig.event(Event::Resume(1)).unwrap();
+    rig.report(2, 1, 1, 1, 2);
+    rig.left_holding(2, 1, LeftReason::Void, Some(held(1, 1)));
+    rig.wait(1.1);
+    assert_eq!(starts(&mut rig), (None, None), "from the base");
+    sound(&rig);
+}
+
+#[test]
 fn ranks_that_formed_with_another_state_than_that_which_was_held_end_the_run() {
     let mut rig = survivor(v1::Held {
         replica_hash: vec![9; 32],
