@@ -147,11 +147,8 @@ impl Recovery {
             })
         };
         let forms = when("forms from step")?;
-        let from = forms
-            .text
-            .split("from step ")
-            .nth(1)
-            .and_then(|rest| rest.split(':').next()?.parse::<u64>().ok());
+        let from = forms.text.split("from step ").nth(1);
+        let from = from.and_then(|rest| rest.split([',', ':']).next()?.parse::<u64>().ok());
         let from = from.ok_or_else(|| Failure::new(format!("no step in {:?}", forms.text)))?;
         cluster.wait(run, "training again", LIMIT, |status| {
             status.generation > before && status.step > from
