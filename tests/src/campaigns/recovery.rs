@@ -19,7 +19,7 @@ use crate::programs::Programs;
 use crate::report::{Row, rounded, table};
 
 /// What the report says above its table.
-pub const ABOUT: &str = "A worker of a run is killed with SIGKILL, again and again; its supervisor starts another one. Seconds \
+pub const ABOUT: &str = "A worker of a run, its supervisor included, is killed with SIGKILL, again and again, and another one started at once. Seconds \
     from the kill to the end of the next generation's first step, so without the time of steps that are trained again: medians, \
     and `p90_s`. `detect_s`: until the coordinator knows; `form_s`: until the next generation has its members; \
     `restore_s`: until all of them have the state; `step_s`: until the first step is applied. With `spares` a further worker \
@@ -99,7 +99,7 @@ impl Recovery {
             cluster.wait(&run, "training", LIMIT, |status| {
                 status.step >= start + STEPS_BETWEEN
             })?;
-            incidents.push(self.kill(&mut cluster, &run, number)?);
+            incidents.push(self.kill(&mut cluster, &run, number, spares)?);
         }
         let audit = cluster.audit(&run)?;
         let voided = audit["voided_steps"].as_u64().unwrap_or_default();
@@ -107,7 +107,13 @@ impl Recovery {
     }
 
     /// Kills a member and waits until the next generation has applied a step.
-    fn kill(&self, cluster: &mut Cluster, run: &str, number: usize) -> Result<Incident> {
+    fn kill(
+        &self,
+        cluster: &mut Cluster,
+        run: &str,
+        number: usize,
+        spares: u32,
+    ) -> Result<Incident> {
         let before = cluster.status(run)?.generation;
         let members: Vec<String> = cluster
             .attached()?
@@ -118,8 +124,11 @@ impl Recovery {
         let victim = members
             .get(number % members.len().max(1))
             .ok_or_else(|| Failure::new("nobody trains"))?;
+        let place = victim.trim_start_matches('w').parse()?;
         let killed = now_ms();
-        cluster.worker(victim)?.kill_children()?;
+        cluster.remove_worker(victim)?;
+        // Another one in its place, as a scheduler starts it. (A supervisor takes its time before it starts a child again.)
+        cluster.start_worker_on(self.device, place, self.ranks + spares)?;
 
         let deadline = Instant::now() + LIMIT;
         let log = loop {
