@@ -1,5 +1,6 @@
 //! Simulated workers: on the wire they attach, form, report and leave as real ones do, and they compute nothing.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -182,8 +183,10 @@ static PROBE: LazyLock<[u8; 32]> = LazyLock::new(plan::probe);
 
 /// A hello that is let in.
 pub fn hello(name: &str) -> Hello {
+    // Whoever comes back is another one: a worker that is lost again and again would be put aside.
+    static STARTED: AtomicU64 = AtomicU64::new(0);
     Hello {
-        instance: name.to_owned(),
+        instance: format!("{name}-{}", STARTED.fetch_add(1, Ordering::Relaxed)),
         name: name.to_owned(),
         build: BUILD.to_owned(),
         plan_version: plan::VERSION,
