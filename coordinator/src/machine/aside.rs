@@ -213,12 +213,15 @@ impl Machine {
 
     /// A member of a generation that no generation may take any more.
     pub(super) fn drained<'a>(&self, generation: &'a Generation) -> Option<&'a str> {
-        let aside = |name: &str| self.conduct.aside.contains_key(name);
         if self.conduct.aside.is_empty() {
             return None;
         }
-        let names = generation.members.iter().map(|member| member.name.as_str());
-        names.into_iter().find(|name| aside(name))
+        let aside = |conn| {
+            let worker = self.workers.get(conn);
+            worker.is_some_and(|worker| self.conduct.why(&worker.hello).is_some())
+        };
+        let member = generation.members.iter().find(|it| aside(&it.conn))?;
+        Some(&member.name)
     }
 
     fn no_worker(&self, name: &str) -> Refused {
@@ -395,6 +398,20 @@ mod tests {
         rig.wait(1.1);
         assert_eq!((rig.status().generation, rig.status().world), (2, 1));
         assert_eq!(aside(&rig, "b"), "drained by a user");
+    }
+
+    #[test]
+    fn a_worker_that_is_back_before_its_predecessor_is_put_aside_stays_in() {
+        let mut rig = training();
+        let before = Aside {
+            instance: "before".into(),
+            reason: "broke too many".into(),
+        };
+        rig.machine.conduct.aside.insert("b".into(), before);
+        rig.formed(1, 1, 0);
+        rig.formed(2, 1, 0);
+        let regrouped = |(_, _, body): &(_, _, Down)| matches!(body, Down::Regroup(_));
+        assert!(!rig.told().iter().any(regrouped));
     }
 
     #[test]

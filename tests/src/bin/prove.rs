@@ -197,7 +197,7 @@ fn prove(arguments: &Arguments) -> Result<()> {
                 kills: if arguments.quick { 3 } else { 25 },
                 ranks: if device == Device::Cpu { 4 } else { 2 },
                 device,
-                limit_s: 10.0,
+                limit_s: if device == Device::Cpu { 2.0 } else { 5.0 },
             };
             (recovery::ABOUT, recovery.run(&programs, scratch.path())?)
         }
