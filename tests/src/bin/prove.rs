@@ -1,6 +1,7 @@
 //! `scripts/prove NAME`: runs a campaign large and writes what it showed to `docs/benchmarks`.
 #![forbid(unsafe_code)]
 
+use std::env;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -84,9 +85,10 @@ enum Campaign {
 
 impl Campaign {
     /// Name of what it writes.
-    fn page<'a>(&self, name: &'a str) -> &'a str {
-        match self {
-            Campaign::Scale => "coordinator-scale",
+    fn page<'a>(&self, name: &'a str, device: Option<Device>) -> &'a str {
+        match (self, device) {
+            (Campaign::Scale, _) => "coordinator-scale",
+            (Campaign::Recovery, Some(Device::Cuda)) => "nccl-recovery",
             _ => name,
         }
     }
@@ -112,9 +114,10 @@ fn prove(arguments: &Arguments) -> Result<()> {
         .campaign
         .to_possible_value()
         .map_or_else(String::new, |value| value.get_name().to_owned());
+    let said: Vec<String> = env::args().skip(1).collect();
     let report = Report::begin(
-        arguments.campaign.page(&name),
-        &format!("scripts/prove {name}"),
+        arguments.campaign.page(&name, arguments.device),
+        &format!("scripts/prove {}", said.join(" ")),
     )?;
     let benchmarks = repository().join("docs/benchmarks");
     let plot = if arguments.quick {
