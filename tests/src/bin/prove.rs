@@ -69,6 +69,8 @@ enum Campaign {
     Worlds,
     /// Speed of the training step of a 7B model beside PyTorch's; needs an NVIDIA GPU and the peer's Python packages.
     Step,
+    /// Speed of the training step alone, at other shapes of 7B models; needs an NVIDIA GPU of 141 GB.
+    Shapes,
     /// Where the time of the step of a 7B model goes; needs an NVIDIA GPU of 141 GB.
     Components,
     /// 20 real steps of a model with 7.81 B parameters; needs an NVIDIA GPU of 141 GB and room for a checkpoint of 94 GB below TMPDIR.
@@ -158,6 +160,14 @@ fn prove(arguments: &Arguments) -> Result<()> {
             step::ABOUT,
             step::run(&programs, scratch.path(), arguments.quick, |rows| {
                 report.write(step::ABOUT, rows, &benchmarks).map(drop)
+            })?,
+        ),
+        Campaign::Shapes => (
+            step::ABOUT_SHAPES,
+            step::shapes(&programs, arguments.quick, |rows| {
+                report
+                    .write(step::ABOUT_SHAPES, rows, &benchmarks)
+                    .map(drop)
             })?,
         ),
         Campaign::Components => (

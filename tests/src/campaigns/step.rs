@@ -24,6 +24,10 @@ pub const ABOUT: &str = "Forward and backward of one micro-batch of Mistral-7B-S
     everything the process holds, `peer_peak_gb` only what PyTorch's allocator handed out; `activations_gb` and \
     `peer_activations_gb` are the same without weights and gradients.";
 
+/// What the report on other shapes says above its table.
+pub const ABOUT_SHAPES: &str = "Forward and backward of one micro-batch of a model of 7B (bf16, random weights, fresh random tokens) on one \
+    GPU: `supra-worker bench step` alone, a figure is the median of ten passes. Columns as on the page of `step`.";
+
 /// Largest relative difference of loss and gradient norm to the peer's at two blocks.
 const AGREEMENT: f64 = 0.01;
 /// Compiling the peer takes minutes.
@@ -98,36 +102,41 @@ const CONTESTS: [Contest; 4] = [
     },
 ];
 
+const WITHOUT_PEER: Contest = Contest {
+    peer: Peer::Absent,
+    ..MISTRAL
+};
+
 /// Other shapes, without the peer.
 const ALONE: [Contest; 5] = [
     Contest {
         batch: 2,
-        ..MISTRAL
+        ..WITHOUT_PEER
     },
     Contest {
         batch: 8,
         policy: "lean",
-        ..MISTRAL
+        ..WITHOUT_PEER
     },
     Contest {
         batch: 1,
         sequence_length: 8192,
-        ..MISTRAL
+        ..WITHOUT_PEER
     },
     Contest {
         batch: 1,
         sequence_length: 32768,
         policy: "recompute",
-        ..MISTRAL
+        ..WITHOUT_PEER
     },
     Contest {
         shape: "llama2-7b",
-        ..MISTRAL
+        ..WITHOUT_PEER
     },
 ];
 
-/// Runs the comparison, and our step alone at other shapes; the first contest only if `quick`. `keep` gets all rows so far
-/// after each: time on such machines is short, and what was measured is not to be lost with it.
+/// Runs the comparison; the first contest only if `quick`. `keep` gets all rows so far after each: time on such machines is
+/// short, and what was measured is not to be lost with it.
 ///
 /// # Errors
 /// When there is no GPU, the peer cannot run, or the two do not compute the same.
@@ -138,17 +147,34 @@ pub fn run(
     keep: impl Fn(&[Row]) -> Result<()>,
 ) -> Result<Vec<Row>> {
     agree(programs, directory)?;
-    if quick {
-        return Ok(vec![CONTESTS[0].run(programs)?]);
-    }
-    let alone = ALONE.map(|contest| Contest {
-        peer: Peer::Absent,
-        ..contest
-    });
+    each(&CONTESTS, programs, quick, keep)
+}
+
+/// Runs our step alone at other shapes; the first only if `quick`. `keep` as in [`run`].
+///
+/// # Errors
+/// When there is no GPU, or not enough memory.
+pub fn shapes(
+    programs: &Programs,
+    quick: bool,
+    keep: impl Fn(&[Row]) -> Result<()>,
+) -> Result<Vec<Row>> {
+    each(&ALONE, programs, quick, keep)
+}
+
+fn each(
+    contests: &[Contest],
+    programs: &Programs,
+    quick: bool,
+    keep: impl Fn(&[Row]) -> Result<()>,
+) -> Result<Vec<Row>> {
+    let wanted = if quick { 1 } else { contests.len() };
     let mut rows = Vec::new();
-    for contest in CONTESTS.iter().chain(&alone) {
+    for contest in &contests[..wanted] {
         rows.push(contest.run(programs)?);
-        keep(&rows)?;
+        if !quick {
+            keep(&rows)?;
+        }
     }
     Ok(rows)
 }
