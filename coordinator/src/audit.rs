@@ -30,14 +30,31 @@ pub struct Options<'a> {
     pub recipe_hash: Option<Hash>,
     /// Heads that published checkpoints remember: the chain has to pass through all of them.
     pub checkpoints: Vec<Remembered>,
+    /// Manifests of published checkpoints as they are now: what the ledger says about them has to be so.
+    pub manifests: Vec<Manifest>,
+    /// What is wrong with the files of checkpoints, in one line each, and how many files are right.
+    pub files: (Vec<String>, u64),
     /// Digests from the data itself. Slow: reads every sample.
     pub recompute: Option<&'a mut Recompute<'a>>,
+}
+
+/// A published checkpoint's manifest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Manifest {
+    /// Where it is, for people.
+    pub path: String,
+    /// The generation that it says wrote it.
+    pub generation: u64,
+    /// The step that it says it is behind.
+    pub step: u64,
+    /// BLAKE3 of the file.
+    pub hash: Hash,
 }
 
 /// The head that the ledger had when a checkpoint was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Remembered {
-    /// The checkpoint's manifest, for people.
+    /// The checkpoint's manifest, or that of a model made from it, for people.
     pub manifest: String,
     /// What it says.
     pub head: Hash,
@@ -70,6 +87,8 @@ pub struct Verdict {
     pub durable_step: u64,
     /// Published checkpoints whose manifest names a head of this ledger.
     pub checkpoints: u64,
+    /// Files of published checkpoints that are what was written.
+    pub files: u64,
     /// Steps behind the weights whose update was skipped, ascending.
     pub skipped: Vec<u64>,
     /// Applied steps that were taken back and trained again, or lie after the recovery point.
@@ -173,7 +192,11 @@ impl<'a> Auditor<'a> {
                 after_step,
                 ..
             } => self.void(*generation, *after_step),
-            Body::Durable { step, .. } => self.made_durable(*step),
+            Body::Durable {
+                generation,
+                step,
+                manifest_hash,
+            } => self.made_durable(*generation, *step, manifest_hash),
             Body::Close { step, samples } => self.close(*step, *samples),
         }
         self.records += 1;
@@ -210,6 +233,8 @@ impl<'a> Auditor<'a> {
                 ledger::hex(&head),
             ));
         }
+        let (problems, files) = std::mem::take(&mut self.options.files);
+        problems.into_iter().for_each(|what| self.found(what));
         let samples = self.samples();
         let length = self.open.as_ref().map_or(0, |open| open.sequence_length);
         let budget = self.open.as_ref().map_or(0, |open| open.samples);
@@ -234,6 +259,7 @@ impl<'a> Auditor<'a> {
             budget_tokens: budget.saturating_mul(length),
             durable_step: self.durable,
             checkpoints: self.passed,
+            files,
             skipped: self.skipped.into_iter().collect(),
             voided_steps: self.voided,
             finished: self.closed,
@@ -393,7 +419,17 @@ impl<'a> Auditor<'a> {
         self.voided_generation = self.voided_generation.max(generation);
     }
 
-    fn made_durable(&mut self, step: u64) {
+    fn made_durable(&mut self, generation: u64, step: u64, manifest_hash: &Hash) {
+        let altered = self.options.manifests.iter().find(|manifest| {
+            (manifest.generation, manifest.step) == (generation, step)
+                && manifest.hash != *manifest_hash
+        });
+        if let Some(Manifest { path, hash, .. }) = altered {
+            let (found, said) = (ledger::hex(hash), ledger::hex(manifest_hash));
+            self.found(format!(
+                "calls step {step} durable by a checkpoint with the hash {said}, but {path} has {found}: it was altered"
+            ));
+        }
         if step > self.step {
             self.found(format!(
                 "calls step {step} durable, but the last step is {}",

@@ -124,7 +124,7 @@ fn a_ledger_that_lost_its_end_is_found_by_a_checkpoint() {
     let head = supra_coordinator::ledger::hex(&head);
     checkpoint(
         "step-2",
-        serde_json::json!({ "run": "small-1", "ledger_head": head, "step": 2 }),
+        serde_json::json!({ "run": "small-1", "generation": 1, "step": 2, "ledger_head": head }),
     );
     // These say nothing: another run's, one of an older build, and one that is damaged.
     checkpoint(
@@ -147,6 +147,44 @@ fn a_ledger_that_lost_its_end_is_found_by_a_checkpoint() {
     drop(database);
     let answer = audit(state.path(), &[]).expect_code(4);
     for word in ["step-2/manifest.json", "records are missing at the end"] {
+        assert!(answer.stdout.contains(word), "{}", answer.stdout);
+    }
+}
+
+#[test]
+fn a_ledger_that_lost_its_end_is_found_by_an_exported_model() {
+    let state = tempfile::tempdir().unwrap();
+    journal(state.path());
+    let model = tempfile::tempdir().unwrap();
+    let export = model.path().to_str().unwrap();
+    let origin = |run: &str, head: &str| {
+        let text =
+            serde_json::json!({ "run": run, "generation": 1, "step": 2, "ledger_head": head });
+        fs::write(model.path().join("supra_origin.json"), text.to_string()).unwrap();
+    };
+    let answer = audit(state.path(), &["--export", export]).expect_code(2);
+    assert!(
+        answer.stderr.contains("supra_origin.json"),
+        "{}",
+        answer.stderr
+    );
+    origin("small-1", "");
+    audit(state.path(), &["--export", export]).expect_code(2);
+    origin("other-1", &"0".repeat(64));
+    let answer = audit(state.path(), &["--export", export]).expect_code(2);
+    assert!(answer.stderr.contains("run other-1"), "{}", answer.stderr);
+
+    let database = rusqlite::Connection::open(state.path().join("journal.db")).unwrap();
+    let last = "SELECT hash FROM ledger WHERE idx = 2";
+    let head: Vec<u8> = database.query_row(last, [], |row| row.get(0)).unwrap();
+    origin("small-1", &supra_coordinator::ledger::hex(&head));
+    audit(state.path(), &["--export", export]).expect_code(0);
+    database
+        .execute("DELETE FROM ledger WHERE idx = 2", [])
+        .unwrap();
+    drop(database);
+    let answer = audit(state.path(), &["--export", export]).expect_code(4);
+    for word in ["supra_origin.json", "records are missing at the end"] {
         assert!(answer.stdout.contains(word), "{}", answer.stdout);
     }
 }

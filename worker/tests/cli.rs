@@ -5,10 +5,10 @@ use std::{path::Path, process::Command};
 use serde_json::Value;
 use supra_recipes::schema::{Attention, Base, Budget, Tokens};
 
-use crate::fixture::{Generation, World};
+use crate::fixture::{Generation, LEDGER_HEAD, World};
 
 /// Runs the program; returns exit code, stdout and stderr.
-fn worker(arguments: &[&str]) -> (i32, String, String) {
+pub fn worker(arguments: &[&str]) -> (i32, String, String) {
     let output = Command::new(env!("CARGO_BIN_EXE_supra-worker"))
         .args(arguments)
         // Threads of such small work would only wait for each other.
@@ -68,6 +68,17 @@ fn a_base_is_pretrained_exported_converted_uptrained_and_used() {
         out.contains("Hugging Face model of run run-1 at step"),
         "{out}"
     );
+    let origin = std::fs::read(base.join("supra_origin.json")).unwrap();
+    let origin: Value = serde_json::from_slice(&origin).unwrap();
+    let head: String = LEDGER_HEAD
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    assert_eq!(
+        (&origin["run"], &origin["ledger_head"]),
+        (&"run-1".into(), &head.into())
+    );
+    assert_eq!(origin["tokens"], 3200);
     let base_loss = loss(&base, &heldout);
     assert!(
         (loss(&checkpoint, &heldout) - base_loss).abs() < 1e-9,

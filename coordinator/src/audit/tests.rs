@@ -102,7 +102,7 @@ fn the_json_shape_is_stable() {
     let json = serde_json::to_value(audit(finished(), Options::default())).unwrap();
     let mut keys: Vec<_> = json.as_object().unwrap().keys().cloned().collect();
     keys.sort();
-    let expected = "breaks budget_steps budget_tokens checkpoints durable_step finished generations head more_breaks \
+    let expected = "breaks budget_steps budget_tokens checkpoints durable_step files finished generations head more_breaks \
                     records run samples skipped steps tokens verdict voided_steps";
     assert_eq!(keys.join(" "), expected);
     assert_eq!(json["verdict"], "ok");
@@ -131,6 +131,54 @@ fn a_checkpoint_shows_that_the_ledger_lost_its_end() {
         what.contains("step-7/manifest.json") && what.contains("records are missing"),
         "{what}"
     );
+}
+
+#[test]
+fn an_altered_manifest_is_found_at_the_record_that_names_it() {
+    let records = finished();
+    let (place, generation, step, manifest_hash) = records
+        .iter()
+        .find_map(|record| match record.body {
+            Body::Durable {
+                generation,
+                step,
+                manifest_hash,
+            } => Some((record.index, generation, step, manifest_hash)),
+            _ => None,
+        })
+        .unwrap();
+    let with = |generation, hash| Options {
+        manifests: vec![Manifest {
+            path: "a/manifest.json".to_owned(),
+            generation,
+            step,
+            hash,
+        }],
+        ..Options::default()
+    };
+    let whole = audit(records.clone(), with(generation, manifest_hash));
+    assert_eq!(whole.breaks, []);
+    // One that no record names says nothing: it was published after the last.
+    let unnamed = audit(records.clone(), with(generation + 9, [1; 32]));
+    assert_eq!(unnamed.breaks, []);
+    let altered = audit(records, with(generation, [1; 32]));
+    assert_eq!(altered.breaks[0].record, place);
+    let what = &altered.breaks[0].what;
+    assert!(
+        what.contains("a/manifest.json") && what.contains("altered"),
+        "{what}"
+    );
+}
+
+#[test]
+fn files_that_are_not_what_was_written_break_the_account() {
+    let options = Options {
+        files: (vec!["model has 1 byte".to_owned()], 3),
+        ..Options::default()
+    };
+    let verdict = audit(finished(), options);
+    assert_eq!((verdict.verdict, verdict.files), (Outcome::Broken, 3));
+    assert_eq!(verdict.breaks[0].what, "model has 1 byte");
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use supra_recipes::Recipe;
 
+use super::checkpoints::{self, Care, Checkpoint};
 use super::connect::{Connect, TokenFile};
 use super::failure::{Exit, Failure};
 use super::format::{self, Table};
@@ -14,7 +15,7 @@ use super::ledger::{self, Entry, Offline};
 use super::out;
 use super::runs::{Json, Which};
 use super::samples::Samples;
-use crate::audit::{Auditor, Options, Outcome, Recompute, Verdict};
+use crate::audit::{Auditor, Manifest, Options, Outcome, Recompute, Remembered, Verdict};
 
 /// Arguments of `supra audit`.
 #[derive(Args, Debug)]
@@ -25,6 +26,13 @@ pub struct Audit {
     /// every sample
     #[arg(long, value_name = "RECIPE")]
     data: Option<PathBuf>,
+    /// Also hash every file of the published checkpoints and compare with what was written: slow,
+    /// reads all of them
+    #[arg(long)]
+    files: bool,
+    /// Also look for what an exported model remembers of the ledger
+    #[arg(long, value_name = "DIR")]
+    export: Option<PathBuf>,
     #[command(flatten)]
     json: Json,
     /// Read the journal of this state directory instead of asking a coordinator: changes nothing,
@@ -60,7 +68,7 @@ pub async fn run(command: Audit) -> Result<Exit, Failure> {
         .as_mut()
         .map(|function| function as &mut Recompute<'_>);
     let verdict = match &command.state {
-        Some(state) => offline(state, &command.which.run, recompute)?,
+        Some(state) => offline(state, &command, recompute)?,
         None => online(&command, recompute).await?,
     };
     let exit = if verdict.verdict == Outcome::Ok {
@@ -93,11 +101,17 @@ async fn online<'a>(
         token: command.token.clone(),
     };
     let mut client = connect.client().await?;
-    let status = client.status(&command.which.run).await?;
+    let run = client.status(&command.which.run).await?.run;
+    let known = checkpoints::of_answer(client.checkpoints(&run).await?);
+    let root = known.first().and_then(|known| known.path.parent());
+    let mut witnesses = command.witnesses(&run, root.unwrap_or(Path::new("")), &known)?;
+    // After the checkpoints were read: what a live run adds meanwhile is left for the next audit.
+    witnesses.forget_retired(&checkpoints::of_answer(client.checkpoints(&run).await?));
+    let status = client.status(&run).await?;
     let mut auditor = Auditor::new(Options {
         head: ledger::head(&status),
         recompute,
-        ..Options::default()
+        ..witnesses.options()
     });
     ledger::each(&mut client, &status, |entry| push(&mut auditor, entry)).await?;
     Ok(auditor.finish())
@@ -106,21 +120,89 @@ async fn online<'a>(
 /// Audits what the journal of a state directory holds.
 fn offline<'a>(
     state: &Path,
-    run: &str,
+    command: &Audit,
     recompute: Option<&'a mut Recompute<'a>>,
 ) -> Result<Verdict, Failure> {
-    let mut ledger = Offline::open(state, run)?;
-    // Before the ledger is read: what a live coordinator publishes meanwhile is left for the next audit.
-    let checkpoints = heads::remembered(&ledger.run.checkpoint_root, &ledger.run.id);
+    let mut ledger = Offline::open(state, &command.which.run)?;
+    let (run, root) = (&ledger.run.id, &ledger.run.checkpoint_root);
+    let mut witnesses = command.witnesses(run, root, &checkpoints::of_run(&ledger.run))?;
+    // After the checkpoints were read: what a live coordinator publishes meanwhile is left for the next audit.
     ledger.refresh()?;
+    witnesses.forget_retired(&checkpoints::of_run(&ledger.run));
     let mut auditor = Auditor::new(Options {
         head: ledger.head(),
         recipe_hash: Some(*blake3::hash(ledger.run.recipe.as_bytes()).as_bytes()),
-        checkpoints,
         recompute,
+        ..witnesses.options()
     });
     ledger.each(|entry| push(&mut auditor, entry))?;
     Ok(auditor.finish())
+}
+
+/// What there is on this machine of a run beside its ledger.
+struct Witnesses {
+    remembered: Vec<Remembered>,
+    manifests: Vec<Manifest>,
+    /// Published checkpoints, with what is wrong with their files and how many are right.
+    examined: Vec<(Checkpoint, Vec<String>, u64)>,
+}
+
+impl Audit {
+    /// Reads the checkpoints below `root`, those that are `known`, and the exported model that the command names.
+    fn witnesses(
+        &self,
+        run: &str,
+        root: &Path,
+        known: &[Checkpoint],
+    ) -> Result<Witnesses, Failure> {
+        let (mut remembered, manifests) = heads::remembered(root, run);
+        if let Some(directory) = &self.export {
+            let (of, head) = heads::of_export(directory)?;
+            if of != run {
+                return Err(Failure::input(format!(
+                    "{} is a model of run {of}, not of {run}. Audit run {of}.",
+                    directory.display()
+                )));
+            }
+            remembered.push(head);
+        }
+        let care = if self.files {
+            Care::Thorough
+        } else {
+            Care::Quick
+        };
+        let examine = |checkpoint: &Checkpoint| {
+            let (problems, right) = checkpoints::examine(checkpoint, care);
+            (checkpoint.clone(), problems, right)
+        };
+        Ok(Witnesses {
+            remembered,
+            manifests,
+            examined: known.iter().map(examine).collect(),
+        })
+    }
+}
+
+impl Witnesses {
+    /// Nothing is wrong with a checkpoint that went away while it was read.
+    fn forget_retired(&mut self, known: &[Checkpoint]) {
+        self.examined
+            .retain(|(checkpoint, ..)| known.contains(checkpoint));
+    }
+
+    fn options<'a>(self) -> Options<'a> {
+        let mut files = (Vec::new(), 0);
+        for (_, problems, right) in self.examined {
+            files.0.extend(problems);
+            files.1 += right;
+        }
+        Options {
+            checkpoints: self.remembered,
+            manifests: self.manifests,
+            files,
+            ..Options::default()
+        }
+    }
 }
 
 fn push(auditor: &mut Auditor<'_>, entry: Entry) {
@@ -182,6 +264,10 @@ fn render(verdict: &Verdict) -> String {
                 format::grouped(verdict.checkpoints)
             ),
         );
+    }
+    if verdict.files > 0 {
+        let files = format::counted(verdict.files, "file");
+        fact("files", format!("{files} of checkpoints as written"));
     }
     fact("generations", format::grouped(verdict.generations));
     let again = match verdict.voided_steps {

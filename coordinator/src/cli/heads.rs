@@ -1,4 +1,4 @@
-//! What published checkpoints remember of the ledger: the witness outside the journal.
+//! What checkpoints and exported models remember of the ledger: the witnesses outside the journal.
 //!
 //! A journal that lost its end is whole in itself; the checkpoints that were written after it are not
 //! lost with it.
@@ -8,34 +8,74 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use crate::audit::Remembered;
+use super::checkpoints::MANIFEST;
+use super::failure::Failure;
+use crate::audit::{Manifest, Remembered};
 use crate::ledger::{Hash, hex32};
 
-/// The part of a checkpoint's `manifest.json` that an audit reads.
+/// What `supra-worker export` writes beside a model.
+const ORIGIN: &str = "supra_origin.json";
+
+/// The part of a checkpoint's `manifest.json`, or of an export's `supra_origin.json`, that an audit reads.
 #[derive(Deserialize)]
-struct Manifest {
+struct Said {
     run: String,
+    generation: u64,
+    step: u64,
     #[serde(with = "hex32")]
     ledger_head: Hash,
 }
 
-/// The heads that the published checkpoints of a run below `root` remember. One that cannot be read, on
-/// another machine or of a build that kept no head, remembers nothing.
-pub(super) fn remembered(root: &Path, run: &str) -> Vec<Remembered> {
+/// What the published checkpoints of a run below `root` say: the heads that they remember, and themselves. One that cannot be
+/// read, on another machine or of a build that kept no head, says nothing.
+pub(super) fn remembered(root: &Path, run: &str) -> (Vec<Remembered>, Vec<Manifest>) {
     let Ok(entries) = fs::read_dir(root) else {
-        return Vec::new();
+        return Default::default();
     };
-    let mut remembered: Vec<Remembered> = entries
+    let mut said: Vec<(Remembered, Manifest)> = entries
         .flatten()
         .filter_map(|entry| {
-            let path = entry.path().join("manifest.json");
-            let manifest: Manifest = serde_json::from_slice(&fs::read(&path).ok()?).ok()?;
-            (manifest.run == run).then(|| Remembered {
-                manifest: path.display().to_string(),
-                head: manifest.ledger_head,
+            let path = entry.path().join(MANIFEST);
+            let bytes = fs::read(&path).ok()?;
+            let said: Said = serde_json::from_slice(&bytes).ok()?;
+            let path = path.display().to_string();
+            (said.run == run).then(|| {
+                let remembered = Remembered {
+                    manifest: path.clone(),
+                    head: said.ledger_head,
+                };
+                let manifest = Manifest {
+                    path,
+                    generation: said.generation,
+                    step: said.step,
+                    hash: *blake3::hash(&bytes).as_bytes(),
+                };
+                (remembered, manifest)
             })
         })
         .collect();
-    remembered.sort_by(|a, b| a.manifest.cmp(&b.manifest));
-    remembered
+    said.sort_by(|a, b| a.1.path.cmp(&b.1.path));
+    said.into_iter().unzip()
+}
+
+/// The run that an exported model in `directory` is of, and the head that it remembers.
+///
+/// # Errors
+/// It is no export, or one of a build that kept no head.
+pub(super) fn of_export(directory: &Path) -> Result<(String, Remembered), Failure> {
+    let path = directory.join(ORIGIN);
+    let cannot = |cause: String| {
+        Failure::input(format!(
+            "{} does not say which run the model is of: {cause}. Name a directory that `supra-worker export` has made from a \
+             checkpoint that remembers the ledger.",
+            path.display()
+        ))
+    };
+    let bytes = fs::read(&path).map_err(|error| cannot(error.to_string()))?;
+    let said: Said = serde_json::from_slice(&bytes).map_err(|error| cannot(error.to_string()))?;
+    let remembered = Remembered {
+        manifest: path.display().to_string(),
+        head: said.ledger_head,
+    };
+    Ok((said.run, remembered))
 }

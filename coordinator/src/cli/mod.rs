@@ -4,6 +4,7 @@
 //! resumable, 130 interrupted.
 
 mod audit;
+mod checkpoints;
 mod connect;
 mod data;
 mod describe;

@@ -15,6 +15,7 @@
 
 pub mod error;
 pub mod manifest;
+pub mod origin;
 pub mod read;
 pub mod safetensors;
 pub mod store;
@@ -22,6 +23,7 @@ pub mod write;
 
 pub use error::CheckpointError;
 pub use manifest::{Environment, Manifest};
+pub use origin::{ORIGIN, Origin};
 pub use supra_agent::publish::{PENDING, PUBLISHED as MANIFEST};
 
 /// Prefix of the first moments' keys in the optimizer's files.

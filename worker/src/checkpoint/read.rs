@@ -31,6 +31,13 @@ pub fn manifest(dir: &Path, hash: Option<&[u8; 32]>) -> Result<Manifest, Checkpo
     Manifest::parse(&bytes, &path)
 }
 
+/// BLAKE3 of the manifest of a published checkpoint, for whoever has it from nobody else.
+pub fn manifest_hash(dir: &Path) -> Result<[u8; 32], CheckpointError> {
+    let path = dir.join(MANIFEST);
+    let bytes = fs::read(&path).map_err(|source| CheckpointError::reading(&path, source))?;
+    Ok(*blake3::hash(&bytes).as_bytes())
+}
+
 /// Reads masters, moments and update counter into a replica, one file at a time. Every file is hashed before its content
 /// is looked at, and it is an error unless all of them are right and together cover every parameter exactly once. After an
 /// error the replica is of no use.

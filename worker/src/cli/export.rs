@@ -5,12 +5,13 @@ use std::path::PathBuf;
 use super::{failure::Failure, options::Dtype, out};
 use clap::Args;
 use supra_worker::{
-    checkpoint,
+    checkpoint::{self, ORIGIN, Origin},
     model::{self, ModelConfig, NewWeights, SaveFormat},
 };
 
 /// Writes the weights of a checkpoint without optimizer state: a softmax model as a Hugging Face directory, a SUPRA
-/// model in the published layout. The checkpoint's hashes are verified first.
+/// model in the published layout. The checkpoint's hashes are verified first. `supra_origin.json` beside the weights says run,
+/// step and the head of the ledger, for `supra audit --export`.
 #[derive(Debug, Args)]
 pub struct Export {
     /// Directory of one checkpoint (`supra checkpoints` lists them)
@@ -27,14 +28,23 @@ pub struct Export {
 impl Export {
     /// Verifies and writes.
     pub fn execute(self) -> Result<(), Failure> {
-        let manifest = checkpoint::read::manifest(&self.checkpoint, None)?;
+        let hash = checkpoint::read::manifest_hash(&self.checkpoint)?;
+        let manifest = checkpoint::read::manifest(&self.checkpoint, Some(&hash))?;
         checkpoint::read::verify_model(&self.checkpoint, &manifest)?;
         let config = ModelConfig::load(&self.checkpoint)?;
         let (params, _) = model::load_params(&self.checkpoint, &config, NewWeights::Refuse)?;
         let format = SaveFormat::Interchange {
             kind: self.dtype.into(),
         };
-        model::save_model(&self.out, &config, &params, Some(&self.checkpoint), format)?;
+        let origin = Origin::new(&manifest, hash).to_bytes();
+        model::save_model_with(
+            &self.out,
+            &config,
+            &params,
+            Some(&self.checkpoint),
+            format,
+            &[(ORIGIN, &origin)],
+        )?;
         let layout = if config.supra().is_some() {
             "SUPRA"
         } else {

@@ -32,7 +32,7 @@ pub use config::{AttentionKind, Decay, ModelConfig, RopeFrequencies, SupraConfig
 pub use documents::Documents;
 pub use error::ModelError;
 pub use files::load::{LoadReport, NewWeights, load_each, load_params};
-pub use files::save::{SaveFormat, save_model};
+pub use files::save::{SaveFormat, save_model, save_model_with};
 pub use init::{init_all, init_new, init_one};
 pub use loss::{LossInput, LossSum};
 pub use params::{ParamSpec, Params};

@@ -70,6 +70,18 @@ pub fn save_model(
     companions_from: Option<&Path>,
     format: SaveFormat,
 ) -> Result<(), ModelError> {
+    save_model_with(dir, config, params, companions_from, format, &[])
+}
+
+/// As [`save_model`], with further files, by name, beside those.
+pub fn save_model_with(
+    dir: &Path,
+    config: &ModelConfig,
+    params: &Params,
+    companions_from: Option<&Path>,
+    format: SaveFormat,
+    further: &[(&str, &[u8])],
+) -> Result<(), ModelError> {
     let draft = Draft::begin(dir)?;
     let (layout, kind) = (format.layout(config), format.kind());
     match layout {
@@ -81,6 +93,14 @@ pub fn save_model(
     write_weights(&draft.path, config, params, &layout, kind, SHARD_BYTES)?;
     if let Some(from) = companions_from {
         copy_companions(from, &draft.path)?;
+    }
+    for (name, bytes) in further {
+        let path = draft.path.join(name);
+        fs::write(&path, bytes).map_err(|source| ModelError::Io {
+            action: "write",
+            path,
+            source,
+        })?;
     }
     draft.publish()
 }
