@@ -62,6 +62,11 @@ pub struct Telemetry {
     path: PathBuf,
 }
 
+/// The store of a state directory.
+pub fn file(directory: &Path) -> PathBuf {
+    directory.join("telemetry.db")
+}
+
 impl Telemetry {
     /// Opens or creates the store of a state directory.
     ///
@@ -72,7 +77,7 @@ impl Telemetry {
     }
 
     fn with_limit(directory: &Path, max_metrics: u64) -> rusqlite::Result<Telemetry> {
-        let path = directory.join("telemetry.db");
+        let path = file(directory);
         let connection = Connection::open(&path)?;
         connection.pragma_update(None, "journal_mode", "WAL")?;
         connection.pragma_update(None, "synchronous", "NORMAL")?;

@@ -202,6 +202,25 @@ fn a_step_to_come_is_shown_and_one_outside_the_plan_is_bad_input() {
 }
 
 #[test]
+fn a_step_is_run_again_only_where_there_is_a_checkpoint_and_something_to_compare_with() {
+    let place = tempfile::tempdir().expect("the fixture");
+    dataset(place.path());
+    journal(place.path(), None);
+    for (step, how, words) in [
+        ("2", "--rerun", "no checkpoint before step 2"),
+        ("2", "--rerun=1", "it has none yet"),
+        ("2", "--rerun=/nowhere", "/nowhere/manifest.json"),
+        ("3", "--rerun", "has not trained step 3"),
+    ] {
+        let answer = replay(place.path(), step, &[how]).expect_code(2);
+        assert!(answer.stderr.contains(words), "{}", answer.stderr);
+        assert_eq!(answer.stdout, "");
+    }
+    // Where to compute is a question of a rerun only.
+    replay(place.path(), "2", &["--device", "cuda:0"]).expect_code(2);
+}
+
+#[test]
 fn data_that_moved_is_named_and_other_data_is_refused() {
     let place = tempfile::tempdir().expect("the fixture");
     dataset(place.path());

@@ -9,6 +9,7 @@ mod bad_network;
 mod campaigns;
 mod end_to_end;
 mod gpu;
+mod replay;
 mod resume;
 mod setup;
 mod widths;

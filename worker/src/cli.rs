@@ -9,6 +9,7 @@ mod generate;
 mod logging;
 mod options;
 mod out;
+mod replay;
 mod run;
 
 use std::process::ExitCode;
@@ -37,6 +38,8 @@ enum Command {
     Eval(eval::Eval),
     /// Continue a text
     Generate(generate::Generate),
+    /// Train some steps of a run again from a checkpoint, and write nothing
+    Replay(replay::Replay),
     /// Measure speed on this machine
     Bench(bench::Bench),
 }
@@ -50,6 +53,7 @@ pub fn main() -> ExitCode {
         Command::Export(export) => export.execute(),
         Command::Eval(eval) => eval.execute(),
         Command::Generate(generate) => generate.execute(),
+        Command::Replay(replay) => replay.execute(),
         Command::Bench(bench) => bench.execute(),
     };
     result.map_or_else(Failure::report, |()| ExitCode::SUCCESS)

@@ -11,6 +11,7 @@ mod error;
 mod kept;
 mod micro;
 mod policy;
+mod replay;
 mod start;
 mod tally;
 
@@ -29,6 +30,8 @@ use environment::environment;
 pub use error::TrainError;
 pub use kept::Kept;
 pub use micro::{HostBatch, Layout, LayoutError};
+use replay::MicroLoss;
+pub use replay::{MicroBatch, Replayed, replay};
 use start::Start;
 pub use start::check_data;
 use tally::{Tally, Wish};
@@ -111,6 +114,8 @@ struct Trainer<'a> {
     step: u64,
     /// Whether an update was begun and not ended: then the state is behind no step.
     torn: bool,
+    /// Of the step at which a replay ends.
+    micro_losses: Vec<MicroLoss>,
 }
 
 /// What checkpoints say about the data.
@@ -130,7 +135,9 @@ impl<'a> Trainer<'a> {
         job.link.phase(Phase::Forming, 0);
         let mut host = job.connect()?;
         let job: &Job = job;
-        store::probe(&job.checkpoint_root, job.generation, host.as_mut())?;
+        if job.until.is_none() {
+            store::probe(&job.checkpoint_root, job.generation, host.as_mut())?;
+        }
         let mut collective = collective::connect(host, place, job.recipe.reduction, &job.link)?;
 
         job.link.phase(Phase::Loading, 0);
@@ -177,6 +184,7 @@ impl<'a> Trainer<'a> {
             config,
             kernels,
             torn: false,
+            micro_losses: Vec::new(),
             place: place.clone(),
             environment,
             exchange,
@@ -198,7 +206,8 @@ impl<'a> Trainer<'a> {
     /// Trains to the end of the budget, or to the step at which a stop or another membership is agreed on.
     fn train(&mut self) -> Result<Outcome, TrainError> {
         self.catch_up()?;
-        while self.step < self.plan.steps {
+        let last = self.job.until.unwrap_or(self.plan.steps);
+        while self.step < last {
             let step = self.step + 1;
             self.job.link.phase(Phase::Training, step);
             let clock = Instant::now();
@@ -229,12 +238,13 @@ impl<'a> Trainer<'a> {
 
             self.check_progress(&all, grad_norm)?;
             let end = match all.wish {
-                _ if step == self.plan.steps => Some(Outcome::Finished),
+                _ if step == last => Some(Outcome::Finished),
                 Wish::Stop => Some(Outcome::Stopped),
                 Wish::Regroup => Some(Outcome::Regrouped),
                 Wish::GoOn => None,
             };
-            if all.wish == Wish::Stop || self.plan.checkpoint_due(step) {
+            let due = all.wish == Wish::Stop || self.plan.checkpoint_due(step);
+            if due && self.job.until.is_none() {
                 self.checkpoint(end.is_some())?;
             }
             if let Some(end) = end {
@@ -321,6 +331,10 @@ impl<'a> Trainer<'a> {
                     StepError::Exchange(error) => TrainError::Devices(error),
                     StepError::Kernel(error) => TrainError::Kernel(error),
                 })?;
+            if self.job.until == Some(self.step + 1) {
+                let loss = MicroLoss::after(&self.passes, &input);
+                self.micro_losses.push(loss);
+            }
         }
         // A rank that was fed nothing has waited for no parameters yet.
         self.exchange.all_gathered()?;

@@ -250,7 +250,7 @@ fn cuda_is_refused_where_there_is_none() {
 #[test]
 fn help_and_version_need_nothing() {
     assert_eq!(worker(&["--version"]).0, 0);
-    for command in ["run", "generate"] {
+    for command in ["run", "generate", "replay"] {
         let (code, out, _) = worker(&[command, "--help"]);
         assert_eq!(code, 0);
         assert!(out.contains("Usage"), "{out}");

@@ -13,5 +13,6 @@ mod import;
 mod kept;
 mod network;
 mod padding;
+mod replay;
 mod step;
 mod train;

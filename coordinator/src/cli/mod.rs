@@ -74,7 +74,7 @@ enum Command {
     Drain(drain::Drain),
     /// Prove from the ledger that every sample was trained exactly once
     Audit(audit::Audit),
-    /// Rebuild the exact batch of a step from ledger, recipe and data, and compare it with what was fed
+    /// Rebuild the exact batch of a step from ledger, recipe and data, compare it with what was fed, and run it again
     Replay(replay::Replay),
     /// Prepare and look at training data
     #[command(subcommand)]

@@ -1,20 +1,36 @@
-//! `supra replay`: rebuilds the exact batch of a step from ledger, recipe and data, and compares it with what was fed.
+//! `supra replay`: rebuilds the exact batch of a step from ledger, recipe and data, and compares it with what was fed; with a
+//! checkpoint it runs the step again, and compares what that comes to with what was logged.
 
-use std::path::{Path, PathBuf};
+mod compare;
+mod known;
+mod rerun;
+mod show;
+mod start;
+
+use std::path::PathBuf;
 
 use clap::Args;
 use serde::Serialize;
 use supra_data::{Passage, Source, TextTokenizer, passages};
 use supra_recipes::{Digest, Recipe};
 
-use super::connect::{Connect, TokenFile};
+use super::connect::TokenFile;
 use super::failure::{Exit, Failure, chain};
-use super::format::{self, Table};
-use super::ledger::{self, Entry, Offline};
+use super::format;
 use super::out;
 use super::runs::{Json, Which};
 use super::samples::Samples;
-use crate::ledger::{Body, Open};
+use crate::ledger::Open;
+use compare::{Agreement, Beginning, Rerun};
+use known::{Attempt, Known};
+use rerun::Compute;
+use start::Start;
+
+/// Micro-batches of highest loss whose text is shown.
+const SPIKES: usize = 5;
+
+/// Characters of each of their samples.
+const BEGINNING: usize = 160;
 
 /// Arguments of `supra replay`.
 #[derive(Args, Debug)]
@@ -33,6 +49,18 @@ pub struct Replay {
     /// Where the tokenizer is [default: beside the recipe's base model]
     #[arg(long, value_name = "DIR")]
     tokenizer: Option<PathBuf>,
+    /// Also train the step again, and compare with what was logged: from the newest checkpoint before it, from that of
+    /// step N (--rerun=N), or from the one in a directory (--rerun=DIR). Writes nothing
+    #[arg(
+        long,
+        value_name = "CHECKPOINT",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = start::NEWEST
+    )]
+    rerun: Option<Start>,
+    #[command(flatten)]
+    compute: Compute,
     #[command(flatten)]
     json: Json,
     /// Read recipe and journal from this state directory instead of asking a coordinator: changes nothing, and works
@@ -54,61 +82,6 @@ pub struct Replay {
     token: TokenFile,
 }
 
-/// What the ledger says about a step.
-#[derive(Debug, Default)]
-struct Account {
-    open: Option<Open>,
-    attempts: Vec<Attempt>,
-    unreadable: Option<String>,
-}
-
-/// One time that the step was applied.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-struct Attempt {
-    /// Record of the ledger.
-    record: u64,
-    generation: u64,
-    first_sample: u64,
-    samples: u64,
-    /// What was fed, hexadecimal.
-    digest: String,
-    skipped: bool,
-    /// Why it was voided; `null` when it stands.
-    voided: Option<String>,
-}
-
-impl Account {
-    fn push(&mut self, step: u64, entry: Entry) {
-        let record = match entry {
-            Ok(record) => record,
-            Err(error) => {
-                self.unreadable.get_or_insert(error.to_string());
-                return;
-            }
-        };
-        match record.body {
-            Body::Open(open) => self.open = Some(open),
-            Body::Step(applied) if applied.step == step => self.attempts.push(Attempt {
-                record: record.index,
-                generation: applied.generation,
-                first_sample: applied.first_sample,
-                samples: applied.samples,
-                digest: format::hex(&applied.digest),
-                skipped: applied.skipped,
-                voided: None,
-            }),
-            Body::Void {
-                after_step, reason, ..
-            } if after_step < step => {
-                for attempt in &mut self.attempts {
-                    attempt.voided.get_or_insert_with(|| reason.clone());
-                }
-            }
-            _ => {}
-        }
-    }
-}
-
 /// The answer; its JSON is that of `supra replay --json`.
 #[derive(Debug, Serialize)]
 struct Batch {
@@ -121,6 +94,9 @@ struct Batch {
     attempts: Vec<Attempt>,
     /// In the plan's order. Ranks take contiguous parts of it.
     samples: Vec<Sample>,
+    /// The step run again, with `--rerun`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rerun: Option<Rerun>,
 }
 
 /// Is the rebuilt batch what was fed?
@@ -147,24 +123,31 @@ struct Sample {
     passages: Option<Vec<Passage>>,
 }
 
-/// Rebuilds the batch and prints it; ends with 4 when it is not what was fed.
+/// Rebuilds the batch and prints it; ends with 4 when it is not what was fed, or when the step run again does not come to
+/// what was logged.
 ///
 /// # Errors
-/// An unreachable coordinator, an unreadable journal, an unknown run, a step outside its plan, or data that is not the
-/// run's.
+/// An unreachable coordinator, an unreadable journal, an unknown run, a step outside its plan, data that is not the run's, or
+/// no checkpoint to run the step from.
 pub async fn run(command: Replay) -> Result<Exit, Failure> {
-    let (run, recipe, account) = match &command.state {
-        Some(state) => offline(state, &command)?,
-        None => online(&command).await?,
+    let known = match &command.state {
+        Some(state) => known::offline(state, &command)?,
+        None => known::online(&command).await?,
     };
-    if let Some(error) = account.unreadable {
+    let Known {
+        run,
+        recipe,
+        account,
+        ..
+    } = &known;
+    if let Some(error) = &account.unreadable {
         return Err(Failure::Told {
             exit: Exit::Broken,
             message: format!("the ledger of run {run} is damaged: {error}."),
         });
     }
     let data = command.data.as_ref().unwrap_or(&recipe.data.train);
-    let mut samples = Samples::open(&recipe, data)?;
+    let mut samples = Samples::open(recipe, data)?;
     if let Some(open) = &account.open {
         same_ground(&samples, open)?;
     }
@@ -175,56 +158,46 @@ pub async fn run(command: Replay) -> Result<Exit, Failure> {
             command.step
         )));
     }
-    let tokenizer = match command.text {
-        0 => None,
-        _ => Some(tokenizer(&command, &recipe, &samples)?),
+    let from = match &command.rerun {
+        None => None,
+        Some(start) => Some(known.start(start, command.step)?),
     };
-    let batch = rebuild(&command, run, account.attempts, &mut samples, tokenizer)?;
-    let exit = match batch.verdict {
-        Verdict::Same | Verdict::Untrained => Exit::Done,
-        Verdict::Different => Exit::Broken,
+    let wanted = command.text > 0 || command.tokenizer.is_some();
+    let tokenizer = match tokenizer(&command, recipe, &samples) {
+        Ok(tokenizer) if wanted || command.rerun.is_some() => Some(tokenizer),
+        Err(error) if wanted => return Err(error),
+        Ok(_) | Err(_) => None,
     };
+    let mut batch = rebuild(&command, &known, &mut samples, tokenizer.as_ref())?;
+    if let Some(from) = from {
+        let compute = &command.compute;
+        let answer = match rerun::run(&from, command.step, data, compute).await? {
+            Ok(answer) => answer,
+            Err(exit) => return Ok(exit),
+        };
+        let (standing, precision) = (&account.standing, recipe.model.precision);
+        let mut rerun = compare::compare(&from, answer, standing, &known.metrics, precision);
+        if let Some(tokenizer) = &tokenizer {
+            begin(&mut rerun, &mut samples, tokenizer)?;
+        }
+        batch.rerun = Some(rerun);
+    }
+    let different = batch.verdict == Verdict::Different
+        || batch
+            .rerun
+            .as_ref()
+            .is_some_and(|rerun| rerun.verdict == Agreement::Different);
+    let exit = if different { Exit::Broken } else { Exit::Done };
     let printed = if command.json.json {
         out::json(&batch)
     } else {
-        out::text(&render(&batch))
+        out::text(&show::batch(&batch))
     };
     match printed {
         // The verdict stands whether or not somebody reads it.
         Ok(()) | Err(Failure::Closed) => Ok(exit),
         Err(other) => Err(other),
     }
-}
-
-fn offline(state: &Path, command: &Replay) -> Result<(String, Recipe, Account), Failure> {
-    let ledger = Offline::open(state, &command.which.run)?;
-    let recipe = Recipe::parse(&ledger.run.recipe, &ledger.run.id)
-        .map_err(|error| Failure::input(error.to_string()))?;
-    let mut account = Account::default();
-    ledger.each(|entry| account.push(command.step, entry))?;
-    Ok((ledger.run.id, recipe, account))
-}
-
-async fn online(command: &Replay) -> Result<(String, Recipe, Account), Failure> {
-    // clap asks for one of the two.
-    let path = command
-        .recipe
-        .as_ref()
-        .ok_or_else(|| Failure::input("name the --state of a coordinator or a --recipe."))?;
-    let recipe = Recipe::load(path).map_err(|error| Failure::input(error.to_string()))?;
-    let connect = Connect {
-        coordinator: command.coordinator.clone(),
-        state: None,
-        token: command.token.clone(),
-    };
-    let mut client = connect.client().await?;
-    let status = client.status(&command.which.run).await?;
-    let mut account = Account::default();
-    ledger::each(&mut client, &status, |entry| {
-        account.push(command.step, entry);
-    })
-    .await?;
-    Ok((status.run, recipe, account))
 }
 
 /// The data and the recipe are those that the run opened its ledger with.
@@ -268,10 +241,9 @@ fn tokenizer(
 
 fn rebuild(
     command: &Replay,
-    run: String,
-    attempts: Vec<Attempt>,
+    known: &Known,
     samples: &mut Samples,
-    tokenizer: Option<TextTokenizer>,
+    tokenizer: Option<&TextTokenizer>,
 ) -> Result<Batch, Failure> {
     let range = samples.plan().step_samples(command.step);
     let (first, count) = (range.start, range.end - range.start);
@@ -282,7 +254,7 @@ fn rebuild(
         sum += Digest::of_sample(number, &sample.tokens);
         let window = samples.plan().window(number);
         let start = window * samples.plan().sequence_length;
-        let shown = tokenizer.as_ref().filter(|_| listed.len() < command.text);
+        let shown = tokenizer.filter(|_| listed.len() < command.text);
         let cut = shown
             .map(|tokenizer| passages(&sample.tokens, &sample.starts, Some(tokenizer)))
             .transpose()
@@ -300,75 +272,42 @@ fn rebuild(
     let same = |attempt: &Attempt| {
         attempt.digest == digest && (attempt.first_sample, attempt.samples) == (first, count)
     };
+    let attempts = known.account.attempts.clone();
     let verdict = match attempts.as_slice() {
         [] => Verdict::Untrained,
         all if all.iter().all(same) => Verdict::Same,
         _ => Verdict::Different,
     };
     Ok(Batch {
-        run,
+        run: known.run.clone(),
         step: command.step,
         verdict,
         digest,
         attempts,
         samples: listed,
+        rerun: None,
     })
 }
 
-/// The batch for people: the verdict, the attempts, the samples, and their text where it was asked for.
-fn render(batch: &Batch) -> String {
-    let (step, run) = (format::grouped(batch.step), &batch.run);
-    let mut text = match batch.verdict {
-        Verdict::Same => {
-            format!("OK: the data gives exactly what run {run} was fed in step {step}.\n")
-        }
-        Verdict::Different => {
-            format!("DIFFERENT: the data does not give what run {run} was fed in step {step}.\n")
-        }
-        Verdict::Untrained => {
-            format!("Run {run} has not trained step {step}; it will be fed this.\n")
-        }
-    };
-    text.push_str(&format!("  digest of the data  {}\n", batch.digest));
-    for attempt in &batch.attempts {
-        let skipped = if attempt.skipped { ", skipped" } else { "" };
-        let end = match &attempt.voided {
-            None => "stands".to_owned(),
-            Some(reason) => format!("voided: {reason}"),
-        };
-        text.push_str(&format!(
-            "  record {} of generation {}{skipped}  {}  {end}\n",
-            attempt.record, attempt.generation, attempt.digest
-        ));
-    }
-    let mut table = Table::new(&[">SAMPLE", ">WINDOW", "FROM"]);
-    for sample in &batch.samples {
-        let from: Vec<String> = sample
-            .sources
-            .iter()
-            .map(|source| format!("{} row group {}", source.file, source.row_group))
-            .collect();
-        table.row([
-            format::grouped(sample.number),
-            format::grouped(sample.window),
-            from.join(", "),
-        ]);
-    }
-    text.push_str(&table.render());
-    for sample in &batch.samples {
-        for passage in sample.passages.iter().flatten() {
-            let what = if passage.begins_document {
-                "a document begins"
-            } else {
-                "a document goes on"
-            };
-            let (number, position) = (format::grouped(sample.number), passage.position);
-            text.push_str(&format!(
-                "--- sample {number}, position {position}: {what}\n"
-            ));
-            text.push_str(passage.text.as_deref().unwrap_or_default());
-            text.push('\n');
+/// Adds how the samples of the micro-batches of highest loss begin.
+fn begin(
+    rerun: &mut Rerun,
+    samples: &mut Samples,
+    tokenizer: &TextTokenizer,
+) -> Result<(), Failure> {
+    for micro in rerun.micro_batches.iter_mut().take(SPIKES) {
+        for number in micro.first_sample..micro.first_sample + micro.samples {
+            let sample = samples.sample(number).map_err(Failure::input)?;
+            let tokens = &sample.tokens[..sample.tokens.len().min(BEGINNING)];
+            let text = tokenizer
+                .decode(tokens)
+                .map_err(|error| Failure::input(chain(&error)))?;
+            micro.begins.push(Beginning {
+                sample: number,
+                begins_document: sample.starts.first() == Some(&0),
+                text: text.chars().take(BEGINNING).collect(),
+            });
         }
     }
-    text
+    Ok(())
 }

@@ -3,7 +3,7 @@
 
 mod begin;
 mod device;
-mod launch;
+pub(super) mod launch;
 mod options;
 mod signals;
 mod start;

@@ -1,8 +1,11 @@
 //! Reading metrics, log lines and accounts.
 
-use rusqlite::{Connection, OptionalExtension, Row};
+use std::path::Path;
+
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Row};
 use supra_proto::v1::{LogEntry, StepMetrics};
 
+use super::file;
 use crate::machine::RunNumber;
 
 /// A reading connection to the telemetry.
@@ -14,6 +17,17 @@ pub struct TelemetryReader {
 const COLUMNS: &str = "step, generation, tokens, loss, grad_norm, learning_rate, skipped, seconds, data_seconds, exposed_comm_ms";
 
 impl TelemetryReader {
+    /// Opens the store of a state directory for reading. Works beside a running coordinator.
+    ///
+    /// # Errors
+    /// There is none, or SQLite cannot read it.
+    pub fn open(directory: &Path) -> rusqlite::Result<TelemetryReader> {
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(file(directory), flags)?;
+        connection.busy_timeout(std::time::Duration::from_secs(5))?;
+        Ok(TelemetryReader { connection })
+    }
+
     /// The kept metrics of a run, in order of steps.
     ///
     /// # Errors

@@ -224,6 +224,7 @@ impl Controller {
             donation: place.donation,
             restore: place.restore,
             checkpoint_root: place.checkpoint_root,
+            until: None,
             link,
             plane: DataPlane::Ring(self.data.listener(), ring),
         };

@@ -27,6 +27,8 @@ pub struct Job {
     pub restore: Option<Restore>,
     /// Directory of the run's checkpoints, absolute.
     pub checkpoint_root: PathBuf,
+    /// Step to train to, to see again what it was: then nothing is written. None = to the end of the plan.
+    pub until: Option<u64>,
     /// Line to the coordinator.
     pub link: Link,
     pub(crate) plane: DataPlane,
@@ -102,6 +104,7 @@ impl Job {
             donation: None,
             restore,
             checkpoint_root,
+            until: None,
             link,
             plane: DataPlane::Ready(Some(collective)),
         }

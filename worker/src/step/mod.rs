@@ -169,6 +169,11 @@ impl Step {
         Ok(self.kernels.check()?)
     }
 
+    /// The cross-entropy of the micro-batches since the last [`take_loss`](Step::take_loss). Waits for the device.
+    pub fn cross_entropy_so_far(&self) -> f64 {
+        self.loss_2.double_value(&[0])
+    }
+
     /// The loss of the micro-batches since the last call.
     pub fn take_loss(&mut self) -> Loss {
         let loss = Loss {

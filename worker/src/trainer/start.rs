@@ -83,7 +83,7 @@ impl Start {
                 let manifest =
                     checkpoint::read::manifest(&restore.path, Some(&restore.manifest_hash))?;
                 check_checkpoint(&manifest, &restore.path, &plan, &reader, restore.step)?;
-                notes.extend(differences(&manifest, environment, job.world));
+                notes.extend(resumed(&differences(&manifest, environment, job.world)));
                 *kept = None;
                 let mut replica = room.empty();
                 checkpoint::read::replica(&restore.path, &manifest, &mut replica)?;
@@ -293,12 +293,17 @@ fn check_checkpoint(
     })
 }
 
-/// What keeps the resumed run from being equal to the bit.
-fn differences(manifest: &checkpoint::Manifest, here: &Environment, world: u32) -> Option<String> {
+/// What keeps training from being equal to the bit to that of the checkpoint's generation; empty if nothing does.
+pub fn differences(manifest: &checkpoint::Manifest, here: &Environment, world: u32) -> Vec<String> {
     let mut differences = manifest.environment.differences(here);
     if manifest.world != world {
         differences.push(format!("workers {} -> {world}", manifest.world));
     }
+    differences
+}
+
+/// What people are told about them.
+fn resumed(differences: &[String]) -> Option<String> {
     (!differences.is_empty()).then(|| {
         format!(
             "resumed in other circumstances ({}): the bits will differ from those of an uninterrupted run",
