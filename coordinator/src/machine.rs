@@ -339,6 +339,7 @@ impl Machine {
             Up::Heartbeat(heartbeat) => {
                 worker.phase = heartbeat.phase();
                 worker.step = heartbeat.step;
+                worker.waited = Duration::from_millis(heartbeat.waiting_ms);
                 return;
             }
             Up::Log(line) => return self.worker_log(conn, &message.run, line),

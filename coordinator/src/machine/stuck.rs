@@ -5,6 +5,9 @@
 //! [`Limits::stuck_factor`] times the median of the generation's last steps, and [`Limits::stuck_slack`] more. The rest
 //! happens too seldom to be learned and has a fixed limit. The time of a step begins anew when a step is applied, and
 //! when a checkpoint has been written: rank 0 writes while the others wait, and that is no slow step.
+//!
+//! The others stand still with the one that hangs, mostly in the same step. But they wait for it in an exchange, and their
+//! heartbeats say so; so those are to blame that do not wait.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -123,46 +126,104 @@ fn seconds(seconds: f64) -> String {
     }
 }
 
+/// A wait in an exchange counts when it has lasted this part of the time that is too long: shorter ones are turns in an
+/// exchange that goes on.
+const WAITED: u32 = 4;
+
 /// One rank, as far as its reports and heartbeats show.
 struct Rank {
     /// Grows with progress, and is comparable between ranks.
     progress: u64,
+    /// It waits for other ranks.
+    waits: bool,
     /// `rank 2 (node7/cuda:0)`.
     who: String,
     /// `training step 118`.
     doing: String,
 }
 
-/// Which ranks are behind the others; none when all are equally far. A lone rank is always behind.
-fn behind(ranks: &[Rank]) -> Vec<usize> {
-    let least = ranks.iter().map(|rank| rank.progress).min();
-    let slow: Vec<usize> = (0..ranks.len())
-        .filter(|rank| Some(ranks[*rank].progress) == least)
-        .collect();
+/// Why the ranks stand still.
+#[derive(Debug, PartialEq)]
+enum Standstill {
+    /// These are behind, or keep the others waiting.
+    Ranks(Vec<usize>),
+    /// Something between ranks that all wait: on the way from the first of a pair to the second, where that shows.
+    Network(Option<[usize; 2]>),
+    /// All are equally far and nobody waits.
+    Unknown,
+}
+
+/// Why the ranks stand still. Of those that do not wait, the ones that are behind are to blame; a lone rank always is.
+fn standstill(ranks: &[Rank]) -> Standstill {
+    let least = |ranks: &[usize], all: &[Rank]| {
+        let least = ranks.iter().map(|rank| all[*rank].progress).min();
+        let behind = |rank: &usize| Some(all[*rank].progress) == least;
+        ranks.iter().copied().filter(behind).collect::<Vec<_>>()
+    };
+    let all: Vec<usize> = (0..ranks.len()).collect();
+    let here = |rank: &usize| !ranks[*rank].waits && ranks[*rank].progress < GONE;
+    let free: Vec<usize> = all.iter().copied().filter(here).collect();
+    if free.is_empty() {
+        // Ranks receive from the one before them, and the one that gets least far has got nothing.
+        let pair = match least(&all, ranks).as_slice() {
+            [one] => Some([(one + ranks.len() - 1) % ranks.len(), *one]),
+            [first, second] if ranks.len() == 2 => Some([*first, *second]),
+            _ => None,
+        };
+        return Standstill::Network(pair);
+    }
+    let slow = least(&free, ranks);
     if slow.len() < ranks.len() || ranks.len() == 1 {
-        slow
+        Standstill::Ranks(slow)
     } else {
-        Vec::new()
+        Standstill::Unknown
     }
 }
 
 /// One line that names who is stuck in what, for how long, and how long that should take.
-fn reason(ranks: &[Rank], slow: &[usize], overdue: &Overdue) -> String {
-    let waited = seconds(overdue.waited.as_secs_f64());
-    let who: Vec<&str> = slow.iter().map(|rank| ranks[*rank].who.as_str()).collect();
-    let doing = |rank: Option<&Rank>| rank.map_or(String::new(), |rank| rank.doing.clone());
-    let (subject, doing) = match who.as_slice() {
-        [] => (
-            format!("none of {} ranks is behind, but all are stuck", ranks.len()),
-            doing(ranks.first()),
-        ),
-        [one] => (format!("{one} is stuck"), doing(ranks.get(slow[0]))),
-        many => (
-            format!("{} are stuck", many.join(", ")),
-            doing(ranks.get(slow[0])),
-        ),
+fn reason(ranks: &[Rank], standstill: &Standstill, overdue: &Overdue) -> String {
+    let first = |slow: &[usize]| slow.first().copied().unwrap_or_default();
+    let (subject, at) = match standstill {
+        Standstill::Unknown => {
+            let count = ranks.len();
+            (
+                format!("none of {count} ranks is behind, but all are stuck"),
+                0,
+            )
+        }
+        Standstill::Network(pair) => {
+            let at = pair.map_or(0, |[_, last]| last);
+            (format!("all {} ranks wait for each other", ranks.len()), at)
+        }
+        Standstill::Ranks(slow) => {
+            let names: Vec<&str> = slow.iter().map(|rank| ranks[*rank].who.as_str()).collect();
+            let are = if names.len() == 1 { "is" } else { "are" };
+            (format!("{} {are} stuck", names.join(", ")), first(slow))
+        }
     };
-    format!("{subject}: {doing} for {waited}, {}", overdue.expected)
+    let doing = ranks.get(at).map_or("", |rank| rank.doing.as_str());
+    let waited = seconds(overdue.waited.as_secs_f64());
+    let detail = match standstill {
+        Standstill::Unknown => String::new(),
+        Standstill::Network(Some([from, to])) => format!(
+            "; the network between {} and {} does not carry",
+            ranks[*from].who, ranks[*to].who
+        ),
+        Standstill::Network(None) => "; the network between them does not carry".to_owned(),
+        Standstill::Ranks(slow) => match ranks.iter().filter(|rank| rank.waits).count() {
+            0 => String::new(),
+            1 => format!("; another rank waits for {}", them(slow)),
+            count => format!("; {count} ranks wait for {}", them(slow)),
+        },
+    };
+    format!(
+        "{subject}: {doing} for {waited}, {}{detail}",
+        overdue.expected
+    )
+}
+
+fn them(ranks: &[usize]) -> &'static str {
+    if ranks.len() == 1 { "it" } else { "them" }
 }
 
 /// What the generation is in the middle of, by its stage and its workers' heartbeats; nothing once it is over.
@@ -182,11 +243,14 @@ fn stretch<'a>(
     }
 }
 
+/// The progress of a rank that has left.
+const GONE: u64 = u64::MAX;
+
 /// How far a rank is. While the generation forms: connecting, loading, formed. Then by steps, each of which is first
 /// trained, then reported or behind its checkpoint.
 fn progress(generation: &Generation, rank: usize, worker: &Worker) -> u64 {
     if generation.members[rank].left.is_some() {
-        return u64::MAX;
+        return GONE;
     }
     if generation.stage == Stage::Forming {
         let formed = generation.members[rank].formed.is_some();
@@ -243,14 +307,17 @@ impl Machine {
         let ranks: Vec<Rank> = places()
             .map(|(rank, worker)| Rank {
                 progress: progress(generation, rank, worker),
+                waits: worker.waited.saturating_mul(WAITED) >= overdue.waited,
                 who: format!("rank {rank} ({})", generation.members[rank].name),
                 doing: worker.doing(),
             })
             .collect();
-        let slow = behind(&ranks);
-        let cause = reason(&ranks, &slow, &overdue);
-        let culprit = match slow.as_slice() {
-            [one] => places().nth(*one).map(|(rank, _)| rank),
+        let standstill = standstill(&ranks);
+        let cause = reason(&ranks, &standstill, &overdue);
+        let culprit = match &standstill {
+            Standstill::Ranks(slow) if slow.len() == 1 => {
+                places().nth(slow[0]).map(|(rank, _)| rank)
+            }
             _ => None,
         };
         if let Some(rank) = culprit {
@@ -262,11 +329,6 @@ impl Machine {
 
 #[cfg(test)]
 mod tests {
-    use supra_proto::v1::{
-        self, LeftReason, coordinator_message::Body as Down, worker_message::Body as Up,
-    };
-
-    use super::super::rig::Rig;
     use super::*;
 
     const STEP: Duration = Duration::from_millis(3100);
@@ -340,136 +402,80 @@ mod tests {
         assert_eq!(seconds(0.0123), "12 ms");
     }
 
-    /// Workers a, b and c (streams 1 to 3) train; step 1 is applied.
-    fn training() -> Rig {
-        let mut rig = Rig::new();
-        rig.submit("rig-1");
-        for (conn, name) in [(1, "a"), (2, "b"), (3, "c")] {
-            rig.attach(conn, name);
-        }
-        for conn in 1..=3 {
-            rig.formed(conn, 1, 0);
-        }
-        rig.step(&[1, 2, 3], 1, 1);
-        rig.told();
-        rig
-    }
-
-    fn beat(rig: &mut Rig, conn: u64, phase: Phase, step: u64) {
-        let heartbeat = v1::Heartbeat {
-            phase: phase.into(),
-            step,
-            in_phase_ms: 0,
+    /// Ranks that are so far, and wait or do not.
+    fn ranks(known: &[(u64, bool)]) -> Vec<Rank> {
+        let rank = |(number, (progress, waits)): (usize, &(u64, bool))| Rank {
+            progress: *progress,
+            waits: *waits,
+            who: format!("rank {number}"),
+            doing: "training step 2".into(),
         };
-        rig.say(conn, 1, Up::Heartbeat(heartbeat));
+        known.iter().enumerate().map(rank).collect()
     }
 
-    /// Lets time pass while every worker says what it does; the reasons of the voids told.
-    fn pass(rig: &mut Rig, seconds: u64, doing: [(Phase, u64); 3]) -> Vec<String> {
-        for _ in 0..seconds {
-            for (conn, (phase, step)) in (1..).zip(doing) {
-                beat(rig, conn, phase, step);
-            }
-            rig.wait(1.0);
+    fn told(known: &[(u64, bool)]) -> String {
+        let overdue = Overdue {
+            waited: Duration::from_secs(40),
+            expected: "usually 1.0 s".into(),
+        };
+        let ranks = ranks(known);
+        reason(&ranks, &standstill(&ranks), &overdue)
+    }
+
+    const STUCK: &str = "training step 2 for 40 s, usually 1.0 s";
+
+    #[test]
+    fn of_ranks_in_the_same_step_those_that_do_not_wait_are_to_blame() {
+        let (waits, hangs) = ((3, true), (3, false));
+        assert_eq!(
+            told(&[waits, hangs, waits]),
+            format!("rank 1 is stuck: {STUCK}; 2 ranks wait for it")
+        );
+        assert_eq!(
+            told(&[hangs, waits, hangs]),
+            format!("rank 0, rank 2 are stuck: {STUCK}; another rank waits for them")
+        );
+        assert_eq!(
+            told(&[hangs; 3]),
+            format!("none of 3 ranks is behind, but all are stuck: {STUCK}")
+        );
+        assert_eq!(told(&[hangs]), format!("rank 0 is stuck: {STUCK}"));
+    }
+
+    #[test]
+    fn a_rank_that_is_behind_because_it_waits_is_not_to_blame() {
+        assert_eq!(
+            standstill(&ranks(&[(3, true), (5, false), (5, true)])),
+            Standstill::Ranks(vec![1])
+        );
+        assert_eq!(
+            standstill(&ranks(&[(5, false), (3, false), (5, true)])),
+            Standstill::Ranks(vec![1]),
+            "of those that do not wait the slowest"
+        );
+    }
+
+    #[test]
+    fn when_all_wait_it_is_the_network_and_nobody_is_to_blame() {
+        let waits = (3, true);
+        assert_eq!(
+            told(&[waits; 3]),
+            format!(
+                "all 3 ranks wait for each other: {STUCK}; the network between them does not carry"
+            )
+        );
+        for (known, pair) in [
+            (vec![waits; 2], [0, 1]),
+            (vec![(5, true), waits, (5, true)], [0, 1]),
+            (vec![waits, (5, true), (5, true)], [2, 0]),
+        ] {
+            let known = ranks(&known);
+            assert_eq!(standstill(&known), Standstill::Network(Some(pair)));
         }
-        let told = rig.told().into_iter();
-        told.filter_map(|(_, _, body)| match body {
-            Down::Void(void) => Some(void.reason),
-            _ => None,
-        })
-        .collect()
-    }
-
-    const ON: (Phase, u64) = (Phase::Training, 2);
-
-    #[test]
-    fn a_rank_that_does_not_report_what_others_have_is_stuck() {
-        let mut rig = training();
-        rig.report(1, 1, 2, 0, 3);
-        rig.report(3, 1, 2, 2, 3);
-        let ahead = (Phase::Training, 3);
-        assert!(pass(&mut rig, 31, [ahead, ON, ahead]).is_empty());
-        let told = pass(&mut rig, 1, [ahead, ON, ahead]);
         assert_eq!(
-            told,
-            vec!["rank 1 (b) is stuck: training step 2 for 32 s, usually 0.1 s"; 3],
-            "the stuck one is told too"
+            standstill(&ranks(&[(GONE, false), waits])),
+            Standstill::Network(Some([0, 1])),
+            "who has left is not to blame"
         );
-        assert!(rig.closed.is_empty(), "it may still leave");
-    }
-
-    #[test]
-    fn when_nobody_is_behind_the_reason_says_so() {
-        let mut rig = training();
-        let told = pass(&mut rig, 32, [ON; 3]);
-        assert!(
-            told[0].starts_with("none of 3 ranks is behind, but all are stuck: training step 2"),
-            "{told:?}"
-        );
-    }
-
-    #[test]
-    fn a_long_checkpoint_is_no_stuck_step() {
-        let mut rig = training();
-        rig.step(&[1, 2, 3], 1, 2);
-        let writing = (Phase::Checkpointing, 2);
-        let ahead = (Phase::Training, 3);
-        assert!(pass(&mut rig, 300, [writing, ahead, ahead]).is_empty());
-        assert!(
-            pass(&mut rig, 31, [ahead; 3]).is_empty(),
-            "time begins anew"
-        );
-        assert_eq!(pass(&mut rig, 2, [ahead; 3]).len(), 3);
-    }
-
-    #[test]
-    fn a_checkpoint_that_never_ends_is_stuck_in_rank_0() {
-        let mut rig = training();
-        let (writing, ahead) = ((Phase::Checkpointing, 2), (Phase::Training, 3));
-        let told = pass(&mut rig, 1802, [writing, ahead, ahead]);
-        assert_eq!(
-            told[0],
-            "rank 0 (a) is stuck: writing the checkpoint of step 2 for 1801 s, at most 1800 s"
-        );
-    }
-
-    #[test]
-    fn the_coordinators_own_sleep_is_no_stuck_step() {
-        let mut rig = training();
-        pass(&mut rig, 20, [ON; 3]);
-        rig.wait(500.0);
-        assert!(pass(&mut rig, 25, [ON; 3]).is_empty());
-    }
-
-    #[test]
-    fn a_rank_that_never_forms_is_stuck_loading() {
-        let mut rig = Rig::new();
-        rig.submit("rig-1");
-        for (conn, name) in [(1, "a"), (2, "b"), (3, "c")] {
-            rig.attach(conn, name);
-        }
-        rig.formed(1, 1, 0);
-        rig.formed(3, 1, 0);
-        rig.told();
-        let idle = (Phase::Training, 0);
-        let told = pass(&mut rig, 1802, [idle, (Phase::Loading, 0), idle]);
-        assert_eq!(
-            told[0],
-            "rank 1 (b) is stuck: loading for 1801 s, at most 1800 s"
-        );
-    }
-
-    #[test]
-    fn a_stuck_worker_that_does_not_leave_is_dropped_and_the_others_go_on() {
-        let mut rig = training();
-        rig.report(1, 1, 2, 0, 3);
-        rig.report(3, 1, 2, 2, 3);
-        pass(&mut rig, 32, [ON; 3]);
-        rig.left(1, 1, LeftReason::Void);
-        rig.left(3, 1, LeftReason::Void);
-        let idle = (Phase::Idle, 0);
-        pass(&mut rig, 16, [idle, ON, idle]);
-        assert_eq!(rig.closed, [2]);
-        assert_eq!((rig.status().generation, rig.status().world), (2, 2));
     }
 }

@@ -13,6 +13,7 @@ use crate::audit::{Options, audit};
 use crate::ledger::Body;
 
 mod recovery;
+mod stuck;
 
 /// A rig whose run trains on workers a (stream 1) and b (stream 2), generation 1.
 fn training() -> Rig {

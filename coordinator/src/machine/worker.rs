@@ -18,6 +18,8 @@ pub(crate) struct Worker {
     /// What its last heartbeat said.
     pub phase: Phase,
     pub step: u64,
+    /// For how long it has waited for other ranks in an exchange.
+    pub waited: Duration,
     /// State that it has in memory, by what it said last; none while it has a place.
     pub held: Option<Held>,
 }
@@ -31,6 +33,7 @@ impl Worker {
             heard: now,
             phase: Phase::Idle,
             step: 0,
+            waited: Duration::ZERO,
         }
     }
 

@@ -83,6 +83,12 @@ pub(super) struct Job {
     pub stage: Stage,
     pub wish: Wish,
     pub model: Model,
+    /// It has trained a step, so that its generation knows how long one takes.
+    pub stepped: bool,
+    /// It does not come back from computing any more.
+    pub hangs: bool,
+    /// Since when it waits for the other ranks.
+    pub waits_since: Option<Time>,
     /// The model is a state, and not just none yet.
     loaded: bool,
     /// What the ranks agreed on after their last step.
@@ -104,6 +110,9 @@ impl Job {
             stage: Stage::Connecting,
             wish,
             model: Model::default(),
+            stepped: false,
+            hangs: false,
+            waits_since: None,
             loaded: false,
             agreed: Wish::Nothing,
             start,
@@ -121,6 +130,11 @@ impl Job {
             | Stage::AwaitingRelease => Phase::Checkpointing,
             Stage::Aborting => Phase::Leaving,
         }
+    }
+
+    /// It stands still in the middle of a step.
+    pub fn stands_still(&self) -> bool {
+        self.hangs && self.stage == Stage::Computing
     }
 
     fn key(&self) -> (String, u64) {
@@ -173,7 +187,7 @@ impl World {
         let Some(job) = &self.workers[worker].job else {
             return;
         };
-        if self.workers[worker].epoch != epoch || job.number != number {
+        if self.workers[worker].epoch != epoch || job.number != number || job.stands_still() {
             return;
         }
         let stage = job.stage;
@@ -291,9 +305,11 @@ impl World {
 
     /// A rank waits for the others; the last one frees all.
     fn arrive(&mut self, worker: usize) {
-        let Some(job) = &self.workers[worker].job else {
+        let Some(job) = &mut self.workers[worker].job else {
             return;
         };
+        // Whoever connects has a limit of its own.
+        job.waits_since = (job.stage != Stage::Connecting).then_some(self.now);
         let reducing = job.stage == Stage::Reducing;
         let step = job.model.step + 1;
         let key = job.key();
@@ -346,6 +362,7 @@ impl World {
         let Some(job) = &mut self.workers[worker].job else {
             return;
         };
+        job.waits_since = None;
         match job.stage {
             Stage::Connecting => {
                 job.stage = Stage::Loading;
@@ -362,6 +379,7 @@ impl World {
             Stage::Reducing => {
                 job.model = job.model.trained(job.place.generation);
                 job.agreed = wish;
+                job.stepped = true;
                 let (rank, world) = (job.place.rank, job.place.world);
                 let model = job.model;
                 let report = ground().report(&model, rank, world, skipped);

@@ -20,6 +20,9 @@ use super::queue::{Event, MS, SECOND, Time};
 /// Time between ticks.
 pub(super) const TICK: Time = 250 * MS;
 
+/// A wait that every message of the worker has told of.
+const LONG: Time = 15 * SECOND;
+
 /// Facts that a lying disk may lose.
 const LOST: usize = 6;
 
@@ -191,6 +194,7 @@ impl World {
             for _ in 0..copies {
                 self.say(|| format!("journal: {fact:?}"));
                 self.watch.journalled(self.now, &fact, &self.checkpoints);
+                self.look_at_blame(&fact);
                 self.journal.append([fact.clone()]);
             }
         }
@@ -206,6 +210,42 @@ impl World {
             return false;
         }
         true
+    }
+
+    /// A generation that is stuck is so because of those of its ranks that stand still, and of none that waits for them.
+    fn look_at_blame(&mut self, fact: &Fact) {
+        let Fact::Broke {
+            run,
+            generation,
+            cause,
+            ..
+        } = fact
+        else {
+            return;
+        };
+        let Some((subject, _)) = cause
+            .split_once(" stuck: ")
+            .or(cause.split_once(" wait for each other: "))
+        else {
+            return;
+        };
+        let id = self.watch.id(*run);
+        for worker in &self.workers {
+            let Some(job) = &worker.job else { continue };
+            if (&job.place.run, job.place.generation) != (&id, *generation) {
+                continue;
+            }
+            let blamed = subject.contains(&format!("({})", worker.name));
+            if job.stands_still() && !blamed {
+                let what = format!("{} stands still, but {cause}", worker.name);
+                self.watch.broken(what);
+            }
+            let waits = job.waits_since.is_some_and(|since| since + LONG < self.now);
+            if waits && blamed {
+                let what = format!("{} only waits for others, but {cause}", worker.name);
+                self.watch.broken(what);
+            }
+        }
     }
 
     fn tell(&mut self, conn: Conn, run: String, generation: u64, body: Down) {

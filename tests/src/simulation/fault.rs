@@ -72,6 +72,8 @@ pub enum Kind {
     Nonfinite,
     /// The training loop does not come back from a void in time.
     SlowAbort,
+    /// The training loop stands still in mid step, and its process lives on.
+    Hang,
     /// A worker joins.
     Join,
     /// A worker is asked to end.
@@ -92,7 +94,7 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 21] = [
+    pub const ALL: [Kind; 22] = [
         Kind::Crash,
         Kind::Replace,
         Kind::Pause,
@@ -106,6 +108,7 @@ impl Kind {
         Kind::Fatal,
         Kind::Nonfinite,
         Kind::SlowAbort,
+        Kind::Hang,
         Kind::Join,
         Kind::Leave,
         Kind::CoordinatorCrash,
@@ -123,7 +126,7 @@ impl Kind {
             Kind::Transient | Kind::Fatal | Kind::SlowAbort => {
                 matches!(phase, Forming | Loading | Training | Checkpointing)
             }
-            Kind::Nonfinite => phase == Training,
+            Kind::Nonfinite | Kind::Hang => phase == Training,
             _ => true,
         }
     }
@@ -216,7 +219,7 @@ impl World {
                 .faults
                 .waiting
                 .iter()
-                .position(|(kind, at)| *at == phase && self.possible(*kind));
+                .position(|(kind, at)| *at == phase && self.possible(*kind, number));
             if let Some(place) = found {
                 let (kind, _) = self.faults.waiting.swap_remove(place);
                 self.faults.coverage.count(kind, phase);
@@ -226,8 +229,13 @@ impl World {
         }
     }
 
-    /// The coordinator has to be there to be hit.
-    fn possible(&self, kind: Kind) -> bool {
+    /// The coordinator has to be there to be hit. A worker may hang once its generation knows how long a step takes: the
+    /// limit of the first one is longer than the simulation.
+    fn possible(&self, kind: Kind, number: usize) -> bool {
+        if kind == Kind::Hang {
+            let job = self.workers[number].job.as_ref();
+            return job.is_some_and(|job| job.stepped);
+        }
         let coordinators = matches!(
             kind,
             Kind::CoordinatorCrash | Kind::CoordinatorPause | Kind::Cancel | Kind::Shutdown
@@ -265,6 +273,11 @@ impl World {
             Kind::SlowAbort => {
                 self.workers[number].slow_abort = true;
                 self.break_streams(number);
+            }
+            Kind::Hang => {
+                if let Some(job) = &mut self.workers[number].job {
+                    job.hangs = true;
+                }
             }
             Kind::Join => self.worker_joins(),
             Kind::Leave => {

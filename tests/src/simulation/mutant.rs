@@ -13,18 +13,21 @@ pub enum Mutant {
     LoseSynced,
     /// Reports of old generations count for the one in hand.
     TakeOldReports,
+    /// Heartbeats do not say that a rank only waits for others.
+    HideWaits,
     /// Workers are told before the facts behind it are on disk.
     TellEarly,
 }
 
 impl Mutant {
     /// All of them.
-    pub const ALL: [Mutant; 6] = [
+    pub const ALL: [Mutant; 7] = [
         Mutant::SkipVoid,
         Mutant::CommitTwice,
         Mutant::LoseReconnect,
         Mutant::LoseSynced,
         Mutant::TakeOldReports,
+        Mutant::HideWaits,
         Mutant::TellEarly,
     ];
 }

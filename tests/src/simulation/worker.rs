@@ -12,6 +12,7 @@ use super::compute::{Job, Stage, Wish, Work};
 use super::fault::Phase;
 use super::ground;
 use super::held::Memory;
+use super::mutant::Mutant;
 use super::network::Item;
 use super::queue::{Event, MS, SECOND, Time};
 
@@ -226,6 +227,12 @@ impl World {
 
     pub(super) fn worker_ticks(&mut self, number: usize) {
         self.queue.push(self.now + TICK, Event::WorkerTick(number));
+        if self.mutant != Some(Mutant::HideWaits) {
+            let job = self.workers[number].job.as_ref();
+            let since = job.and_then(|job| job.waits_since).unwrap_or(self.now);
+            let waited = Duration::from_micros(self.now - since);
+            self.input(number, Input::Waited(waited));
+        }
         self.input(number, Input::Tick);
     }
 
@@ -264,6 +271,9 @@ impl World {
                 };
                 self.leave_ring(number, false);
                 if let Some(job) = &mut self.workers[number].job {
+                    if job.stands_still() {
+                        return;
+                    }
                     job.stage = Stage::Aborting;
                 }
                 self.work(number, after, Work::Aborted);

@@ -65,6 +65,7 @@ type Opened = Result<(Line, CoordinatorMessage), ClientError>;
 /// What the event loop woke up for.
 enum Event {
     Input(Box<Input>),
+    Tick,
     /// The pause before an attempt to attach is over.
     Paused,
     Opened(Box<Opened>),
@@ -114,10 +115,11 @@ impl Controller {
                     tracing::info!("{name}: leaving");
                     Event::Input(Box::new(Input::Interrupted(format!("the worker was stopped by {name}"))))
                 }
-                _ = ticks.tick() => Event::Input(Box::new(Input::Tick)),
+                _ = ticks.tick() => Event::Tick,
             };
             let inputs = match event {
                 Event::Input(input) => vec![*input],
+                Event::Tick => vec![Input::Waited(self.waited()), Input::Tick],
                 Event::Paused => {
                     self.attach();
                     Vec::new()
@@ -190,6 +192,11 @@ impl Controller {
             }
         }
         Ok(None)
+    }
+
+    fn waited(&self) -> Duration {
+        let control = self.current.as_ref();
+        control.map_or(Duration::ZERO, LinkControl::waited)
     }
 
     fn tell(&self, what: impl FnOnce(&LinkControl)) {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use supra_proto::v1::{FaultKind, Held};
 use supra_recipes::schema::Recipe;
 
-use crate::collective::{Collective, CollectiveError, RingPlan, Solo, TcpRing};
+use crate::collective::{Collective, CollectiveError, RingPlan, Solo, TcpRing, Watched};
 use crate::link::Link;
 
 /// A place in one generation of a run: everything that the training loop has to know.
@@ -124,7 +124,7 @@ impl Job {
             DataPlane::Ring(..) if self.world == 1 => Ok(Box::new(Solo)),
             DataPlane::Ring(listener, plan) => {
                 let ring = TcpRing::connect(&listener, &plan, self.link.abort_handle())?;
-                Ok(Box::new(ring))
+                Ok(Box::new(Watched::new(ring, self.link.waiting())))
             }
         }
     }

@@ -5,12 +5,12 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use supra_proto::v1::{CheckpointWritten, Formed, Held, LogLine, Phase, StepReport};
 use tokio::sync::mpsc;
 
-use crate::collective::AbortHandle;
+use crate::collective::{AbortHandle, Waiting};
 use crate::job::Outcome;
 
 /// Reports that may wait for the control thread before the training loop has to.
@@ -59,6 +59,7 @@ struct Shared {
     told: Mutex<Told>,
     changed: Condvar,
     abort: AbortHandle,
+    waiting: Waiting,
 }
 
 /// What the training loop may wait for.
@@ -190,6 +191,11 @@ impl Link {
     pub fn abort_handle(&self) -> AbortHandle {
         self.shared.abort.clone()
     }
+
+    /// The clock of this rank's waits for others: whoever blocks in an exchange says so with it.
+    pub fn waiting(&self) -> Waiting {
+        self.shared.waiting.clone()
+    }
 }
 
 /// The controlling end of a [`Link`]. Dropping it voids the generation.
@@ -218,6 +224,11 @@ impl LinkControl {
     /// Asks to end the generation after the step in hand, for another membership.
     pub fn request_regroup(&self) {
         self.shared.regroup.store(true, Ordering::SeqCst);
+    }
+
+    /// For how long the training loop has waited in an exchange for other ranks; zero when it does not.
+    pub fn waited(&self) -> Duration {
+        self.shared.waiting.lasted()
     }
 
     /// Frees whoever waits for the publication of the checkpoint of `step`.
@@ -280,7 +291,7 @@ pub(crate) fn on_queue(job: u64, reports: mpsc::Sender<Tagged>) -> (Link, LinkCo
 
 #[cfg(test)]
 mod tests {
-    use std::time::{Duration, Instant};
+    use std::time::Instant;
 
     use super::*;
 

@@ -617,6 +617,26 @@ fn a_break_after_a_void_does_not_leave_on_the_next_stream() {
 }
 
 #[test]
+fn heartbeats_tell_how_long_the_training_loop_waits_for_others() {
+    let mut bench = Bench::working();
+    for waited in [Duration::from_secs(3), Duration::ZERO] {
+        assert_eq!(bench.feed(Input::Waited(waited)), [""; 0]);
+        bench.now += Duration::from_secs(1);
+        let actions = bench.session.handle(Input::Tick, bench.now);
+        let [
+            Action::Send {
+                body: Up::Heartbeat(beat),
+                ..
+            },
+        ] = actions.as_slice()
+        else {
+            panic!("one heartbeat, not {actions:?}");
+        };
+        assert_eq!(u128::from(beat.waiting_ms), waited.as_millis());
+    }
+}
+
+#[test]
 fn heartbeats_tell_phase_step_and_time() {
     let mut bench = Bench::attached();
     assert_eq!(bench.after(0.5), [""; 0]);

@@ -92,6 +92,12 @@ pub trait DeviceCollective {
     /// itself.
     fn wait(&mut self, pending: Pending) -> Result<(), DeviceCollectiveError>;
 
+    /// As [`wait`](Self::wait), where the host has to wait anyway before it can go on: it does so here, so that the
+    /// coordinator can be told that this rank only waits for others.
+    fn settle(&mut self, pending: Pending) -> Result<(), DeviceCollectiveError> {
+        self.wait(pending)
+    }
+
     /// For how long computing has stood still in the waits since the last call, as far as the device has got: so call it
     /// when something was just read from the device.
     fn stalled(&mut self) -> Result<Duration, DeviceCollectiveError>;
@@ -151,11 +157,7 @@ pub fn connect(
     match (&place.nccl, place.device) {
         // Alone there is nothing to exchange.
         (Some(library), Device::Cuda(index)) if host.world() > 1 => Ok(Box::new(Nccl::connect(
-            host,
-            library,
-            index,
-            reduction,
-            &link.abort_handle(),
+            host, library, index, reduction, link,
         )?)),
         _ => Ok(Box::new(Host::new(host))),
     }

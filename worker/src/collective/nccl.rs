@@ -3,7 +3,7 @@
 use std::{thread, time::Duration};
 
 use nccl::{Comm, DataType, DeviceSliceMut, Library, Op, Stream};
-use supra_agent::{Collective, CollectiveError, collective::AbortHandle};
+use supra_agent::{Collective, CollectiveError, Link, collective::Waiting};
 use supra_recipes::schema::Reduction;
 use tch::{Device, Kind, Tensor};
 
@@ -25,10 +25,11 @@ pub struct Nccl {
     ordered: Option<Ordered>,
     host: Box<dyn Collective>,
     device: Device,
+    waiting: Waiting,
 }
 
 impl Nccl {
-    /// Connects the GPUs of all ranks of `host`. `abort` ends this, and every operation later.
+    /// Connects the GPUs of all ranks of `host`. A void of `link`'s generation ends this, and every operation later.
     ///
     /// # Errors
     ///
@@ -38,7 +39,7 @@ impl Nccl {
         library: &Library,
         index: usize,
         reduction: Reduction,
-        abort: &AbortHandle,
+        link: &Link,
     ) -> Result<Nccl, DeviceCollectiveError> {
         let mut id = Vec::new();
         if host.rank() == 0 {
@@ -64,7 +65,7 @@ impl Nccl {
         let ending = starting.abort_handle();
         // NCCL takes half a second for it, and has been seen to hang: the thread that aborts must not wait. If this
         // process has no room for a thread, the generation's own time limit ends it.
-        abort.on_abort(move || {
+        link.abort_handle().on_abort(move || {
             thread::Builder::new()
                 .name("nccl abort".to_owned())
                 .spawn(move || ending.abort())
@@ -76,6 +77,7 @@ impl Nccl {
             ordered,
             host,
             device,
+            waiting: link.waiting(),
         })
     }
 }
@@ -153,6 +155,11 @@ impl DeviceCollective for Nccl {
 
     fn wait(&mut self, pending: Pending) -> Result<(), DeviceCollectiveError> {
         Ok(self.side.wait(pending.number())?)
+    }
+
+    fn settle(&mut self, pending: Pending) -> Result<(), DeviceCollectiveError> {
+        let waiting = &self.waiting;
+        Ok(self.side.settle(pending.number(), || waiting.begin())?)
     }
 
     fn stalled(&mut self) -> Result<Duration, DeviceCollectiveError> {

@@ -86,7 +86,7 @@ impl Exchange {
         self.unreduced = self.buckets.len();
         // They end in order.
         match self.reducing.take() {
-            Some(last) => self.collective.wait(last),
+            Some(last) => self.collective.settle(last),
             None => Ok(()),
         }
     }

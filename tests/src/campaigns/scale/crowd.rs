@@ -318,6 +318,7 @@ impl Told {
             phase,
             step,
             in_phase_ms: 500,
+            waiting_ms: 0,
         };
         self.say(seat, Up::Heartbeat(beat));
     }

@@ -9,11 +9,14 @@ mod handshake;
 mod in_process;
 mod ring;
 mod solo;
+mod waiting;
 
 pub use abort::AbortHandle;
 pub use in_process::InProcess;
 pub use ring::{RingPlan, TcpRing};
 pub use solo::Solo;
+pub(crate) use waiting::Watched;
+pub use waiting::{Wait, Waiting};
 
 use std::ops::Range;
 

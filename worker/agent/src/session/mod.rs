@@ -45,6 +45,8 @@ pub enum Input {
     },
     /// The user, or something that cannot be repaired, ends the worker; says why on one line.
     Interrupted(String),
+    /// For how long the training loop has waited in an exchange for other ranks; zero when it does not.
+    Waited(Duration),
     /// Time has passed.
     Tick,
 }
@@ -116,6 +118,7 @@ pub struct Session {
     ending: Option<Exit>,
     phase: (Phase, u64),
     phase_since: Instant,
+    waited: Duration,
 }
 
 #[derive(Debug)]
@@ -169,6 +172,7 @@ impl Session {
             ending: None,
             phase: (Phase::Idle, 0),
             phase_since: now,
+            waited: Duration::ZERO,
         }
     }
 
@@ -190,6 +194,7 @@ impl Session {
             Input::Interrupted(why) => {
                 self.end(Exit::Interrupted, Some(why), now, &mut actions);
             }
+            Input::Waited(waited) => self.waited = waited,
             Input::Tick => self.on_tick(now, &mut actions),
         }
         actions
@@ -242,6 +247,7 @@ impl Session {
                     phase: phase.into(),
                     step,
                     in_phase_ms,
+                    waiting_ms: self.waited.as_millis() as u64,
                 }),
                 actions,
             );

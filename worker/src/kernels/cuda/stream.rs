@@ -2,7 +2,7 @@
 //!
 //! An operation on it comes behind everything that the default stream was asked for before the operation was started, and
 //! goes on beside what follows there, until the default stream is made to wait. How long it then stands still is measured
-//! by a timed event on either side of the wait. The host waits for nothing.
+//! by a timed event on either side of the wait. The host waits for nothing, unless it is asked to settle.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -133,6 +133,30 @@ impl SideStream {
         self.waits.push_back(pair);
         self.spare.push(done);
         Ok(())
+    }
+
+    /// As [`wait`](SideStream::wait), and the host waits, too: first until the default stream has come to the wait, then
+    /// until it is through. What `others` gives lives for the second part only, in which this GPU stands still for others.
+    #[allow(unsafe_code)]
+    pub fn settle<W>(
+        &mut self,
+        number: u64,
+        others: impl FnOnce() -> W,
+    ) -> Result<(), KernelError> {
+        let known = self.waits.len();
+        self.wait(number)?;
+        let Some([before, behind]) = self.waits.get(known) else {
+            return Ok(());
+        };
+        let settled = || -> Result<(), DriverError> {
+            // SAFETY: both events are alive and were recorded.
+            unsafe {
+                result::event::synchronize(before.0)?;
+                let _others = others();
+                result::event::synchronize(behind.0)
+            }
+        };
+        settled().map_err(|error| self.refused("wait for its streams", &error))
     }
 
     /// How long the default stream has stood still in the waits that it has come through since the last call.
