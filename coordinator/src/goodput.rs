@@ -306,7 +306,9 @@ impl Account {
             | Fact::StopAsked { .. }
             | Fact::Published { .. }
             | Fact::Retired { .. }
-            | Fact::Deleted { .. } => {}
+            | Fact::Deleted { .. }
+            | Fact::PutAside { .. }
+            | Fact::TakenBack { .. } => {}
         }
     }
 

@@ -57,6 +57,16 @@ pub enum JournalError {
         /// The newest format known.
         known: i64,
     },
+    /// A decision that only a later version makes.
+    #[error("{} was written by a newer version (fact {seq}: {cause})\n  install that version", path.display())]
+    Unknown {
+        /// The file.
+        path: PathBuf,
+        /// Number of the fact.
+        seq: u64,
+        /// What is not known.
+        cause: serde_json::Error,
+    },
     /// What is stored makes no sense.
     #[error("{} is damaged: {what}\n  restore it from a backup, or begin with another --state directory", path.display())]
     Damaged {

@@ -43,7 +43,7 @@ mod worker;
 
 pub use clients::{Refused, Submission};
 pub use fact::{Fact, Outcome};
-pub use state::{Checkpoint, Failures, Run, RunNumber, RunPhase, State, Workers};
+pub use state::{Aside, Checkpoint, Failures, Run, RunNumber, RunPhase, State, Workers};
 pub use view::FindError;
 pub use worker::Conn;
 

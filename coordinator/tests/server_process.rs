@@ -11,7 +11,7 @@ use supra_coordinator::address;
 use supra_proto::Client;
 use supra_proto::v1::RunState;
 
-use crate::server_rig::{Worker, recipe, submit, wait_for, wait_for_state};
+use crate::server_rig::{Session, Worker, hello, recipe, submit, wait_for, wait_for_state};
 
 struct Process {
     child: Child,
@@ -112,9 +112,7 @@ async fn the_second_signal_ends_it_at_once() {
     let mut client = Client::connect(&process.url, None).await.unwrap();
     submit(&mut client, recipe(1, 1)).await;
     // A worker that never answers keeps the coordinator from ending by itself.
-    let mut mute = crate::server_rig::Session::open(&process.url, crate::server_rig::hello("a"))
-        .await
-        .unwrap();
+    let mut mute = Session::open(&process.url, hello("a")).await.unwrap();
     while !matches!(
         mute.hear().await.unwrap(),
         supra_proto::v1::coordinator_message::Body::Assignment(_)
@@ -144,6 +142,27 @@ async fn a_killed_coordinator_goes_on_where_its_journal_ends() {
     let _worker = Worker::start(&process.url, "a");
     let finished = wait_for_state(&mut client, RunState::Finished).await;
     assert_eq!(finished.tokens, finished.budget_tokens);
+}
+
+#[tokio::test]
+async fn a_killed_coordinator_remembers_who_is_drained() {
+    let state = tempfile::tempdir().unwrap();
+    let mut process = Process::start(state.path());
+    let hello = hello("a");
+    let mut session = Session::open(&process.url, hello.clone()).await.unwrap();
+    session.hear().await.unwrap();
+    let mut client = Client::connect(&process.url, None).await.unwrap();
+    client.drain("a").await.unwrap();
+    process.signal(Signal::SIGKILL);
+    drop(process);
+
+    process = Process::start(state.path());
+    let mut session = Session::open(&process.url, hello).await.unwrap();
+    session.hear().await.unwrap();
+    let mut client = Client::connect(&process.url, None).await.unwrap();
+    let known = client.workers().await.unwrap();
+    let aside = known.iter().map(|worker| worker.aside.as_str());
+    assert_eq!(aside.collect::<Vec<_>>(), ["drained by a user"]);
 }
 
 #[test]

@@ -203,11 +203,7 @@ fn replay(path: &Path, connection: &Connection) -> Result<(State, u64, u64), Jou
             let Some((seq, text)) = facts.next() else {
                 continue;
             };
-            (
-                seq,
-                serde_json::from_str(&text)
-                    .map_err(|error| damaged(format!("fact {seq}: {error}")))?,
-            )
+            (seq, read_fact(path, seq, &text)?)
         };
         if seq != last + 1 {
             return Err(damaged(format!("fact {} is missing", last + 1)));
@@ -215,6 +211,18 @@ fn replay(path: &Path, connection: &Connection) -> Result<(State, u64, u64), Jou
         state.apply(&fact);
         last = seq;
     }
+}
+
+/// A fact of a kind that this version does not know is no damage: going on without it would forget a decision.
+fn read_fact(path: &Path, seq: u64, text: &str) -> Result<Fact, JournalError> {
+    serde_json::from_str(text).map_err(|cause| {
+        let path = path.to_owned();
+        if cause.to_string().starts_with("unknown variant") {
+            return JournalError::Unknown { path, seq, cause };
+        }
+        let what = format!("fact {seq}: {cause}");
+        JournalError::Damaged { path, what }
+    })
 }
 
 fn snapshot(connection: &Connection) -> rusqlite::Result<(State, u64)> {

@@ -118,6 +118,24 @@ pub enum Fact {
         /// Milliseconds since the Unix epoch.
         at: u64,
     },
+    /// No generation takes a worker any more, until its supervisor is started anew.
+    PutAside {
+        /// Name of the worker.
+        worker: String,
+        /// Of its supervisor.
+        instance: String,
+        /// Why, in one line.
+        reason: String,
+        /// Milliseconds since the Unix epoch.
+        at: u64,
+    },
+    /// A worker that was aside is as good as any other: its supervisor was started anew.
+    TakenBack {
+        /// Name of the worker.
+        worker: String,
+        /// Milliseconds since the Unix epoch.
+        at: u64,
+    },
 }
 
 /// How a run ended.
@@ -133,7 +151,7 @@ pub enum Outcome {
 }
 
 impl Fact {
-    /// The run that it speaks of.
+    /// The run that it speaks of; 0 when it speaks of none.
     pub fn run(&self) -> RunNumber {
         match self {
             Fact::Submitted { run, .. }
@@ -147,6 +165,7 @@ impl Fact {
             | Fact::Retired { run, .. }
             | Fact::Deleted { run, .. }
             | Fact::Ended { run, .. } => *run,
+            Fact::PutAside { .. } | Fact::TakenBack { .. } => 0,
         }
     }
 

@@ -1,6 +1,6 @@
 //! What the coordinator must never forget: the state that replaying the journal's facts rebuilds.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -19,6 +19,18 @@ pub struct State {
     runs: Vec<Run>,
     /// Runs that wait or train, in order; the first is the one that trains.
     pub queue: VecDeque<RunNumber>,
+    /// Workers that no generation takes, by name.
+    #[serde(default)]
+    pub aside: BTreeMap<String, Aside>,
+}
+
+/// A worker that no generation takes: a user has drained it, or it broke too many.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Aside {
+    /// Of its supervisor: another one is a new chance.
+    pub instance: String,
+    /// Why, in one line.
+    pub reason: String,
 }
 
 /// One run.
@@ -170,6 +182,17 @@ impl State {
         match fact {
             Fact::Queued { .. } => self.queue.push_back(number),
             Fact::Ended { .. } => self.queue.retain(|queued| *queued != number),
+            Fact::PutAside {
+                worker,
+                instance,
+                reason,
+                ..
+            } => {
+                let (instance, reason) = (instance.clone(), reason.clone());
+                self.aside
+                    .insert(worker.clone(), Aside { instance, reason });
+            }
+            Fact::TakenBack { worker, .. } => drop(self.aside.remove(worker)),
             _ => {}
         }
         if let Some(run) = self.run_mut(number) {
@@ -252,7 +275,7 @@ impl Run {
 
     fn apply(&mut self, fact: &Fact) {
         match fact {
-            Fact::Submitted { .. } => {}
+            Fact::Submitted { .. } | Fact::PutAside { .. } | Fact::TakenBack { .. } => {}
             Fact::Queued { .. } => {
                 self.phase = RunPhase::Queued;
                 self.reason.clear();

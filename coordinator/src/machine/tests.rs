@@ -12,6 +12,7 @@ use super::*;
 use crate::audit::{Options, audit};
 use crate::ledger::Body;
 
+mod aside;
 mod recovery;
 mod stuck;
 

@@ -86,6 +86,8 @@ pub enum Kind {
     WallJump,
     /// A client stops the run.
     Cancel,
+    /// A client drains the worker, and starts it anew later.
+    Drain,
     /// A client ends the coordinator.
     Shutdown,
     /// The power fails everywhere.
@@ -94,7 +96,7 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 22] = [
+    pub const ALL: [Kind; 23] = [
         Kind::Crash,
         Kind::Replace,
         Kind::Pause,
@@ -115,6 +117,7 @@ impl Kind {
         Kind::CoordinatorPause,
         Kind::WallJump,
         Kind::Cancel,
+        Kind::Drain,
         Kind::Shutdown,
         Kind::Everything,
     ];
@@ -238,7 +241,11 @@ impl World {
         }
         let coordinators = matches!(
             kind,
-            Kind::CoordinatorCrash | Kind::CoordinatorPause | Kind::Cancel | Kind::Shutdown
+            Kind::CoordinatorCrash
+                | Kind::CoordinatorPause
+                | Kind::Cancel
+                | Kind::Drain
+                | Kind::Shutdown
         );
         let there = self.coordinator.machine.is_some() && self.coordinator.paused_until <= self.now;
         !coordinators || there
@@ -299,6 +306,10 @@ impl World {
                 if let Some(run) = run {
                     self.happen(machine::Event::Cancel(run));
                 }
+            }
+            Kind::Drain => {
+                let name = self.workers[number].name.clone();
+                self.happen(machine::Event::Drain(name));
             }
             Kind::Shutdown => {
                 self.happen(machine::Event::Shutdown("a client asked".into()));

@@ -50,6 +50,8 @@ pub(super) struct Watch {
     pub violation: Option<String>,
     pub accounts: Vec<Account>,
     live: Option<(RunNumber, u64)>,
+    /// Workers that no generation takes.
+    aside: BTreeSet<String>,
     /// When generations ended.
     ended: BTreeMap<(String, u64), Time>,
     /// What was told outlives every crash: keys of assignments, and steps of checkpoints that were to be published.
@@ -139,6 +141,7 @@ impl Watch {
     pub fn rewind(&mut self, facts: &[Fact]) {
         self.accounts.clear();
         self.live = None;
+        self.aside.clear();
         for fact in facts {
             if let Err(what) = self.fold(fact) {
                 self.broken(what);
@@ -220,6 +223,22 @@ impl Watch {
                 ..Account::default()
             });
             return Ok(());
+        }
+        match fact {
+            Fact::PutAside { worker, .. } => {
+                self.aside.insert(worker.clone());
+                return Ok(());
+            }
+            Fact::TakenBack { worker, .. } if self.aside.remove(worker) => return Ok(()),
+            Fact::TakenBack { worker, .. } => {
+                return Err(format!("{worker} is taken back, but was not aside"));
+            }
+            Fact::Formed { members, .. } => {
+                if let Some(name) = members.iter().find(|name| self.aside.contains(*name)) {
+                    return Err(format!("{name} gets a place, but is aside"));
+                }
+            }
+            _ => {}
         }
         let number = fact.run();
         let place = (number as usize).wrapping_sub(1);

@@ -165,6 +165,55 @@ fn damage_is_said_and_not_trained_on() {
 }
 
 #[test]
+fn a_fact_that_only_a_later_version_knows_is_no_damage_and_not_passed_over() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut store = Store::open(directory.path()).unwrap();
+    store.commit(&[submitted(1)]).unwrap();
+    store
+        .connection
+        .execute(
+            r#"INSERT INTO facts (seq, run, fact) VALUES (2, 0, '{"fact":"foretold","worker":"b"}')"#,
+            [],
+        )
+        .unwrap();
+    drop(store);
+    let error = Store::open(directory.path()).unwrap_err().to_string();
+    assert!(
+        error.contains("newer version (fact 2: unknown variant `foretold`")
+            && error.contains("install that version"),
+        "{error}"
+    );
+}
+
+#[test]
+fn who_is_aside_is_replayed_and_a_state_that_is_older_knows_of_nobody() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut store = Store::open(directory.path()).unwrap();
+    let put = |worker: &str| Fact::PutAside {
+        worker: worker.into(),
+        instance: format!("{worker}-1"),
+        reason: "drained by a user".into(),
+        at: 5,
+    };
+    let back = Fact::TakenBack {
+        worker: "a".into(),
+        at: 6,
+    };
+    store.commit(&[put("a"), put("b"), back]).unwrap();
+    drop(store);
+    let store = Store::open(directory.path()).unwrap();
+    let state = store.state();
+    assert_eq!(
+        state.aside.keys().collect::<Vec<_>>(),
+        ["b"],
+        "facts of no run beside those of runs"
+    );
+    assert_eq!(state.aside["b"].reason, "drained by a user");
+    let older: State = serde_json::from_str(r#"{"runs":[],"queue":[]}"#).unwrap();
+    assert_eq!(older, State::default());
+}
+
+#[test]
 fn files_that_are_no_journal_and_newer_ones_are_named() {
     let directory = tempfile::tempdir().unwrap();
     std::fs::write(
