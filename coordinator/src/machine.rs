@@ -30,8 +30,6 @@ mod recovery;
 mod regroup;
 #[cfg(test)]
 mod rig;
-#[cfg(test)]
-mod simulation;
 mod state;
 mod steps;
 mod stuck;

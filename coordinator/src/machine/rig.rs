@@ -120,6 +120,8 @@ pub(crate) struct Rig {
     pub machine: Machine,
     pub now: Duration,
     pub facts: Vec<Fact>,
+    /// What they rebuild.
+    remembered: State,
     pub sent: Vec<(Conn, u64, Down)>,
     pub closed: Vec<Conn>,
     pub deleted: Vec<String>,
@@ -139,6 +141,7 @@ impl Rig {
             machine,
             now: Duration::ZERO,
             facts: Vec::new(),
+            remembered: State::default(),
             sent: Vec::new(),
             closed: Vec::new(),
             deleted: Vec::new(),
@@ -157,13 +160,21 @@ impl Rig {
     pub fn event(&mut self, event: Event) -> Result<(), Refused> {
         let actions = self.machine.handle(event, &self.moment())?;
         self.carry_out(actions);
+        assert_eq!(
+            &self.remembered,
+            self.machine.state(),
+            "replay is the live state"
+        );
         Ok(())
     }
 
     fn carry_out(&mut self, actions: Vec<Action>) {
         for action in actions {
             match action {
-                Action::Journal(fact) => self.facts.push(fact),
+                Action::Journal(fact) => {
+                    self.remembered.apply(&fact);
+                    self.facts.push(fact);
+                }
                 Action::Send {
                     conn,
                     generation,
@@ -181,8 +192,9 @@ impl Rig {
     /// The coordinator dies after `kept` facts and starts again.
     pub fn restart(&mut self, kept: usize) {
         self.facts.truncate(kept);
+        self.remembered = self.replayed();
         let (machine, actions) = Machine::new(
-            self.replayed(),
+            self.remembered.clone(),
             Limits::default(),
             identity(),
             &self.moment(),

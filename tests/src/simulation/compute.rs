@@ -485,6 +485,8 @@ impl World {
         let Some(job) = &mut self.workers[worker].job else {
             return;
         };
+        let (run, generation) = (&job.place.run, job.place.generation);
+        self.watch.started(run, generation, model);
         (job.model, job.loaded) = (model, true);
         let written = job.place.restore.as_ref().map_or(0, |restore| restore.step);
         let (rank, due) = (job.place.rank, ground().plan.checkpoint_due(model.step));

@@ -113,9 +113,19 @@ impl World {
         match machine.handle(event, &moment) {
             Ok(actions) => {
                 self.carry_out(actions);
+                self.look_at_state();
                 true
             }
             Err(_) => false,
+        }
+    }
+
+    /// The coordinator knows what its journal says and nothing else. Bugs at the boundary of the two would all show here first.
+    fn look_at_state(&mut self) {
+        let live = self.coordinator.machine.as_ref().map(Machine::state);
+        if self.mutant.is_none() && live.is_some_and(|state| state != self.journal.state()) {
+            self.watch
+                .broken("the journal does not give the coordinator's state");
         }
     }
 

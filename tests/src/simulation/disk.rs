@@ -12,13 +12,18 @@ use super::ground::Model;
 #[derive(Default)]
 pub(super) struct Journal {
     facts: Vec<Fact>,
+    /// What they rebuild.
+    state: State,
     /// So many are on the platter; the others may be lost with the power.
     synced: usize,
 }
 
 impl Journal {
     pub fn append(&mut self, facts: impl IntoIterator<Item = Fact>) {
-        self.facts.extend(facts);
+        for fact in facts {
+            self.state.apply(&fact);
+            self.facts.push(fact);
+        }
     }
 
     pub fn sync(&mut self) {
@@ -31,6 +36,7 @@ impl Journal {
         let surely = self.synced.saturating_sub(lying);
         let kept = random.random_range(surely..=self.facts.len());
         self.facts.truncate(kept);
+        self.state = self.replayed();
         self.sync();
     }
 
@@ -41,6 +47,11 @@ impl Journal {
     /// The facts that are on the platter.
     pub fn safe(&self) -> &[Fact] {
         &self.facts[..self.synced]
+    }
+
+    /// What its facts give, one after the other.
+    pub fn state(&self) -> &State {
+        &self.state
     }
 
     /// What replaying gives.

@@ -110,6 +110,20 @@ impl Watch {
         (!live).then(|| self.ended.get(&key).copied().unwrap_or(0))
     }
 
+    /// A rank has the state that its generation starts from: the one that the ledger accounts for.
+    pub fn started(&mut self, run: &str, generation: u64, model: Model) {
+        if self.live() != Some((run.to_owned(), generation)) {
+            return;
+        }
+        let account = self.accounts.iter().find(|account| account.id == run);
+        if account.is_some_and(|account| account.model() != model) {
+            let step = model.step;
+            self.broken(format!(
+                "{run}: generation {generation} starts behind step {step} from a state that the ledger does not account for"
+            ));
+        }
+    }
+
     /// All ranks of a generation have trained a step.
     pub fn trained(&mut self, run: &str, generation: u64, step: u64, world: usize) {
         self.trained
