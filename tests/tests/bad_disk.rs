@@ -3,8 +3,11 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::Instant;
 
-use supra_tests::process::run;
+use supra_proto::v1::Checkpoint;
+use supra_tests::process::{POLL, run};
 use supra_tests::{Cluster, Process, Result, TinyRecipe, weights};
 
 use crate::{LIMIT, Stage};
@@ -39,28 +42,41 @@ fn in_own_mounts(setup: &str, command: &Command) -> Option<Command> {
         eprintln!("skipped: this system does not allow mount namespaces");
         return None;
     }
-    let mut wrapped = unshare(&["sh", "-ec", &format!("{setup}\nexec \"$@\""), "sh"]);
-    wrapped.arg(command.get_program()).args(command.get_args());
+    let outer = unshare(&["sh", "-ec", &format!("{setup}\nexec \"$@\""), "sh"]);
+    Some(wrapped(outer, command))
+}
+
+/// The command in the mount namespace of a process.
+fn in_mounts_of(process: u32, command: &Command) -> Command {
+    let mut nsenter = Command::new("nsenter");
+    nsenter.args(["--user", "--mount", "--preserve-credentials", "--target"]);
+    nsenter.arg(process.to_string());
+    wrapped(nsenter, command)
+}
+
+/// The command as what another one starts.
+fn wrapped(mut outer: Command, command: &Command) -> Command {
+    outer.arg(command.get_program()).args(command.get_args());
     for (name, value) in command.get_envs() {
         match value {
-            Some(value) => wrapped.env(name, value),
-            None => wrapped.env_remove(name),
+            Some(value) => outer.env(name, value),
+            None => outer.env_remove(name),
         };
     }
-    Some(wrapped)
+    outer
 }
 
 /// Waits until somebody who asks `supra status` or `supra logs` finds all `words`.
 fn wait_told(cluster: &Cluster, run: &str, words: &[&str]) -> Result<()> {
     let mut told = String::new();
-    let deadline = std::time::Instant::now() + LIMIT;
-    while std::time::Instant::now() < deadline {
+    let deadline = Instant::now() + LIMIT;
+    while Instant::now() < deadline {
         let logs = cluster.supra(&["logs", run])?.expect_code(0)?.stdout;
         told = format!("{}\n{logs}", cluster.status(run)?.reason).to_lowercase();
         if words.iter().all(|word| told.contains(&word.to_lowercase())) {
             return Ok(());
         }
-        std::thread::sleep(supra_tests::process::POLL);
+        sleep(POLL);
     }
     panic!("{words:?} is not said, only: {told}\n{}", cluster.logs());
 }
@@ -199,23 +215,15 @@ fn a_disk_that_fills_up_in_mid_checkpoint_is_told_and_costs_nothing_that_was_sav
         assert!(reason.contains(word), "{word} is not said, only: {reason}");
     }
     let saved = cluster.last_checkpoint(&run_id)?;
-    let pid = cluster.worker("w0")?.pid().to_string();
-    let inside = Path::new("/proc").join(&pid).join("root");
+    let pid = cluster.worker("w0")?.pid();
+    let inside = Path::new("/proc").join(pid.to_string()).join("root");
     let within = |path: &Path| inside.join(path.strip_prefix("/").unwrap_or(path));
     assert_eq!(whole_checkpoints(&within(&to.join(&run_id)))?, 1);
     weights::hashes(&within(&saved))?;
 
-    let mut grow = Command::new("nsenter");
-    grow.args([
-        "--user",
-        "--mount",
-        "--preserve-credentials",
-        "--target",
-        &pid,
-    ]);
-    grow.args(["mount", "-o", "remount,nr_inodes=1000"])
-        .arg(&to);
-    run(grow, LIMIT)?.expect_code(0)?;
+    let mut grow = Command::new("mount");
+    grow.args(["-o", "remount,nr_inodes=1000"]).arg(&to);
+    run(in_mounts_of(pid, &grow), LIMIT)?.expect_code(0)?;
     cluster.supra(&["resume", &run_id])?.expect_code(0)?;
     cluster.wait_finished(&run_id, LIMIT)?;
     cluster.audit(&run_id)?;
@@ -223,28 +231,63 @@ fn a_disk_that_fills_up_in_mid_checkpoint_is_told_and_costs_nothing_that_was_sav
 }
 
 #[test]
-fn a_coordinator_without_room_for_its_journal_ends_and_says_so() -> Result<()> {
+fn a_coordinator_without_room_for_its_journal_says_so_and_loses_nothing_that_it_told() -> Result<()>
+{
     let stage = Stage::new()?;
     let mut cluster = stage.cluster("cluster", 1)?;
     cluster.coordinator()?.kill()?;
     let state = cluster.state();
     let setup = format!("mount -t tmpfs -o size=400k none '{}'", state.display());
-    let Some(small) = in_own_mounts(&setup, &cluster.coordinator_command()) else {
+    // The small disk outlives the coordinator.
+    let mut keeper = Command::new("sleep");
+    keeper.arg("600");
+    let Some(keeper) = in_own_mounts(&setup, &keeper) else {
         return Ok(());
     };
-    let mut small = Process::spawn("small", small, stage.directory.path())?;
+    let keeper = Process::spawn("keeper", keeper, stage.directory.path())?;
+    let name = Path::new("/proc").join(keeper.pid().to_string());
+    while fs::read_to_string(name.join("comm"))?.trim() != "sleep" {
+        sleep(POLL);
+    }
+    let coordinator = in_mounts_of(keeper.pid(), &cluster.coordinator_command());
+    let mut small = Process::spawn("small", coordinator, stage.directory.path())?;
     while small.ended()?.is_none() && !small.output().contains("listening on") {
-        std::thread::sleep(supra_tests::process::POLL);
+        sleep(POLL);
     }
     let recipe = TinyRecipe {
         budget: 60_010,
         ..checkpoints_to(&stage.directory.path().join("checkpoints"), 1)
     };
-    stage.submit(&cluster, &recipe)?;
+    let id = stage.submit(&cluster, &recipe)?;
+    let (mut ledger, mut checkpoints) = (Vec::new(), Vec::new());
+    let deadline = Instant::now() + LIMIT;
+    while small.ended()?.is_none() && Instant::now() < deadline {
+        ledger = cluster.ledger(&id).unwrap_or(ledger);
+        checkpoints = cluster.checkpoints(&id).unwrap_or(checkpoints);
+        sleep(POLL);
+    }
     assert_eq!(small.wait(LIMIT)?.code(), Some(1), "{}", small.output());
     for word in ["journal.db", "disk is full", "free space on that disk"] {
         assert!(small.output().contains(word), "{}", small.output());
     }
+
+    let mut grow = Command::new("mount");
+    grow.args(["-o", "remount,size=100m"]).arg(&state);
+    run(in_mounts_of(keeper.pid(), &grow), LIMIT)?.expect_code(0)?;
+    let coordinator = in_mounts_of(keeper.pid(), &cluster.coordinator_command());
+    let _large = Process::spawn("large", coordinator, stage.directory.path())?;
+    let deadline = Instant::now() + LIMIT;
+    while cluster.status(&id).is_err() && Instant::now() < deadline {
+        sleep(POLL);
+    }
+    cluster.wait_finished(&id, LIMIT)?;
+    let (whole, kept) = (cluster.ledger(&id)?, cluster.checkpoints(&id)?);
+    assert!(!ledger.is_empty() && whole.starts_with(&ledger));
+    for known in &checkpoints {
+        let same = |other: &Checkpoint| other.manifest_hash == known.manifest_hash;
+        assert!(kept.iter().any(same), "{known:?} is not among {kept:?}");
+    }
+    cluster.audit(&id)?;
     Ok(())
 }
 

@@ -7,6 +7,8 @@ use crate::journal::{Journal, StateLock};
 use crate::ledger::Step;
 use crate::machine::{Outcome, Workers};
 
+mod power_loss;
+
 fn submitted(run: RunNumber) -> Fact {
     Fact::Submitted {
         run,
@@ -102,41 +104,6 @@ fn a_snapshot_and_its_tail_give_the_same_state_as_everything() {
         .unwrap();
     drop(store);
     assert_eq!(Store::open(directory.path()).unwrap().state(), &expected);
-}
-
-#[test]
-fn a_cut_write_ahead_log_reopens_as_a_prefix() {
-    let directory = tempfile::tempdir().unwrap();
-    let mut states = vec![State::default()];
-    let mut store = Store::open(directory.path()).unwrap();
-    let mut live = State::default();
-    live.apply(&submitted(1));
-    store.commit(&[submitted(1)]).unwrap();
-    states.push(live.clone());
-    for _ in 0..5 {
-        let fact = steps(&mut live, 1);
-        store.commit(&fact).unwrap();
-        states.push(live.clone());
-    }
-    let copied = |cut: u64| {
-        let copy = tempfile::tempdir().unwrap();
-        for name in ["journal.db", "journal.db-wal"] {
-            std::fs::copy(directory.path().join(name), copy.path().join(name)).unwrap();
-        }
-        let wal = copy.path().join("journal.db-wal");
-        let length = std::fs::metadata(&wal).unwrap().len();
-        let file = std::fs::OpenOptions::new().write(true).open(&wal).unwrap();
-        file.set_len(length.saturating_sub(cut)).unwrap();
-        let state = Store::open(copy.path()).unwrap().state().clone();
-        states.iter().position(|known| *known == state)
-    };
-    assert_eq!(copied(0), Some(states.len() - 1));
-    let mut last = usize::MAX;
-    for cut in (0..40_000).step_by(997) {
-        let place = copied(cut).expect("a state that once was");
-        assert!(place <= last);
-        last = place;
-    }
 }
 
 #[test]
