@@ -125,14 +125,14 @@ impl From<&v1::Goodput> for Goodput {
     }
 }
 
-/// The end of a generation before that of its run.
+/// The end of a generation before that of its run, or the absence of the coordinator of one.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Incident {
-    /// Generation that ended.
+    /// Generation that it happened to.
     pub generation: u64,
     /// Why.
     pub cause: String,
-    /// When that was known, milliseconds since the Unix epoch.
+    /// When that was known, or when the coordinator was last there, milliseconds since the Unix epoch.
     pub detected_unix_ms: u64,
     /// When steps could be applied again, milliseconds since the Unix epoch; `null` when that never came.
     pub training_unix_ms: Option<u64>,
@@ -186,6 +186,10 @@ pub struct Account {
     doing: Doing,
     /// There is a generation that has not ended.
     alive: bool,
+    /// Last sign of life of a coordinator before this one, while it is not known what became of the generation that lived
+    /// then; milliseconds since the Unix epoch.
+    #[serde(default)]
+    away_since: Option<u64>,
     /// The run has ended: the account stands still.
     ended: bool,
     /// Time of the generation that no step has spent yet, microseconds; in no part yet.
@@ -209,6 +213,7 @@ impl Account {
             parts: Parts::default(),
             doing: Doing::Idle,
             alive: false,
+            away_since: None,
             ended: false,
             unspent: 0,
             written: false,
@@ -219,9 +224,10 @@ impl Account {
         }
     }
 
-    /// A coordinator has started again. If a generation lived when the account was noted, nobody knows when it ended; the
-    /// machine is about to say that it did.
+    /// A coordinator has started again. If a generation lived when the account was noted, nobody knows whether it still does;
+    /// the machine is going to say.
     pub fn resumed(&mut self, at: u64) {
+        self.away_since = self.alive.then_some(self.at);
         self.doing = if self.alive {
             Doing::Training
         } else {
@@ -284,6 +290,7 @@ impl Account {
                 self.pass(at);
                 (self.alive, self.doing) = (true, Doing::Forming);
             }
+            Fact::TakenUp { generation, .. } => self.taken_up(*generation, at),
             Fact::Broke {
                 generation, cause, ..
             } => self.broke(*generation, cause, at),
@@ -317,10 +324,8 @@ impl Account {
         let lost = std::mem::take(&mut self.unspent);
         self.parts.lost += lost;
         (self.alive, self.doing, self.written) = (false, Doing::Forming, false);
-        if self.newest.len() == MAX_INCIDENTS {
-            self.newest.pop_front();
-        }
-        self.newest.push_back(Incident {
+        self.away_since = None;
+        self.incident(Incident {
             generation,
             cause: cause.to_owned(),
             detected_unix_ms: self.at,
@@ -328,8 +333,29 @@ impl Account {
             lost_seconds: seconds(lost),
             voided_steps: 0,
         });
-        self.incidents += 1;
         self.waiting += 1;
+    }
+
+    /// The coordinator was away and its generation trained on: nothing is lost, but it was an incident.
+    fn taken_up(&mut self, generation: u64, at: u64) {
+        self.pass(at);
+        let since = self.away_since.take().unwrap_or(self.at);
+        self.incident(Incident {
+            generation,
+            cause: "the coordinator was away; the workers trained on".to_owned(),
+            detected_unix_ms: since,
+            training_unix_ms: Some(self.at),
+            lost_seconds: 0.0,
+            voided_steps: 0,
+        });
+    }
+
+    fn incident(&mut self, incident: Incident) {
+        if self.newest.len() == MAX_INCIDENTS {
+            self.newest.pop_front();
+        }
+        self.newest.push_back(incident);
+        self.incidents += 1;
     }
 
     fn voided(&mut self, after_step: u64) {

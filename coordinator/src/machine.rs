@@ -2,7 +2,7 @@
 //!
 //! Pure: no async, clock, socket, file or randomness; time, wall clock and a fresh random key come with every event.
 //! What must survive is in [`State`], changed only by [`Fact`]s that the machine decides and the journal keeps; the
-//! rest (attached workers, the generation in hand) begins anew when the coordinator restarts.
+//! rest (attached workers, what ranks reported) begins anew when the coordinator restarts, and workers say it again.
 //!
 //! The life of a generation: enough workers are idle -> each gets its assignment -> every rank says that it has formed
 //! and all agree -> steps are applied when all ranks have reported the same -> checkpoints are journalled, then
@@ -19,6 +19,7 @@ use supra_proto::v1::{self, coordinator_message::Body as Down, worker_message::B
 mod agreement;
 mod aside;
 mod attach;
+mod away;
 mod clients;
 mod ending;
 mod fact;
@@ -181,6 +182,8 @@ impl Event {
 pub enum Action {
     /// Write the fact down. An urgent one has to be on disk before any later action of the list is carried out.
     Journal(Fact),
+    /// Have all facts so far on disk before any later action of the list is carried out.
+    Sync,
     /// Tell a worker.
     Send {
         /// The stream.
@@ -344,7 +347,11 @@ impl Machine {
             Up::Hello(_) => return,
             _ => {}
         }
-        let Some((rank, run)) = self.place(conn, &message.run, message.generation) else {
+        let (run, generation) = (message.run, message.generation);
+        let Some((rank, run)) = self.place(conn, &run, generation) else {
+            if let Up::Left(left) = body {
+                self.left_elsewhere(conn, &run, generation, left);
+            }
             return;
         };
         match body {
@@ -398,14 +405,16 @@ impl Machine {
         });
     }
 
-    /// Tells every member that has not left, except `spared`.
+    /// Tells every member that is there and has not left, except `spared`.
     fn tell_all(&mut self, body: &Down, spared: Option<usize>) {
         let Some(generation) = &self.generation else {
             return;
         };
-        let ranks: Vec<usize> = (0..generation.members.len())
-            .filter(|rank| !generation.members[*rank].gone() && Some(*rank) != spared)
-            .collect();
+        let there = |rank: &usize| {
+            let member = &generation.members[*rank];
+            !member.gone() && !member.absent() && Some(*rank) != spared
+        };
+        let ranks: Vec<usize> = (0..generation.members.len()).filter(there).collect();
         for rank in ranks {
             self.tell(rank, body.clone());
         }

@@ -137,6 +137,7 @@ pub fn hello(name: &str) -> v1::Hello {
         pid: 1,
         previous_exit: String::new(),
         held: None,
+        place: None,
     }
 }
 

@@ -16,8 +16,9 @@ mod units;
 pub use base::{Base, Shape};
 pub use period::Period;
 pub use recipe::{
-    Activations, Attention, Batch, Budget, Checkpoint, Data, Decay, Model, NonFinite, Optimizer,
-    Precision, Recipe, Reduction, ReplicaCheck, RopeFrequencies, Sharding, Workers, json_schema,
+    Activations, Attention, Batch, Budget, Checkpoint, Coordinator, Data, Decay, Model, NonFinite,
+    Optimizer, Precision, Recipe, Reduction, ReplicaCheck, RopeFrequencies, Sharding, Workers,
+    json_schema,
 };
 pub use report::RecipeError;
 pub use units::{Fraction, RunName, Tokens, UnitError, Warmup};

@@ -356,6 +356,21 @@ const CASES: &[Case] = &[
     ),
     case(
         5,
+        "coordinator: { away: 120 }",
+        (5, 22),
+        &["`120` is not a length of time"],
+    ),
+    case(
+        5,
+        "coordinator: { away: 61 min }",
+        (5, 16),
+        &[
+            "`coordinator.away` = 61 min is above 1 h",
+            "workers that are gone",
+        ],
+    ),
+    case(
+        5,
         "attention: softmax\nmodel: { qk_norm: true }",
         (6, 10),
         &["no meaning with `attention: softmax`"],

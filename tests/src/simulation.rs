@@ -179,7 +179,7 @@ impl World {
         let worker = match event {
             Event::WorkerTick(worker)
             | Event::Work { worker, .. }
-            | Event::Published { worker, .. }
+            | Event::Errand { worker, .. }
             | Event::Interrupt { worker, .. }
             | Event::Attach { worker, .. } => Some(*worker),
             Event::Deliver { stream, item } => match item {
@@ -221,7 +221,7 @@ impl World {
                 job,
                 work,
             } => self.works(worker, epoch, job, work),
-            Event::Published {
+            Event::Errand {
                 worker,
                 epoch,
                 input,

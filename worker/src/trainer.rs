@@ -17,7 +17,7 @@ mod tally;
 
 use std::{rc::Rc, time::Instant};
 
-use supra_agent::{CheckpointWritten, FaultKind, Formed, Job, Outcome, Phase, StepReport, Voided};
+use supra_agent::{FaultKind, Formed, Job, Outcome, Phase, StepReport, Unfinished, Voided};
 use supra_data::{Batch, Loader, Prefetch};
 use supra_recipes::{
     Plan,
@@ -440,7 +440,6 @@ impl<'a> Trainer<'a> {
     fn write_checkpoint(&mut self, replica_hash: [u8; 32]) -> Result<(), TrainError> {
         let clock = Instant::now();
         let (job, recipe) = (self.job, &self.job.recipe);
-        let ledger_head = job.link.ledger_head(self.step)?;
         let manifest = checkpoint::Manifest {
             format: FORMAT,
             plan_version: VERSION,
@@ -456,7 +455,8 @@ impl<'a> Trainer<'a> {
                 data: recipe.data.seed,
             },
             replica_hash: blake3::Hash::from_bytes(replica_hash).to_hex().to_string(),
-            ledger_head: blake3::Hash::from_bytes(ledger_head).to_hex().to_string(),
+            // The agent puts it in: nobody knows it yet.
+            ledger_head: String::new(),
             recipe: recipe.to_yaml(),
             dataset: self.dataset.hash.clone(),
             tokenizer: self.dataset.tokenizer.clone(),
@@ -472,11 +472,11 @@ impl<'a> Trainer<'a> {
             manifest,
         };
         let receipt = checkpoint::write::write(&job.checkpoint_root, contents)?;
-        job.link.checkpoint_written(CheckpointWritten {
+        job.link.checkpoint_filled(Unfinished {
             step: self.step,
             path: receipt.relative,
             bytes: receipt.bytes,
-            manifest_hash: receipt.manifest_hash.to_vec(),
+            manifest: receipt.manifest,
             seconds: clock.elapsed().as_secs_f64(),
         });
         Ok(())

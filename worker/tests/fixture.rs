@@ -311,8 +311,8 @@ impl<'a> Generation<'a> {
                     }
                     rank.steps.push(step);
                 }
-                Report::CheckpointBegun(step) => control.ledger_head(step, LEDGER_HEAD),
-                Report::CheckpointWritten(written) => {
+                Report::CheckpointFilled(unfinished) => {
+                    let written = unfinished.finish(root, LEDGER_HEAD).unwrap();
                     let hash = written.manifest_hash.as_slice().try_into().unwrap();
                     publish::publish(&root.join(&written.path), hash).unwrap();
                     control.published(written.step);

@@ -173,6 +173,35 @@ fn an_account_goes_on_after_a_restart_and_the_gap_is_lost() {
 }
 
 #[test]
+fn a_coordinator_that_was_away_is_an_incident_that_cost_nothing() {
+    let mut account = training();
+    account.measured(&step(1, 1.0), 4000);
+    account.resumed(9000);
+    account.decided(
+        &Fact::TakenUp {
+            run: 1,
+            generation: 1,
+            at: 9500,
+        },
+        9500,
+    );
+    // What the workers did meanwhile is known now.
+    for number in 2..=6 {
+        account.measured(&step(number, 1.0), 9600);
+    }
+    let (count, incidents) = account.incidents();
+    let incident = incidents.last().unwrap().clone();
+    assert_eq!((count, incident.lost_seconds), (1, 0.0));
+    assert_eq!(
+        (incident.detected_unix_ms, incident.training_unix_ms),
+        (4000, Some(9500))
+    );
+    let parts = v1::Goodput::from(account.parts(9600));
+    assert_eq!(parts.lost, 0.0);
+    assert!((parts.productive - 4.8).abs() < 1e-9, "{parts:?}");
+}
+
+#[test]
 fn incidents_are_counted_and_the_newest_are_listed() {
     let mut account = training();
     for _ in 0..MAX_INCIDENTS + 10 {

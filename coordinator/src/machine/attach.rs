@@ -65,6 +65,7 @@ impl Machine {
         }
         let welcome = Welcome {
             heartbeat_seconds: self.limits.heartbeat.as_secs_f64(),
+            known_step: self.known_step(&hello.name, hello.place.as_deref()),
         };
         self.out.push(Action::Send {
             conn,
@@ -77,6 +78,7 @@ impl Machine {
         self.workers
             .insert(conn, Worker::new(hello, peer, self.moment.now));
         self.attached_at = self.moment.now;
+        self.comes_back(conn);
     }
 
     /// Whether a worker may come in, or why not.
@@ -146,10 +148,16 @@ impl Machine {
         if self.departed.len() > MAX_DEPARTED {
             self.departed.pop_front();
         }
-        let Some(generation) = &mut self.generation else {
+        let Some(generation) = &self.generation else {
             return;
         };
         let Some(rank) = generation.rank(conn) else {
+            return;
+        };
+        if self.strays(rank) {
+            return;
+        }
+        let Some(generation) = &mut self.generation else {
             return;
         };
         let member = &mut generation.members[rank];
@@ -188,6 +196,7 @@ impl Machine {
             );
         }
         self.watch_over();
+        self.watch_for_members();
         let Some(generation) = &self.generation else {
             return;
         };
@@ -227,6 +236,7 @@ impl Machine {
         let attached: HashSet<&String> = self
             .workers
             .values()
+            .filter(|worker| worker.place.is_none())
             .map(|worker| &worker.hello.name)
             .collect();
         let missing: Vec<String> = run
@@ -250,7 +260,7 @@ impl Machine {
         .decide()
     }
 
-    /// Attached workers that a generation may take and that have no place in the one in hand.
+    /// Attached workers that a generation may take and that have no place in any.
     pub(super) fn idle(&self) -> impl Iterator<Item = (Conn, &Worker)> {
         let placed = |conn| {
             let generation = self.generation.as_ref();
@@ -258,6 +268,6 @@ impl Machine {
         };
         self.able()
             .map(|(conn, worker)| (*conn, worker))
-            .filter(move |(conn, _)| !placed(*conn))
+            .filter(move |(conn, worker)| worker.place.is_none() && !placed(*conn))
     }
 }

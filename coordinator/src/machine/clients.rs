@@ -155,7 +155,10 @@ impl Machine {
         }
         self.log(None, "INFO", format!("shutting down: {reason}"));
         self.shutdown = Some(reason);
-        let running = self.generation.as_ref().map(|generation| generation.run);
+        let running = self.generation.as_ref().filter(|it| !it.away());
+        let running = running.map(|generation| generation.run);
+        self.give_up("it is to end before all workers are back");
+        self.forget_absent();
         if let Some(run) = running {
             self.stop(
                 run,

@@ -38,8 +38,8 @@ impl Machine {
             since: now,
             limit: self.limits.leave,
         };
-        generation.begun = None;
-        generation.held = None;
+        generation.begun.clear();
+        generation.held.clear();
         let (number, run) = (generation.number, generation.run);
         let (level, how) = match severity {
             Severity::Regrouped => ("INFO", "is over"),
@@ -143,7 +143,7 @@ impl Machine {
         let Some(generation) = self.generation.take() else {
             return;
         };
-        self.free_since = self.moment.now;
+        self.free_since = generation.waited_since().unwrap_or(self.moment.now);
         self.unapplied = None;
         let run = generation.run;
         // What was voided meanwhile stays void, also when the run was resumed before all had left.
@@ -168,8 +168,10 @@ impl Machine {
         };
         let run = generation.run;
         let stopped = generation.all_left(LeftReason::Stopped);
-        let regroup = generation.regroup.clone();
-        let regrouped = regroup.filter(|_| generation.all_left(LeftReason::Regrouped));
+        let regrouped = generation.all_left(LeftReason::Regrouped).then(|| {
+            let asked = generation.regroup.clone();
+            asked.unwrap_or_else(|| "asked for before the coordinator was restarted".to_owned())
+        });
         let asked = self.state.run(run).and_then(|known| known.stop.clone());
         let (cause, severity) = match (asked.filter(|_| stopped), regrouped) {
             (Some(reason), _) => return self.end_run(run, Outcome::Cancelled, reason),
@@ -298,6 +300,9 @@ impl Machine {
                 self.delete(number, path);
             }
             if run.ended() {
+                continue;
+            }
+            if run.alive && self.await_members(number) {
                 continue;
             }
             if run.alive {

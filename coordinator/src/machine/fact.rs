@@ -58,6 +58,15 @@ pub enum Fact {
         /// Step that it starts from: that of the newest checkpoint, or of what its workers still hold.
         from_step: u64,
     },
+    /// A generation that outlived its coordinator goes on: all its workers are back.
+    TakenUp {
+        /// Run.
+        run: RunNumber,
+        /// Number of the generation.
+        generation: u64,
+        /// Milliseconds since the Unix epoch.
+        at: u64,
+    },
     /// A generation is over, but its run is not: it is void, or its members regroup.
     Broke {
         /// Run.
@@ -158,6 +167,7 @@ impl Fact {
             | Fact::Queued { run, .. }
             | Fact::StopAsked { run, .. }
             | Fact::Formed { run, .. }
+            | Fact::TakenUp { run, .. }
             | Fact::Broke { run, .. }
             | Fact::Recorded { run, .. }
             | Fact::Written { run, .. }

@@ -141,8 +141,9 @@ impl Machine {
             whole: false,
             regroup: None,
             reports: Default::default(),
-            begun: None,
-            held: None,
+            repeated: 0,
+            begun: Default::default(),
+            held: Vec::new(),
         });
         for rank in 0..addresses.len() {
             let next_address = addresses[(rank + 1) % addresses.len()].clone();

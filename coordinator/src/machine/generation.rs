@@ -1,6 +1,6 @@
-//! The generation in hand: volatile, since a coordinator that restarts begins a new one.
+//! The generation in hand: volatile, since its members say again what a coordinator that restarts has forgotten.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use supra_proto::v1::{CheckpointWritten, Formed, Held, LeftReason, StepReport};
@@ -36,10 +36,12 @@ pub(crate) struct Generation {
     pub regroup: Option<String>,
     /// Reports on steps that not all ranks have reported yet, by rank.
     pub reports: BTreeMap<u64, BTreeMap<usize, StepReport>>,
-    /// Step whose checkpoint rank 0 has begun, while it waits for the ledger's head.
-    pub begun: Option<u64>,
-    /// A checkpoint of a step that is not applied yet.
-    pub held: Option<CheckpointWritten>,
+    /// Newest step that ranks reported again when the coordinator had been away.
+    pub repeated: u64,
+    /// Steps whose checkpoints wait for the ledger's head.
+    pub begun: BTreeSet<u64>,
+    /// Checkpoints of steps that are not applied yet.
+    pub held: Vec<CheckpointWritten>,
 }
 
 /// How far a generation is.
@@ -49,13 +51,24 @@ pub(crate) enum Stage {
     Forming,
     /// Steps are applied.
     Training,
+    /// The coordinator was started again, at `since`, and not all members are back, which may take so long.
+    Away { since: Duration, limit: Duration },
     /// Over: waiting for the members to leave, since then.
     Leaving { since: Duration, limit: Duration },
+}
+
+impl Stage {
+    /// Ranks may not be far ahead of what is applied. Nothing is while the generation is only listened to; what ranks have to
+    /// say again is bounded by the time that the coordinator was away.
+    pub fn counts(self) -> bool {
+        matches!(self, Stage::Forming | Stage::Training)
+    }
 }
 
 /// One rank.
 #[derive(Debug)]
 pub(crate) struct Member {
+    /// [`NO_CONN`](super::worker::NO_CONN) while it is not back from the time without a coordinator.
     pub conn: Conn,
     pub name: String,
     pub formed: Option<Formed>,

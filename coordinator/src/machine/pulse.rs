@@ -17,7 +17,8 @@ impl Machine {
             return Some((run.number, doing));
         };
         let doing = match generation.stage {
-            Stage::Training => Doing::Training,
+            // Nobody knows better, while the coordinator was away.
+            Stage::Training | Stage::Away { .. } => Doing::Training,
             Stage::Leaving { .. } => Doing::Forming,
             Stage::Forming => {
                 let connected = generation.members.iter().all(|member| {

@@ -96,6 +96,7 @@ pub(crate) fn hello(name: &str, instance: u64) -> v1::Hello {
         pid: 1,
         previous_exit: String::new(),
         held: None,
+        place: None,
     }
 }
 
@@ -184,7 +185,7 @@ impl Rig {
                 Action::Close(conn) => self.closed.push(conn),
                 Action::Delete { path, .. } => self.deleted.push(path),
                 Action::Exit => self.exited = true,
-                Action::Measured { .. } | Action::Log { .. } => {}
+                Action::Measured { .. } | Action::Log { .. } | Action::Sync => {}
             }
         }
     }

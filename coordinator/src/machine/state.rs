@@ -62,6 +62,9 @@ pub struct Run {
     pub generation: u64,
     /// Members of the last generation, in rank order.
     pub members: Vec<String>,
+    /// Step that the last generation started from.
+    #[serde(default)]
+    pub from_step: u64,
     /// The last generation has not ended yet.
     pub alive: bool,
     /// Consecutive failed generations, and the step at which they failed.
@@ -229,6 +232,7 @@ impl State {
             stop: None,
             generation: 0,
             members: Vec::new(),
+            from_step: 0,
             alive: false,
             failures: Failures::default(),
             ledger: Tail::default(),
@@ -275,7 +279,10 @@ impl Run {
 
     fn apply(&mut self, fact: &Fact) {
         match fact {
-            Fact::Submitted { .. } | Fact::PutAside { .. } | Fact::TakenBack { .. } => {}
+            Fact::Submitted { .. }
+            | Fact::TakenUp { .. }
+            | Fact::PutAside { .. }
+            | Fact::TakenBack { .. } => {}
             Fact::Queued { .. } => {
                 self.phase = RunPhase::Queued;
                 self.reason.clear();
@@ -289,9 +296,11 @@ impl Run {
             Fact::Formed {
                 generation,
                 members,
+                from_step,
                 ..
             } => {
                 self.generation = *generation;
+                self.from_step = *from_step;
                 self.members.clone_from(members);
                 self.alive = true;
             }

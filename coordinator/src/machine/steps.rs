@@ -35,7 +35,8 @@ impl Machine {
         if report.step <= applied {
             return;
         }
-        if report.step > applied + MAX_AHEAD {
+        let most = applied.max(generation.repeated) + MAX_AHEAD;
+        if generation.stage.counts() && report.step > most {
             let cause = format!(
                 "rank {rank} ({}) reports step {}, but step {} is not complete",
                 generation.members[rank].name,

@@ -233,7 +233,7 @@ fn stretch<'a>(
     stepped: bool,
 ) -> Option<Stretch> {
     match generation.stage {
-        Stage::Leaving { .. } => None,
+        Stage::Leaving { .. } | Stage::Away { .. } => None,
         Stage::Forming => Some(Stretch::Load),
         Stage::Training if workers.any(|worker| worker.phase == Phase::Checkpointing) => {
             Some(Stretch::Checkpoint)

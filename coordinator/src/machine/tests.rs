@@ -13,6 +13,7 @@ use crate::audit::{Options, audit};
 use crate::ledger::Body;
 
 mod aside;
+mod away;
 mod recovery;
 mod stuck;
 
@@ -502,6 +503,8 @@ fn a_stop_that_a_crash_interrupted_is_a_stop() {
     let mut rig = halfway();
     rig.event(Event::Cancel(1)).unwrap();
     rig.restart(usize::MAX);
+    assert_eq!(rig.status().state(), RunState::Stopping);
+    rig.attach(7, "a");
     assert_eq!(rig.status().state(), RunState::Cancelled);
 }
 

@@ -14,7 +14,7 @@ use super::ending::Severity;
 use super::fact::Fact;
 use super::generation::Stage;
 use super::state::{Checkpoint, RunNumber};
-use super::{Machine, agreement};
+use super::{Action, Machine, agreement};
 use crate::ledger::{Body, Hash, Open};
 
 /// What a generation trains, once its ranks agree.
@@ -34,7 +34,14 @@ impl Machine {
             return;
         };
         generation.members[rank].formed.get_or_insert(formed);
-        let run = generation.run;
+        self.agree();
+    }
+
+    /// Begins to apply steps once all ranks have formed and agree.
+    pub(super) fn agree(&mut self) {
+        let Some(run) = self.generation.as_ref().map(|generation| generation.run) else {
+            return;
+        };
         match self.ground() {
             None => {}
             Some(Ok(ground)) => self.begin(run, ground),
@@ -100,14 +107,28 @@ impl Machine {
             "INFO",
             format!("generation {generation} trains with {world} workers"),
         );
-        // Before it starts, rank 0 publishes the newest checkpoint, if the last generation could not.
         let unpublished = self
             .state
             .run(number)
             .and_then(|run| run.recovery())
-            .filter(|known| !known.published);
-        if let Some(path) = unpublished.map(|known| known.path.clone()) {
-            self.decide(Fact::Published { run: number, path });
+            .filter(|known| !known.published)
+            .cloned();
+        match unpublished {
+            None => {}
+            // Its own, from before the coordinator was away: what was told then may be lost.
+            Some(known) if known.generation == generation => {
+                let (step, manifest_hash) = (known.step, known.manifest_hash.to_vec());
+                let publish = PublishCheckpoint {
+                    step,
+                    manifest_hash,
+                };
+                self.tell(0, Down::Publish(publish));
+            }
+            // Before it starts, rank 0 publishes the newest checkpoint, if the last generation could not.
+            Some(known) => {
+                let path = known.path;
+                self.decide(Fact::Published { run: number, path });
+            }
         }
         self.settle(number);
         self.release(number);
@@ -123,14 +144,19 @@ impl Machine {
         let Some(generation) = &mut self.generation else {
             return;
         };
-        if let Some(step) = generation.begun.take_if(|step| *step <= applied) {
+        let waiting = generation.begun.split_off(&(applied + 1));
+        for step in std::mem::replace(&mut generation.begun, waiting) {
             let hash = head.to_vec();
+            // A manifest holds it for good, so no crash may take it back.
+            self.out.push(Action::Sync);
             self.tell(0, Down::LedgerHead(LedgerHead { step, hash }));
         }
         let Some(generation) = &mut self.generation else {
             return;
         };
-        if let Some(held) = generation.held.take_if(|held| held.step <= applied) {
+        let due = |held: &mut CheckpointWritten| held.step <= applied;
+        let due: Vec<CheckpointWritten> = generation.held.extract_if(.., due).collect();
+        for held in due {
             self.accept(number, held);
         }
     }
@@ -145,7 +171,7 @@ impl Machine {
             .as_mut()
             .filter(|generation| !generation.leaving())
         {
-            generation.begun = generation.begun.max(Some(begun.step));
+            generation.begun.insert(begun.step);
             self.release(number);
         }
     }
@@ -175,8 +201,8 @@ impl Machine {
         }
         let applied = self.state.run(number).map_or(0, |run| run.step);
         // Before all ranks have reported its step a checkpoint holds samples that nobody has accounted for.
-        if generation.stage == Stage::Forming || written.step > applied {
-            generation.held = Some(written);
+        if generation.stage != Stage::Training || written.step > applied {
+            generation.held.push(written);
         } else {
             self.accept(number, written);
         }
@@ -271,6 +297,10 @@ impl Machine {
             FaultKind::Unspecified | FaultKind::Transient | FaultKind::Peer => Severity::Transient,
             FaultKind::Input | FaultKind::Diverged => Severity::Fatal,
         };
+        if generation.away() && fault.kind() == FaultKind::Peer {
+            // It noticed that another one left when it had waited long enough.
+            return self.give_up(&cause);
+        }
         if severity == Severity::Transient && fault.kind() != FaultKind::Peer {
             self.accuse(rank, Blame::Failed, &cause);
         }
@@ -282,6 +312,7 @@ impl Machine {
             return;
         };
         let reason = left.reason();
+        let away = generation.away();
         let member = &mut generation.members[rank];
         member.left = Some(reason);
         let name = member.name.clone();
@@ -290,6 +321,7 @@ impl Machine {
         }
         match reason {
             LeftReason::Finished | LeftReason::Stopped | LeftReason::Regrouped => {}
+            _ if away => self.give_up(&format!("rank {rank} ({name}) left meanwhile")),
             LeftReason::Void | LeftReason::Fault | LeftReason::Unspecified => {
                 self.break_up(
                     format!("rank {rank} ({name}) left the generation"),

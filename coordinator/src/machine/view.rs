@@ -93,12 +93,21 @@ impl Machine {
             .generation
             .as_ref()
             .filter(|generation| generation.run == run.number);
+        let absent = || stage.map(|generation| generation.absent_names().join(", "));
         match (stage.map(|generation| generation.stage), &run.stop) {
             (Some(_), Some(reason)) => (RunState::Stopping, reason.clone()),
             (Some(Stage::Training), None) => (RunState::Training, String::new()),
             (Some(Stage::Forming), None) => (
                 RunState::Forming,
                 format!("generation {} is loading", run.generation),
+            ),
+            (Some(Stage::Away { .. }), None) => (
+                RunState::Forming,
+                format!(
+                    "the coordinator was restarted; waiting for {} to come back to generation {}",
+                    absent().unwrap_or_default(),
+                    run.generation
+                ),
             ),
             (Some(Stage::Leaving { .. }), None) => (RunState::Forming, run.reason.clone()),
             (None, _) => self.waiting(run),

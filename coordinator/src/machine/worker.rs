@@ -2,10 +2,13 @@
 
 use std::time::Duration;
 
-use supra_proto::v1::{self, Held, Phase};
+use supra_proto::v1::{self, Held, Phase, Place};
 
 /// Number of a worker's stream, new for each.
 pub type Conn = u64;
+
+/// No stream: they are counted from 1.
+pub(crate) const NO_CONN: Conn = 0;
 
 /// One attached worker.
 #[derive(Clone, Debug)]
@@ -22,12 +25,15 @@ pub(crate) struct Worker {
     pub waited: Duration,
     /// State that it has in memory, by what it said last; none while it has a place.
     pub held: Option<Held>,
+    /// Place in a generation that is over, which it has not left yet.
+    pub place: Option<Box<Place>>,
 }
 
 impl Worker {
     pub fn new(mut hello: v1::Hello, peer: String, now: Duration) -> Self {
         Worker {
             held: hello.held.take(),
+            place: hello.place.take(),
             hello,
             peer,
             heard: now,

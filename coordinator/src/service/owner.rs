@@ -249,6 +249,10 @@ impl Owner {
                     self.write_down(&mut facts).await?;
                     self.send(conn, run, generation, body);
                 }
+                Action::Sync => {
+                    self.write_down(&mut facts).await?;
+                    self.journal.sync().await?;
+                }
                 Action::Close(conn) => {
                     self.links.remove(&conn);
                 }

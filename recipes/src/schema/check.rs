@@ -7,7 +7,7 @@ use super::report::Finding;
 
 /// The first contradiction in `recipe`, which was read from `text`.
 pub(super) fn check(recipe: &Recipe, text: &str) -> Result<(), Finding> {
-    let checks = [budget, batch, schedule, workers, attention];
+    let checks = [budget, batch, schedule, workers, coordinator, attention];
     checks
         .iter()
         .find_map(|check| check(recipe, text))
@@ -143,6 +143,20 @@ fn workers(recipe: &Recipe, text: &str) -> Option<Finding> {
         return at(text, &[&["workers", "grace"]], message, help.into());
     }
     None
+}
+
+/// The longest `coordinator.away`: a coordinator that starts again waits that long for workers that are gone.
+const MAX_AWAY: Period = Period::seconds(3600);
+
+fn coordinator(recipe: &Recipe, text: &str) -> Option<Finding> {
+    let away = recipe.coordinator.away;
+    if away <= MAX_AWAY {
+        return None;
+    }
+    let message = format!("`coordinator.away` = {away} is above {MAX_AWAY}");
+    let help =
+        "a coordinator that starts again may have to wait that long for workers that are gone";
+    at(text, &[&["coordinator", "away"]], message, help.into())
 }
 
 /// Keys of `model` that only linear attention reads.

@@ -49,6 +49,9 @@ pub struct Recipe {
     /// How many workers train together.
     #[serde(default)]
     pub workers: Workers,
+    /// What workers do without their coordinator.
+    #[serde(default)]
+    pub coordinator: Coordinator,
     /// What happens when loss or gradient is not finite.
     #[serde(default)]
     pub nonfinite: NonFinite,
@@ -390,6 +393,22 @@ impl Default for Workers {
             min: 1,
             max: 64,
             grace: Period::seconds(1),
+        }
+    }
+}
+
+/// What workers do without their coordinator.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Coordinator {
+    /// How long workers train on while the coordinator is away, and how long one that starts again waits for them; at most 1 h.
+    pub away: Period,
+}
+
+impl Default for Coordinator {
+    fn default() -> Self {
+        Coordinator {
+            away: Period::seconds(120),
         }
     }
 }

@@ -1,10 +1,12 @@
 //! The simulated training loop: what a rank does between its start and its return, and the ring that keeps the ranks of a
 //! generation in step.
 
+use std::collections::BTreeMap;
+
 use rand::RngExt;
 use supra_agent::link::{Report, Tagged};
 use supra_agent::session::Input;
-use supra_agent::{Outcome, Place};
+use supra_agent::{Outcome, Place, Unfinished};
 use supra_proto::v1::{CheckpointWritten, FaultKind, Phase as Said};
 
 use super::World;
@@ -37,7 +39,6 @@ pub(super) enum Work {
     },
     /// The ring says that a rank is gone.
     RingBroke,
-    ToldHead(u64, [u8; 32]),
     Saved,
     ToldPublished(u64),
     /// Something breaks.
@@ -53,11 +54,7 @@ pub(super) enum Stage {
     Computing,
     /// Its gradients are on the ring.
     Reducing,
-    /// Waits for the ledger's head.
-    AwaitingHead,
-    Saving {
-        head: [u8; 32],
-    },
+    Saving,
     AwaitingPublished,
     /// Waits for rank 0's checkpoint.
     AwaitingRelease,
@@ -94,6 +91,8 @@ pub(super) struct Job {
     /// What the ranks agreed on after their last step.
     agreed: Wish,
     start: Option<Start>,
+    /// What is in the files of its checkpoints.
+    saved: BTreeMap<u64, Model>,
 }
 
 impl Job {
@@ -116,6 +115,7 @@ impl Job {
             loaded: false,
             agreed: Wish::Nothing,
             start,
+            saved: BTreeMap::new(),
         }
     }
 
@@ -124,10 +124,9 @@ impl Job {
             Stage::Connecting => Phase::Forming,
             Stage::Loading => Phase::Loading,
             Stage::Computing | Stage::Reducing => Phase::Training,
-            Stage::AwaitingHead
-            | Stage::Saving { .. }
-            | Stage::AwaitingPublished
-            | Stage::AwaitingRelease => Phase::Checkpointing,
+            Stage::Saving | Stage::AwaitingPublished | Stage::AwaitingRelease => {
+                Phase::Checkpointing
+            }
             Stage::Aborting => Phase::Leaving,
         }
     }
@@ -217,12 +216,7 @@ impl World {
             }
             (_, Work::Passed { wish, skipped }) => self.passed(worker, wish, skipped),
             (_, Work::RingBroke) => self.breaks(worker, FaultKind::Peer, "a peer vanished"),
-            (Stage::AwaitingHead, Work::ToldHead(step, head)) if step == job.model.step => {
-                self.enter(worker, Stage::Saving { head });
-                let after = self.random.random_range(20 * MS..800 * MS);
-                self.work(worker, after, Work::Saved);
-            }
-            (Stage::Saving { head }, Work::Saved) => self.saved(worker, head),
+            (Stage::Saving, Work::Saved) => self.saved(worker),
             (Stage::AwaitingPublished, Work::ToldPublished(step)) if step >= job.model.step => {
                 self.enter(worker, Stage::AwaitingRelease);
                 self.arrive(worker);
@@ -411,8 +405,9 @@ impl World {
         }
         self.report(worker, Report::Phase(Said::Checkpointing, step));
         if rank == 0 {
-            self.enter(worker, Stage::AwaitingHead);
-            self.report(worker, Report::CheckpointBegun(step));
+            self.enter(worker, Stage::Saving);
+            let after = self.random.random_range(20 * MS..800 * MS);
+            self.work(worker, after, Work::Saved);
         } else {
             self.enter(worker, Stage::AwaitingRelease);
             self.arrive(worker);
@@ -423,8 +418,12 @@ impl World {
         let Some(job) = &mut self.workers[worker].job else {
             return;
         };
-        job.stage = Stage::Computing;
         let step = job.model.step + 1;
+        if step > ground().plan.steps {
+            // It started from the end, whose checkpoint was not published before.
+            return self.done(worker, Outcome::Finished);
+        }
+        job.stage = Stage::Computing;
         self.report(worker, Report::Phase(Said::Training, step));
         let after = self.random.random_range(150 * MS..450 * MS);
         self.work(worker, after, Work::Computed);
@@ -498,23 +497,49 @@ impl World {
         self.next_step(worker);
     }
 
-    fn saved(&mut self, worker: usize, head: [u8; 32]) {
-        let Some(job) = &self.workers[worker].job else {
+    /// All files but the manifest are there. Only at the end anybody waits for more.
+    fn saved(&mut self, worker: usize) {
+        let Some(job) = &mut self.workers[worker].job else {
             return;
         };
         let (step, generation) = (job.model.step, job.place.generation);
-        let path = format!("step-{step:08}-gen-{generation}");
-        let saved = Saved::pending(job.model, head);
-        let manifest_hash = saved.manifest_hash;
-        self.checkpoints.write(&job.place.run, &path, saved);
-        self.enter(worker, Stage::AwaitingPublished);
-        let written = CheckpointWritten {
+        job.saved.insert(step, job.model);
+        let end = step == ground().plan.steps || job.agreed == Wish::Stop;
+        let unfinished = Unfinished {
             step,
-            path,
+            path: format!("step-{step:08}-gen-{generation}"),
             bytes: 100,
-            manifest_hash: manifest_hash.to_vec(),
+            manifest: Default::default(),
             seconds: 0.1,
         };
-        self.report(worker, Report::CheckpointWritten(written));
+        self.report(worker, Report::CheckpointFilled(unfinished));
+        if end {
+            return self.enter(worker, Stage::AwaitingPublished);
+        }
+        self.enter(worker, Stage::AwaitingRelease);
+        self.arrive(worker);
+    }
+
+    /// The manifest of a checkpoint is written.
+    pub(super) fn finished(
+        &mut self,
+        worker: usize,
+        run: &str,
+        unfinished: &Unfinished,
+        head: [u8; 32],
+    ) -> Result<CheckpointWritten, String> {
+        let job = self.workers[worker].job.as_ref();
+        let model = job.and_then(|job| job.saved.get(&unfinished.step));
+        let model = model.ok_or("the files of the checkpoint are gone")?;
+        let saved = Saved::pending(*model, head);
+        let manifest_hash = saved.manifest_hash.to_vec();
+        self.checkpoints.write(run, &unfinished.path, saved);
+        Ok(CheckpointWritten {
+            step: unfinished.step,
+            path: unfinished.path.clone(),
+            bytes: unfinished.bytes,
+            manifest_hash,
+            seconds: unfinished.seconds,
+        })
     }
 }

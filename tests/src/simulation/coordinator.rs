@@ -67,6 +67,7 @@ impl World {
         self.coordinator.epoch += 1;
         self.coordinator.started = self.now;
         self.coordinator.conns.clear();
+        self.watch.forget_reports();
         self.say(|| "the coordinator starts".into());
         let moment = self.moment();
         let state = self.journal.replayed();
@@ -100,7 +101,9 @@ impl World {
                 self.cut(stream, reset);
             }
         }
-        let back = self.random.random_range(300 * MS..6 * SECOND);
+        // Mostly the workers wait for it while they train, at times for too long.
+        let longest = [6 * SECOND, 6 * SECOND, 30 * SECOND][self.random.random_range(0..3)];
+        let back = self.random.random_range(300 * MS..longest);
         self.queue.push(self.now + back, Event::CoordinatorStarts);
     }
 
@@ -146,6 +149,12 @@ impl World {
                         return;
                     }
                     self.tell(conn, run, generation, body);
+                }
+                Action::Sync => {
+                    if !self.write_down(&mut facts) {
+                        return;
+                    }
+                    self.journal.sync();
                 }
                 Action::Close(conn) => {
                     if let Some(stream) = self.coordinator.conns.remove(&conn) {

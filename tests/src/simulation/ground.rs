@@ -20,6 +20,7 @@ optimizer: { warmup: 2 steps }
 checkpoint: { every_tokens: 440, keep: 2 }
 workers: { min: 2, max: 8 }
 replica_check: { every_steps: 3 }
+coordinator: { away: 8 s }
 ";
 
 const WINDOWS: u64 = 500;

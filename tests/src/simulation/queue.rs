@@ -59,8 +59,8 @@ pub(super) enum Event {
         job: u64,
         work: Work,
     },
-    /// A publication is done.
-    Published {
+    /// What a worker does beside its session is done.
+    Errand {
         worker: usize,
         epoch: u32,
         input: Box<Input>,

@@ -138,6 +138,11 @@ impl Watch {
             .insert(stream);
     }
 
+    /// A coordinator starts, and has to hear everything again.
+    pub fn forget_reports(&mut self) {
+        self.reported.clear();
+    }
+
     /// A fact is handed to the journal.
     pub fn journalled(&mut self, now: Time, fact: &Fact, checkpoints: &Checkpoints) {
         if let Err(what) = self.fits(fact, checkpoints) {
@@ -270,6 +275,12 @@ impl Watch {
                 account.generation = *generation;
                 self.live = Some((number, *generation));
             }
+            Fact::TakenUp { generation, .. } if self.live != Some((number, *generation)) => {
+                return Err(format!(
+                    "{}: generation {generation} is taken up, which is over",
+                    account.id
+                ));
+            }
             Fact::Broke { .. } => self.live = None,
             Fact::Queued { .. } => account.outcome = None,
             Fact::Ended { outcome, .. } => {
@@ -309,9 +320,12 @@ impl Watch {
                     &|fact| matches!(fact, Fact::Formed { generation: of, .. } if *of == generation),
                 )
             }
-            Down::Void(_) => on_disk(
-                &|fact| matches!(fact, Fact::Broke { generation: of, .. } if *of == generation),
-            ),
+            Down::Void(_) => on_disk(&|fact| match fact {
+                Fact::Broke { generation: of, .. } => *of == generation,
+                // Who comes back too late from a run that has ended is told, too.
+                Fact::Ended { run: of, .. } => self.id(*of) == run,
+                _ => false,
+            }),
             Down::Publish(publish) => {
                 let promised = self.promised.entry(run.to_owned()).or_default();
                 *promised = publish.step.max(*promised);
@@ -320,10 +334,9 @@ impl Watch {
                         if checkpoint.manifest_hash.as_slice() == publish.manifest_hash)
                 })
             }
-            Down::LedgerHead(head) => self
-                .accounts
-                .iter()
-                .any(|account| account.id == run && account.tail.head.as_slice() == head.hash),
+            Down::LedgerHead(head) => on_disk(
+                &|fact| matches!(fact, Fact::Recorded { record, .. } if record.hash.as_slice() == head.hash),
+            ),
             _ => true,
         };
         if !known {

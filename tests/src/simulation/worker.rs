@@ -147,7 +147,7 @@ impl World {
         if worker.epoch != epoch || worker.stream.is_some() {
             return;
         }
-        let held = session.held().cloned();
+        let (held, place) = (session.held().cloned(), session.place());
         // Hello says what is kept, so the training loop has to be back.
         if self.coordinator.machine.is_none() || session.leaving() {
             return self.try_again(number);
@@ -168,6 +168,7 @@ impl World {
             pid: epoch + 1,
             previous_exit: worker.previous_exit.clone(),
             held,
+            place,
         };
         self.send_up(number, String::new(), 0, Up::Hello(hello));
         self.queue
@@ -251,7 +252,6 @@ impl World {
     }
 
     fn act(&mut self, number: usize, action: Action) {
-        let epoch = self.workers[number].epoch;
         match action {
             Action::Send {
                 run,
@@ -297,28 +297,44 @@ impl World {
             } => {
                 let run = root.file_name().unwrap_or_default().to_string_lossy();
                 let result = self.checkpoints.publish(&run, &path, manifest_hash);
-                let input = Box::new(Input::Published {
-                    job,
-                    step,
-                    manifest_hash,
-                    result,
-                });
-                let after = self.random.random_range(MS..300 * MS);
-                let worker = number;
-                self.queue.push(
-                    self.now + after,
-                    Event::Published {
-                        worker,
-                        epoch,
-                        input,
+                self.errand(
+                    number,
+                    Input::Published {
+                        job,
+                        step,
+                        manifest_hash,
+                        result,
                     },
                 );
             }
             Action::TellPublished(step) => self.work(number, MS, Work::ToldPublished(step)),
-            Action::TellLedgerHead(step, head) => self.work(number, MS, Work::ToldHead(step, head)),
+            Action::Finish {
+                job,
+                root,
+                unfinished,
+                head,
+            } => {
+                let run = root.file_name().unwrap_or_default().to_string_lossy();
+                let result = self.finished(number, &run, &unfinished, head);
+                self.errand(number, Input::Finished { job, result });
+            }
             Action::End(exit) => self.ends(number, exit),
             Action::Die(_) => self.worker_dies(number, true, false),
         }
+    }
+
+    /// Something that is done beside the session ends, which hears of it.
+    fn errand(&mut self, worker: usize, input: Input) {
+        let after = self.random.random_range(MS..300 * MS);
+        let (epoch, input) = (self.workers[worker].epoch, Box::new(input));
+        self.queue.push(
+            self.now + after,
+            Event::Errand {
+                worker,
+                epoch,
+                input,
+            },
+        );
     }
 
     /// An orderly end. Somebody starts the worker again later.

@@ -28,6 +28,9 @@ use crate::worker::{Exit, WorkerOptions};
 /// How often the session looks at the clock.
 const TICK: Duration = Duration::from_millis(100);
 
+/// Longest pause of a worker whose generation a coordinator may wait for.
+const AWAITED_PAUSE: Duration = Duration::from_secs(2);
+
 /// Everything that the control thread owns. Dropping it voids the job in hand.
 pub(crate) struct Controller {
     options: WorkerOptions,
@@ -161,8 +164,19 @@ impl Controller {
                     Action::RequestStop => self.tell(LinkControl::request_stop),
                     Action::RequestRegroup => self.tell(LinkControl::request_regroup),
                     Action::TellPublished(step) => self.tell(|control| control.published(step)),
-                    Action::TellLedgerHead(step, head) => {
-                        self.tell(|control| control.ledger_head(step, head));
+                    Action::Finish {
+                        job,
+                        root,
+                        unfinished,
+                        head,
+                    } => {
+                        let done = self.published_in.clone();
+                        tokio::task::spawn_blocking(move || {
+                            let result = unfinished.finish(&root, head);
+                            let result = result.map_err(|error| error.to_string());
+                            // Nobody waits for it when the worker ends.
+                            done.send(Input::Finished { job, result }).ok();
+                        });
                     }
                     Action::Publish {
                         job,
@@ -254,8 +268,10 @@ impl Controller {
         }
         let options = self.options.clone();
         let address = self.data.advertised().to_string();
-        let hello = line::hello(&options, address, self.session.held().cloned());
-        let opening = async move { Line::open(&options, hello).await };
+        let mut hello = line::hello(&options, address, self.session.held().cloned());
+        hello.place = self.session.place();
+        let backlog = self.session.backlog();
+        let opening = async move { Line::open(&options, hello, backlog).await };
         self.stream = Stream::Opening(Box::pin(opening));
     }
 
@@ -287,12 +303,21 @@ impl Controller {
             tracing::warn!("{complaint}; trying again until it answers");
             self.complaint = complaint;
         }
-        self.stream = Stream::pausing(self.pauses.next());
+        self.stream = Stream::pausing(self.pause());
         Vec::new()
     }
 
-    fn on_broken(&mut self, cause: &str) -> Vec<Input> {
+    /// The pause before the next attempt to attach.
+    fn pause(&mut self) -> Duration {
         let pause = self.pauses.next();
+        match self.session.place() {
+            Some(_) => pause.min(AWAITED_PAUSE),
+            None => pause,
+        }
+    }
+
+    fn on_broken(&mut self, cause: &str) -> Vec<Input> {
+        let pause = self.pause();
         tracing::warn!(
             "lost the coordinator: {cause}; attaching again in {:.1} s",
             pause.as_secs_f64()

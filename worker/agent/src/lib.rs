@@ -25,6 +25,7 @@ mod place;
 pub mod publish;
 pub mod session;
 pub mod supervisor;
+mod unfinished;
 mod worker;
 
 pub use collective::{Collective, CollectiveError};
@@ -33,4 +34,5 @@ pub use job::{Donation, Job, Outcome, Restore};
 pub use link::{Link, Voided};
 pub use place::Place;
 pub use supra_proto::v1::{CheckpointWritten, FaultKind, Formed, Held, Phase, StepReport};
+pub use unfinished::Unfinished;
 pub use worker::{Exit, Timing, WorkerOptions, run_worker};

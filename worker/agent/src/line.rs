@@ -30,10 +30,11 @@ pub(crate) struct Line {
 }
 
 impl Line {
-    /// Attaches and says Hello; returns with the coordinator's answer.
+    /// Attaches and says Hello; returns with the coordinator's answer. `backlog`: so many messages may follow at once.
     pub async fn open(
         options: &WorkerOptions,
         hello: Hello,
+        backlog: usize,
     ) -> Result<(Line, CoordinatorMessage), ClientError> {
         let url = &options.coordinator;
         let unanswered = |cause: &str| ClientError::Unreachable {
@@ -41,7 +42,7 @@ impl Line {
             cause: cause.to_owned(),
             remedy: "check that this is the address of a supra-coordinator, and look at its log",
         };
-        let (outgoing, queue) = mpsc::channel(QUEUE);
+        let (outgoing, queue) = mpsc::channel(QUEUE + backlog);
         let first = WorkerMessage {
             run: String::new(),
             generation: 0,
@@ -121,6 +122,7 @@ pub(crate) fn hello(options: &WorkerOptions, data_address: String, held: Option<
         pid: std::process::id(),
         previous_exit: options.birth.previous_exit.clone(),
         held,
+        place: None,
     }
 }
 

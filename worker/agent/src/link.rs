@@ -7,11 +7,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use supra_proto::v1::{CheckpointWritten, Formed, Held, LogLine, Phase, StepReport};
+use supra_proto::v1::{Formed, Held, LogLine, Phase, StepReport};
 use tokio::sync::mpsc;
 
 use crate::collective::{AbortHandle, Waiting};
 use crate::job::Outcome;
+use crate::unfinished::Unfinished;
 
 /// Reports that may wait for the control thread before the training loop has to.
 pub(crate) const QUEUE: usize = 256;
@@ -30,10 +31,8 @@ pub enum Report {
     Formed(Formed),
     /// A step is done.
     Step(StepReport),
-    /// A checkpoint of this step begins: the ledger's head is asked for.
-    CheckpointBegun(u64),
-    /// A checkpoint is on disk and waits to be published.
-    CheckpointWritten(CheckpointWritten),
+    /// A checkpoint is on disk and lacks its manifest.
+    CheckpointFilled(Unfinished),
     /// A line for `supra logs`.
     Log(LogLine),
     /// The loop is about to return, and this state stays in memory until it gets the next job.
@@ -67,8 +66,6 @@ struct Shared {
 struct Told {
     /// Last published step.
     published: Option<u64>,
-    /// A step and the ledger's head behind it.
-    ledger_head: Option<(u64, [u8; 32])>,
 }
 
 impl Shared {
@@ -118,9 +115,10 @@ impl Link {
         self.send(Report::Step(report));
     }
 
-    /// Reports a synced checkpoint whose `manifest.pending` waits to be published (rank 0 only).
-    pub fn checkpoint_written(&self, checkpoint: CheckpointWritten) {
-        self.send(Report::CheckpointWritten(checkpoint));
+    /// Reports a synced checkpoint of a step that this rank has reported; its manifest follows when the coordinator has heard
+    /// of the step from all ranks (rank 0 only).
+    pub fn checkpoint_filled(&self, checkpoint: Unfinished) {
+        self.send(Report::CheckpointFilled(checkpoint));
     }
 
     /// Says which state stays in memory when the loop has returned. Only the last thing before that.
@@ -131,27 +129,13 @@ impl Link {
     /// Blocks until the checkpoint of `step` is published. Only for the rank that wrote it: the
     /// others learn of it from that rank.
     pub fn await_published(&self, step: u64) -> Result<(), Voided> {
-        self.await_told(|told| told.published.filter(|last| *last >= step).map(drop))
-    }
-
-    /// Begins a checkpoint of `step`, which this rank has reported: blocks until the coordinator
-    /// has heard of it from all ranks, and gives the head of the ledger behind it (rank 0 only).
-    pub fn ledger_head(&self, step: u64) -> Result<[u8; 32], Voided> {
-        self.send(Report::CheckpointBegun(step));
-        self.await_told(|told| {
-            let (known, head) = told.ledger_head?;
-            (known == step).then_some(head)
-        })
-    }
-
-    fn await_told<T>(&self, find: impl Fn(&Told) -> Option<T>) -> Result<T, Voided> {
         let mut told = self.shared.told();
         loop {
             if self.void() {
                 return Err(Voided);
             }
-            if let Some(found) = find(&told) {
-                return Ok(found);
+            if told.published >= Some(step) {
+                return Ok(());
             }
             told = self
                 .shared
@@ -237,12 +221,6 @@ impl LinkControl {
         told.published = told.published.max(Some(step));
         self.shared.changed.notify_all();
     }
-
-    /// Gives the head of the ledger behind `step` to whoever waits for it.
-    pub fn ledger_head(&self, step: u64, head: [u8; 32]) {
-        self.shared.told().ledger_head = Some((step, head));
-        self.shared.changed.notify_all();
-    }
 }
 
 impl Drop for LinkControl {
@@ -302,16 +280,6 @@ mod tests {
         control.published(6);
         control.published(7);
         assert_eq!(waiter.join().unwrap(), Ok(()));
-    }
-
-    #[test]
-    fn the_ledgers_head_is_asked_for_and_that_of_the_step_is_taken() {
-        let (link, control, mut reports) = pair();
-        let waiter = std::thread::spawn(move || link.ledger_head(7));
-        assert_eq!(reports.recv(), Some(Report::CheckpointBegun(7)));
-        control.ledger_head(6, [6; 32]);
-        control.ledger_head(7, [7; 32]);
-        assert_eq!(waiter.join().unwrap(), Ok([7; 32]));
     }
 
     #[test]

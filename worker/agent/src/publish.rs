@@ -22,6 +22,15 @@ pub enum PublishError {
         cause: io::Error,
     },
 
+    /// The system refused the manifest.
+    #[error("cannot write the checkpoint's manifest {}: {cause}", path.display())]
+    Unfinished {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        cause: io::Error,
+    },
+
     /// The manifest is another one than the coordinator journalled.
     #[error(
         "cannot publish the checkpoint {}: its manifest is not the journalled one (BLAKE3 {found}, journalled {journalled})",

@@ -122,6 +122,7 @@ impl Coordinator {
             0,
             Down::Welcome(Welcome {
                 heartbeat_seconds: 0.1,
+                known_step: 0,
             }),
         );
         attached

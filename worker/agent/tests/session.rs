@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use supra_agent::link::{Report, Tagged};
 use supra_agent::session::{Action, Input, Session};
-use supra_agent::{FaultKind, Formed, Outcome, Phase};
+use supra_agent::{FaultKind, Formed, Outcome, Phase, Unfinished};
 use supra_proto::v1::coordinator_message::Body as Down;
 use supra_proto::v1::worker_message::Body as Up;
 use supra_proto::v1::{
@@ -47,7 +47,8 @@ impl Bench {
             self.says(
                 0,
                 Down::Welcome(Welcome {
-                    heartbeat_seconds: 1.0
+                    heartbeat_seconds: 1.0,
+                    known_step: 0,
                 })
             ),
             [""; 0]
@@ -96,6 +97,21 @@ impl Bench {
         })
     }
 
+    /// A checkpoint is filled, gets its head, and is written.
+    fn written(&mut self, job: u64, step: u64) -> Vec<String> {
+        self.hears(job, filled(step));
+        self.says(1, head(step, 32));
+        self.feed(Input::Finished {
+            job,
+            result: Ok(CheckpointWritten {
+                step,
+                path: format!("step-{step}"),
+                manifest_hash: HASH.to_vec(),
+                ..Default::default()
+            }),
+        })
+    }
+
     fn after(&mut self, seconds: f64) -> Vec<String> {
         self.now += Duration::from_secs_f64(seconds);
         self.feed(Input::Tick)
@@ -116,7 +132,9 @@ fn show(action: &Action) -> String {
         Action::Publish {
             job, step, path, ..
         } => format!("publish {path} step {step} for job {job}"),
-        Action::TellLedgerHead(step, _) => format!("tell the ledger's head of {step}"),
+        Action::Finish {
+            job, unfinished, ..
+        } => format!("finish {} for job {job}", unfinished.path),
         Action::TellPublished(step) => format!("tell published {step}"),
         Action::End(exit) => format!("end {exit:?}"),
         Action::Die(exit) => format!("die {exit:?}"),
@@ -216,14 +234,19 @@ fn publish(step: u64) -> Down {
     })
 }
 
-fn written(step: u64) -> Report {
-    let path = format!("step-{step}");
-    Report::CheckpointWritten(CheckpointWritten {
+fn filled(step: u64) -> Report {
+    Report::CheckpointFilled(Unfinished {
         step,
-        path,
-        manifest_hash: HASH.to_vec(),
-        ..Default::default()
+        path: format!("step-{step}"),
+        bytes: 100,
+        manifest: Default::default(),
+        seconds: 0.1,
     })
+}
+
+fn head(step: u64, length: usize) -> Down {
+    let hash = vec![7; length];
+    Down::LedgerHead(LedgerHead { step, hash })
 }
 
 fn step(step: u64) -> Report {
@@ -501,7 +524,7 @@ fn a_fault_is_told_before_leaving() {
 #[test]
 fn a_checkpoint_is_published_when_it_is_journalled() {
     let mut bench = Bench::working();
-    assert_eq!(bench.hears(1, written(8)), ["written step-8 of run/1"]);
+    assert_eq!(bench.written(1, 8), ["written step-8 of run/1"]);
     assert_eq!(
         bench.says(1, publish(8)),
         ["publish step-8 step 8 for job 1"]
@@ -518,19 +541,21 @@ fn a_checkpoint_is_published_when_it_is_journalled() {
 }
 
 #[test]
-fn the_ledgers_head_is_asked_for_and_handed_on() {
+fn a_manifest_is_finished_with_the_ledgers_head_once() {
     let mut bench = Bench::working();
-    let asked = bench.hears(1, Report::CheckpointBegun(8));
-    assert_eq!(asked, ["begun 8 of run/1"]);
-    let head = |length: usize| {
-        Down::LedgerHead(LedgerHead {
-            step: 8,
-            hash: vec![7; length],
-        })
+    assert_eq!(bench.hears(1, filled(8)), ["begun 8 of run/1"]);
+    assert_eq!(bench.says(2, head(8, 32)), [""; 0], "another generation's");
+    assert_eq!(bench.says(1, head(7, 32)), [""; 0], "another step's");
+    assert_eq!(bench.says(1, head(8, 32)), ["finish step-8 for job 1"]);
+    assert_eq!(bench.says(1, head(8, 32)), [""; 0], "a repeat");
+    let full = Input::Finished {
+        job: 1,
+        result: Err("disk full".to_owned()),
     };
-    assert_eq!(bench.says(2, head(32)), [""; 0], "another generation's");
-    assert_eq!(bench.says(1, head(32)), ["tell the ledger's head of 8"]);
-    let actions = bench.says(1, head(31));
+    let actions = bench.feed(full);
+    assert_eq!(actions, ["Transient fault \"disk full\" of run/1", "void"]);
+    let mut bench = Bench::working();
+    let actions = bench.says(1, head(8, 31));
     assert!(
         actions[0].contains("31 bytes") && actions[1] == "void",
         "{actions:?}"
@@ -540,7 +565,7 @@ fn the_ledgers_head_is_asked_for_and_handed_on() {
 #[test]
 fn a_failed_publication_ends_the_generation() {
     let mut bench = Bench::working();
-    bench.hears(1, written(8));
+    bench.written(1, 8);
     bench.says(1, publish(8));
     let actions = bench.published(1, 8, Err("disk full".to_owned()));
     assert_eq!(actions, ["Transient fault \"disk full\" of run/1", "void"]);
@@ -550,7 +575,7 @@ fn a_failed_publication_ends_the_generation() {
 #[test]
 fn an_unknown_checkpoint_is_not_published() {
     let mut bench = Bench::working();
-    bench.hears(1, written(8));
+    bench.written(1, 8);
     let actions = bench.says(1, publish(9));
     assert!(
         actions[0].contains("did not write") && actions[1] == "void",
@@ -594,7 +619,7 @@ fn a_void_while_preparing_is_left_at_once() {
 }
 
 #[test]
-fn a_broken_stream_voids_and_the_next_begins_afresh() {
+fn a_broken_stream_voids_a_place_that_has_not_formed_and_the_next_begins_afresh() {
     let mut bench = Bench::working();
     assert_eq!(bench.feed(Input::Detached), ["void"]);
     assert_eq!(bench.after(1.0), [""; 0], "nobody to send a heartbeat to");
@@ -703,4 +728,102 @@ fn an_interrupted_worker_leaves_its_generation_first() {
         Bench::attached().feed(Input::Interrupted("SIGINT".to_owned())),
         ["end Interrupted"]
     );
+}
+
+/// Working, formed, and the stream is broken after step 1.
+fn away() -> Bench {
+    let mut bench = Bench::working();
+    bench.hears(1, Report::Formed(Formed::default()));
+    bench.hears(1, step(1));
+    assert_eq!(bench.feed(Input::Detached), [""; 0]);
+    bench
+}
+
+fn welcome(known_step: u64) -> Down {
+    Down::Welcome(Welcome {
+        heartbeat_seconds: 1.0,
+        known_step,
+    })
+}
+
+#[test]
+fn a_formed_worker_goes_on_without_a_coordinator_and_says_it_again_in_order() {
+    let mut bench = away();
+    assert_eq!(bench.after(100.0), [""; 0]);
+    let place = bench.session.place().unwrap();
+    assert_eq!((place.generation, place.rank, place.left), (1, 0, false));
+    assert_eq!(bench.hears(1, step(2)), [""; 0]);
+    assert_eq!(bench.hears(1, filled(2)), [""; 0]);
+    assert_eq!(bench.hears(1, step(3)), [""; 0]);
+    assert_eq!(
+        bench.says(0, welcome(1)),
+        ["step 2 of run/1", "begun 2 of run/1", "step 3 of run/1"]
+    );
+    assert_eq!(bench.says(0, welcome(1)), [""; 0], "a repeat");
+    assert_eq!(bench.after(100.0).len(), 1, "only a heartbeat");
+    assert_eq!(bench.says(1, head(2, 32)), ["finish step-2 for job 1"]);
+    assert_eq!(bench.says(1, stop()), ["request stop"]);
+}
+
+#[test]
+fn a_worker_leaves_when_its_coordinator_is_away_for_too_long_and_says_so_when_it_is_back() {
+    let mut bench = away();
+    assert_eq!(bench.after(119.0), [""; 0]);
+    bench.hears(1, step(2));
+    assert_eq!(bench.after(1.0), ["void"]);
+    assert!(bench.session.leaving(), "too early to say hello");
+    bench.hears(1, Report::Held(held()));
+    assert_eq!(bench.done(1, Outcome::Voided), [""; 0]);
+    assert!(bench.session.place().unwrap().left);
+    let left = "left Void holding step 7 of generation 1 of run/1";
+    for _ in 0..2 {
+        // Whoever hears it may die before it is written down.
+        assert_eq!(bench.says(0, welcome(1)), ["step 2 of run/1", left]);
+        bench.feed(Input::Detached);
+    }
+    bench.says(0, welcome(1));
+    assert_eq!(bench.says(2, assignment()), ["start job 2"]);
+    assert_eq!(bench.session.place(), None, "it has not formed");
+}
+
+#[test]
+fn a_fault_of_the_time_without_a_coordinator_is_told_when_it_is_back() {
+    let mut bench = away();
+    assert_eq!(bench.done(1, fault("disk full")), [""; 0]);
+    assert_eq!(
+        bench.says(0, welcome(1)),
+        [
+            "Transient fault \"disk full\" of run/1",
+            "left Fault of run/1"
+        ]
+    );
+}
+
+#[test]
+fn a_checkpoint_that_a_dead_coordinator_knew_of_is_told_of_again() {
+    let mut bench = Bench::working();
+    bench.hears(1, Report::Formed(Formed::default()));
+    bench.written(1, 8);
+    bench.feed(Input::Detached);
+    assert_eq!(bench.says(0, welcome(8)), ["written step-8 of run/1"]);
+    bench.says(1, publish(8));
+    bench.feed(Input::Detached);
+    bench.published(1, 8, Ok(()));
+    assert_eq!(bench.says(0, welcome(8)), ["published 8 of run/1"]);
+}
+
+#[test]
+fn a_worker_that_comes_back_too_late_is_told_and_leaves() {
+    let mut bench = away();
+    bench.says(0, welcome(u64::MAX));
+    assert_eq!(bench.says(1, void()), ["void"]);
+    assert_eq!(bench.done(1, Outcome::Voided), ["left Void of run/1"]);
+}
+
+#[test]
+fn leaving_while_the_answer_to_hello_is_under_way_is_told() {
+    let mut bench = away();
+    assert_eq!(bench.after(120.0), ["void"]);
+    assert_eq!(bench.says(0, welcome(1)), [""; 0]);
+    assert_eq!(bench.done(1, Outcome::Voided), ["left Void of run/1"]);
 }

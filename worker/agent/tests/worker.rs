@@ -7,14 +7,15 @@ use std::time::{Duration, Instant};
 
 use supra_agent::supervisor::Birth;
 use supra_agent::{
-    AgentError, CheckpointWritten, Exit, FaultKind, Formed, Held, Job, Outcome, Phase, StepReport,
-    Timing, WorkerOptions, run_worker,
+    AgentError, Exit, FaultKind, Formed, Held, Job, Outcome, Phase, StepReport, Timing, Unfinished,
+    WorkerOptions, run_worker,
 };
 use supra_proto::Token;
 use supra_proto::v1::coordinator_message::Body as Down;
 use supra_proto::v1::worker_message::Body as Up;
 use supra_proto::v1::{
-    Assignment, Fault, Goodbye, LeftReason, PublishCheckpoint, Refusal, RestoreFrom, Void,
+    Assignment, Fault, Goodbye, LedgerHead, LeftReason, PublishCheckpoint, Refusal, RestoreFrom,
+    Void, Welcome, WorkerMessage,
 };
 
 use crate::coordinator::{Attached, Coordinator, RECIPE};
@@ -193,22 +194,57 @@ fn every_message_has_the_next_number_and_heartbeats_go_on() {
 }
 
 #[test]
-fn a_broken_stream_voids_and_the_worker_comes_back() {
+fn a_worker_whose_stream_broke_works_on_and_says_again_what_may_be_lost() {
     let mut coordinator = Coordinator::start(None);
-    let thread = start(options(&coordinator.url), |job| add(job, u64::MAX));
+    let (release, released) = std::sync::mpsc::channel();
+    let thread = start(options(&coordinator.url), move |job| {
+        job.link.formed(Formed {
+            step: 4,
+            ..Default::default()
+        });
+        for step in 5..8 {
+            job.link.step(StepReport {
+                step,
+                ..Default::default()
+            });
+            released.recv().unwrap();
+        }
+        match job.link.void() {
+            true => Outcome::Voided,
+            false => Outcome::Regrouped,
+        }
+    });
     let mut workers = [coordinator.welcome()];
     let instance = workers[0].hello.instance.clone();
     assign(&mut workers, 1, Path::new("/checkpoints"), None);
     workers[0].hear(|message| matches!(message.body, Some(Up::Step(_))).then_some(()));
     drop(workers);
-    let mut workers = [coordinator.welcome()];
-    assert_eq!(workers[0].hello.instance, instance);
-    // It is free: the training loop took the void of the broken stream.
-    assign(&mut workers, 2, Path::new("/checkpoints"), None);
-    workers[0].hear(|message| {
-        (message.generation == 2 && matches!(message.body, Some(Up::Step(_)))).then_some(())
-    });
-    goodbye(&mut workers[0]);
+    release.send(()).unwrap();
+    let mut worker = coordinator.meet();
+    assert_eq!(worker.hello.instance, instance);
+    let place = worker.hello.place.clone().unwrap();
+    assert_eq!((place.run.as_str(), place.generation), ("run", 1));
+    assert!(place.formed.unwrap().step == 4 && !place.left);
+    worker.say(
+        "",
+        0,
+        Down::Welcome(Welcome {
+            heartbeat_seconds: 0.1,
+            known_step: 5,
+        }),
+    );
+    let mut steps = || {
+        worker.hear(|message| match &message.body {
+            Some(Up::Step(report)) if message.generation == 1 => Some(report.step),
+            _ => None,
+        })
+    };
+    assert_eq!(steps(), 6, "step 5 is known");
+    release.send(()).unwrap();
+    assert_eq!(steps(), 7);
+    release.send(()).unwrap();
+    assert_eq!(left(&mut worker, 1), LeftReason::Regrouped);
+    goodbye(&mut worker);
     assert_eq!(thread.join().unwrap().unwrap(), Exit::Goodbye);
 }
 
@@ -216,17 +252,15 @@ fn a_broken_stream_voids_and_the_worker_comes_back() {
 fn a_checkpoint_is_published_between_two_steps() {
     let root = tempfile::tempdir().unwrap();
     let mut coordinator = Coordinator::start(None);
-    let hash = *blake3::hash(b"{}").as_bytes();
     let thread = start(options(&coordinator.url), move |job| {
         let directory = job.checkpoint_root.join("step-1");
         std::fs::create_dir_all(&directory).unwrap();
-        std::fs::write(directory.join("manifest.pending"), "{}").unwrap();
-        let path = "step-1".to_owned();
-        job.link.checkpoint_written(CheckpointWritten {
+        job.link.checkpoint_filled(Unfinished {
             step: 1,
-            path,
-            manifest_hash: hash.to_vec(),
-            ..Default::default()
+            path: "step-1".to_owned(),
+            bytes: 0,
+            manifest: Default::default(),
+            seconds: 0.0,
         });
         match job.link.await_published(1) {
             Ok(()) if directory.join("manifest.json").exists() => Outcome::Finished,
@@ -235,13 +269,25 @@ fn a_checkpoint_is_published_between_two_steps() {
     });
     let mut workers = [coordinator.welcome()];
     assign(&mut workers, 1, root.path(), None);
-    workers[0].hear(|message| matches!(message.body, Some(Up::CheckpointWritten(_))).then_some(()));
+    let begun = |message: &WorkerMessage| {
+        matches!(message.body, Some(Up::CheckpointBegun(_))).then_some(())
+    };
+    workers[0].hear(begun);
+    let head = LedgerHead {
+        step: 1,
+        hash: vec![7; 32],
+    };
+    workers[0].say("run", 1, Down::LedgerHead(head));
+    let hash = workers[0].hear(|message| match &message.body {
+        Some(Up::CheckpointWritten(written)) => Some(written.manifest_hash.clone()),
+        _ => None,
+    });
     workers[0].say(
         "run",
         1,
         Down::Publish(PublishCheckpoint {
             step: 1,
-            manifest_hash: hash.to_vec(),
+            manifest_hash: hash.clone(),
         }),
     );
     workers[0]
@@ -257,10 +303,10 @@ fn a_checkpoint_is_published_between_two_steps() {
     let restore = RestoreFrom {
         step: 1,
         path: "step-1".to_owned(),
-        manifest_hash: hash.to_vec(),
+        manifest_hash: hash,
     };
     assign(&mut workers, 2, root.path(), Some(restore));
-    workers[0].hear(|message| matches!(message.body, Some(Up::CheckpointWritten(_))).then_some(()));
+    workers[0].hear(begun);
     assert!(root.path().join("step-1/manifest.json").exists());
     goodbye(&mut workers[0]);
     assert_eq!(thread.join().unwrap().unwrap(), Exit::Goodbye);

@@ -121,6 +121,21 @@ impl Manifest {
         bytes
     }
 
+    /// The text before and after the ledger's head.
+    pub fn around_head(&self) -> [String; 2] {
+        // No value looks like it: quotes inside of strings are escaped.
+        const KEY: &str = "\"ledger_head\": \"";
+        let headless = Manifest {
+            ledger_head: String::new(),
+            ..self.clone()
+        };
+        let text = String::from_utf8(headless.to_bytes()).expect("invariant: JSON is UTF-8");
+        let (before, after) = text
+            .split_once(KEY)
+            .expect("invariant: a manifest has a ledger head");
+        [before.to_owned() + KEY, after.to_owned()]
+    }
+
     /// Reads a manifest that `path` held.
     pub fn parse(bytes: &[u8], path: &Path) -> Result<Manifest, CheckpointError> {
         let damaged = |problem| CheckpointError::Damaged {

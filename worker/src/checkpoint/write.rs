@@ -1,9 +1,8 @@
-//! Writing a checkpoint: rank 0, everything synced, the manifest last.
+//! Writing a checkpoint: rank 0, everything synced. The manifest comes last, and not from here.
 
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    io::Write,
     path::Path,
 };
 
@@ -11,9 +10,9 @@ use serde_json::json;
 use tch::Tensor;
 
 use super::{
-    CheckpointError, EXP_AVG, EXP_AVG_SQ, MANIFEST, Manifest, PENDING,
+    CheckpointError, EXP_AVG, EXP_AVG_SQ, MANIFEST, Manifest,
     manifest::{Slice, StoredFile, StoredTensor},
-    safetensors::{Entry, HashedFile, SafetensorsFile},
+    safetensors::{Entry, SafetensorsFile},
     store,
 };
 use crate::{
@@ -42,15 +41,15 @@ pub struct Contents<'a> {
     pub manifest: Manifest,
 }
 
-/// What was written.
+/// What was written: all but the manifest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Receipt {
     /// Directory, relative to the checkpoint root.
     pub relative: String,
-    /// Bytes of all files, the manifest's included.
+    /// Bytes of all files.
     pub bytes: u64,
-    /// BLAKE3 of the manifest.
-    pub manifest_hash: [u8; 32],
+    /// The manifest's text before and after the ledger's head.
+    pub manifest: [String; 2],
 }
 
 /// Gives rank 0 this rank's part of what it writes.
@@ -64,7 +63,7 @@ pub fn hand_over(
     Ok(())
 }
 
-/// Writes a checkpoint below `root` up to and including `manifest.pending`.
+/// Writes a checkpoint below `root` but for its manifest, which lacks the ledger's head.
 ///
 /// What a crashed try of the same step and generation left is replaced; a published checkpoint never is. When writing
 /// fails, nothing stays: half a checkpoint is of no use and takes room.
@@ -76,10 +75,10 @@ pub fn write(root: &Path, contents: Contents) -> Result<Receipt, CheckpointError
     store::ensure_room(root, needed)?;
     make_directory(&dir)?;
     match fill(&dir, contents).and_then(|filled| store::sync_directory(root).map(|()| filled)) {
-        Ok((bytes, manifest_hash)) => Ok(Receipt {
+        Ok((bytes, manifest)) => Ok(Receipt {
             relative,
             bytes,
-            manifest_hash,
+            manifest,
         }),
         Err(error) => {
             let _ = fs::remove_dir_all(&dir);
@@ -88,8 +87,8 @@ pub fn write(root: &Path, contents: Contents) -> Result<Receipt, CheckpointError
     }
 }
 
-/// Writes and syncs all files, the manifest last. Returns their bytes and the manifest's hash.
-fn fill(dir: &Path, contents: Contents) -> Result<(u64, [u8; 32]), CheckpointError> {
+/// Writes and syncs all files but the manifest. Returns their bytes and the manifest's text.
+fn fill(dir: &Path, contents: Contents) -> Result<(u64, [String; 2]), CheckpointError> {
     let Contents {
         replica,
         collective,
@@ -110,17 +109,9 @@ fn fill(dir: &Path, contents: Contents) -> Result<(u64, [u8; 32]), CheckpointErr
     writer.side_files(config, base)?;
     manifest.tensors = writer.tensors;
     manifest.files = writer.files;
-
-    let bytes = manifest.to_bytes();
-    let pending = dir.join(PENDING);
-    let written = HashedFile::create(&pending).and_then(|mut file| {
-        file.write_all(&bytes)?;
-        file.finish()
-    });
-    written.map_err(|source| CheckpointError::writing(&pending, source))?;
     store::sync_directory(dir)?;
-    let files: u64 = manifest.files.values().map(|file| file.bytes).sum();
-    Ok((files + bytes.len() as u64, *blake3::hash(&bytes).as_bytes()))
+    let bytes = manifest.files.values().map(|file| file.bytes).sum();
+    Ok((bytes, manifest.around_head()))
 }
 
 fn make_directory(dir: &Path) -> Result<(), CheckpointError> {

@@ -3,11 +3,12 @@
 use std::time::{Duration, Instant};
 
 use supra_proto::v1::coordinator_message::Body as Down;
+use supra_proto::v1::worker_message::Body as Up;
 use supra_proto::v1::{
-    CoordinatorMessage, FaultKind, LedgerHead, LeftReason, Phase, PublishCheckpoint,
+    CoordinatorMessage, FaultKind, LedgerHead, LeftReason, Phase, PublishCheckpoint, Welcome,
 };
 
-use super::{Action, Actions, Current, Heartbeats, Session, Stage};
+use super::{Action, Actions, Current, Heartbeats, Session, Stage, Standing};
 use crate::place::Place;
 use crate::worker::Exit;
 
@@ -30,7 +31,7 @@ impl Session {
             .as_ref()
             .is_some_and(|c| c.run == run && c.generation == generation);
         match body {
-            Down::Welcome(welcome) => self.on_welcome(welcome.heartbeat_seconds, now),
+            Down::Welcome(welcome) => self.on_welcome(&welcome, now, actions),
             Down::Refusal(refusal) => self.end(Exit::Refused(refusal.message), None, now, actions),
             Down::Goodbye(_) => self.end(Exit::Goodbye, None, now, actions),
             Down::Assignment(assignment) => {
@@ -65,11 +66,52 @@ impl Session {
         }
     }
 
-    fn on_welcome(&mut self, seconds: f64, now: Instant) {
+    fn on_welcome(&mut self, welcome: &Welcome, now: Instant, actions: &mut Actions) {
         // Whatever the coordinator says, neither a flood nor silence.
-        let every = Duration::try_from_secs_f64(seconds).unwrap_or(Duration::from_secs(1));
+        let every = Duration::try_from_secs_f64(welcome.heartbeat_seconds);
+        let every = every.unwrap_or(Duration::from_secs(1));
         let every = every.clamp(Duration::from_millis(100), Duration::from_secs(60));
-        self.heartbeats = Some(Heartbeats { every, due: now });
+        let again = self.heartbeats.replace(Heartbeats { every, due: now });
+        if again.is_none() {
+            self.repeat(welcome.known_step, actions);
+        }
+    }
+
+    /// Says again what the coordinator may not have written down, or could not hear.
+    fn repeat(&mut self, known: u64, actions: &mut Actions) {
+        self.away_since = None;
+        let Some(standing) = &self.standing else {
+            return;
+        };
+        let Some(place) = standing.place() else {
+            return;
+        };
+        if let Some(Current {
+            job,
+            stage: Stage::Leaving { reason, .. },
+            ..
+        }) = &mut self.current
+            && standing.is(*job)
+        {
+            // Hello said that the worker has this place.
+            reason.get_or_insert(LeftReason::Void);
+        }
+        let (run, generation) = (&place.run, place.generation);
+        for body in standing.repeat(known) {
+            self.send(run, generation, body.clone(), actions);
+        }
+        if let Some(current) = self.current.as_ref().filter(|it| standing.is(it.job)) {
+            for written in &current.written {
+                let body = Up::CheckpointWritten(written.clone());
+                self.send(run, generation, body, actions);
+            }
+            if let Some((step, hash)) = current.published {
+                self.tell_published(step, hash, actions);
+            }
+        }
+        for body in standing.farewell() {
+            self.send(run, generation, body.clone(), actions);
+        }
     }
 
     fn assign(&mut self, place: Place, now: Instant, actions: &mut Actions) {
@@ -87,6 +129,7 @@ impl Session {
     pub(super) fn begin(&mut self, place: Place, now: Instant, actions: &mut Actions) {
         self.jobs += 1;
         let job = self.jobs;
+        self.standing = None;
         self.set_phase(Phase::Forming, 0, now);
         let mut current = Current {
             job,
@@ -96,7 +139,8 @@ impl Session {
             stage: Stage::Working,
             stop: place.stop,
             regroup: place.regroup,
-            written: None,
+            unfinished: Vec::new(),
+            written: Vec::new(),
             published: None,
         };
         match &place.restore {
@@ -123,6 +167,7 @@ impl Session {
             return;
         };
         current.stage = Stage::Working;
+        self.standing = Some(Standing::new(current.job, &place));
         self.held = None;
         actions.push(Action::Start {
             job: current.job,
@@ -175,13 +220,24 @@ impl Session {
     }
 
     fn on_ledger_head(&mut self, head: &LedgerHead, now: Instant, actions: &mut Actions) {
-        match head.hash.as_slice().try_into() {
-            Ok(hash) => actions.push(Action::TellLedgerHead(head.step, hash)),
-            Err(_) => {
-                let message = format!("was given a ledger head of {} bytes", head.hash.len());
-                self.fail(FaultKind::Transient, message, now, actions);
-            }
-        }
+        let Ok(hash) = head.hash.as_slice().try_into() else {
+            let message = format!("was given a ledger head of {} bytes", head.hash.len());
+            return self.fail(FaultKind::Transient, message, now, actions);
+        };
+        let Some(current) = &mut self.current else {
+            return;
+        };
+        let mut waiting = current.unfinished.iter();
+        // It has been given before.
+        let Some(place) = waiting.position(|it| it.step == head.step) else {
+            return;
+        };
+        actions.push(Action::Finish {
+            job: current.job,
+            root: current.root.clone(),
+            unfinished: Box::new(current.unfinished.remove(place)),
+            head: hash,
+        });
     }
 
     fn on_publish(&mut self, publish: &PublishCheckpoint, now: Instant, actions: &mut Actions) {
@@ -196,8 +252,8 @@ impl Session {
         let hash: Option<[u8; 32]> = publish.manifest_hash.as_slice().try_into().ok();
         let written = current
             .written
-            .as_ref()
-            .filter(|w| w.step == step && w.manifest_hash == publish.manifest_hash);
+            .iter()
+            .find(|w| w.step == step && w.manifest_hash == publish.manifest_hash);
         match (hash, written) {
             (Some(manifest_hash), Some(written)) => actions.push(Action::Publish {
                 job: current.job,

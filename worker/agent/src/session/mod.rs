@@ -6,8 +6,12 @@
 //! A worker has at most one place in a generation. It is *preparing* it (rank 0 publishes the
 //! checkpoint to start from, if the generation before did not get to it), *working*, or *leaving*:
 //! void, but the training loop is not back yet. An assignment that arrives meanwhile waits.
+//!
+//! When the stream breaks while it works, it goes on for `coordinator.away` of its recipe. To the coordinator that it then
+//! finds it says where it works, and again what that may not have written down.
 
 mod down;
+mod standing;
 mod up;
 
 use std::path::PathBuf;
@@ -16,12 +20,14 @@ use std::time::{Duration, Instant};
 use supra_proto::v1::worker_message::Body as Up;
 use supra_proto::v1::{
     CheckpointWritten, CoordinatorMessage, Fault, FaultKind, Heartbeat, Held, Left, LeftReason,
-    Phase,
+    Phase, Place as Standpoint,
 };
 
 use crate::link::Tagged;
 use crate::place::Place;
+use crate::unfinished::Unfinished;
 use crate::worker::Exit;
+use standing::Standing;
 
 /// Something happened.
 #[derive(Debug)]
@@ -42,6 +48,13 @@ pub enum Input {
         manifest_hash: [u8; 32],
         /// How it went.
         result: Result<(), String>,
+    },
+    /// The manifest of a checkpoint is written, or is not; the error is one line.
+    Finished {
+        /// Job that wrote the rest.
+        job: u64,
+        /// How it went.
+        result: Result<CheckpointWritten, String>,
     },
     /// The user, or something that cannot be repaired, ends the worker; says why on one line.
     Interrupted(String),
@@ -91,8 +104,17 @@ pub enum Action {
     },
     /// Tell the job that was started last that its checkpoint is published.
     TellPublished(u64),
-    /// Give the job that was started last the ledger's head behind a step.
-    TellLedgerHead(u64, [u8; 32]),
+    /// Write the manifest of a checkpoint with the ledger's head, and tell of it with [`Input::Finished`].
+    Finish {
+        /// Job that wrote the rest.
+        job: u64,
+        /// Root of the run's checkpoints.
+        root: PathBuf,
+        /// What is there.
+        unfinished: Box<Unfinished>,
+        /// The ledger's head behind its step.
+        head: [u8; 32],
+    },
     /// End the worker: the training loop is idle.
     End(Exit),
     /// End the process: the training loop does not come back. With an exit when the worker was about
@@ -109,6 +131,10 @@ pub struct Session {
     /// Jobs begun so far; the number of the last one.
     jobs: u64,
     current: Option<Current>,
+    /// The last place that the training loop got.
+    standing: Option<Standing>,
+    /// Since when the worker has been working without a coordinator.
+    away_since: Option<Instant>,
     /// Assignment that waits for the training loop to leave the one before.
     next: Option<Place>,
     /// Run and generation that were assigned last: a repeat is ignored.
@@ -139,7 +165,9 @@ struct Current {
     stop: bool,
     /// A regrouping was asked for.
     regroup: bool,
-    written: Option<CheckpointWritten>,
+    /// Checkpoints that wait for the ledger's head, and those that wait to be published.
+    unfinished: Vec<Unfinished>,
+    written: Vec<CheckpointWritten>,
     published: Option<(u64, [u8; 32])>,
 }
 
@@ -166,6 +194,8 @@ impl Session {
             heartbeats: None,
             jobs: 0,
             current: None,
+            standing: None,
+            away_since: None,
             next: None,
             last: (String::new(), 0),
             held: None,
@@ -191,6 +221,7 @@ impl Session {
             } => {
                 self.on_published(job, step, manifest_hash, result, now, &mut actions);
             }
+            Input::Finished { job, result } => self.on_finished(job, result, now, &mut actions),
             Input::Interrupted(why) => {
                 self.end(Exit::Interrupted, Some(why), now, &mut actions);
             }
@@ -205,6 +236,22 @@ impl Session {
         self.held.as_ref()
     }
 
+    /// The last place of this worker, for Hello; none when no coordinator could take it up again.
+    pub fn place(&self) -> Option<Box<Standpoint>> {
+        let standing = self.standing.as_ref()?;
+        standing.place().cloned().map(Box::new)
+    }
+
+    /// Messages that may be said at once when the next stream opens.
+    pub fn backlog(&self) -> usize {
+        self.standing.as_ref().map_or(0, Standing::len)
+    }
+
+    /// Whether the worker goes on without a coordinator.
+    pub fn away(&self) -> bool {
+        self.away_since.is_some()
+    }
+
     /// Whether the training loop is not back yet from a generation that is over.
     pub fn leaving(&self) -> bool {
         let stage = self.current.as_ref().map(|current| &current.stage);
@@ -214,6 +261,10 @@ impl Session {
     fn on_detached(&mut self, now: Instant, actions: &mut Actions) {
         self.heartbeats = None;
         self.next = None;
+        if self.ending.is_none() && !self.patience().is_zero() {
+            self.away_since.get_or_insert(now);
+            return;
+        }
         self.leave(None, now, actions);
         if let Some(Current {
             stage: Stage::Leaving { reason, .. },
@@ -225,7 +276,28 @@ impl Session {
         }
     }
 
+    /// How long the worker may go on without a coordinator.
+    fn patience(&self) -> Duration {
+        let working = self
+            .current
+            .as_ref()
+            .filter(|current| matches!(current.stage, Stage::Working));
+        let standing = self
+            .standing
+            .as_ref()
+            .filter(|it| working.is_some_and(|current| it.is(current.job)));
+        standing.map_or(Duration::ZERO, Standing::patience)
+    }
+
     fn on_tick(&mut self, now: Instant, actions: &mut Actions) {
+        let patience = self.patience();
+        if self
+            .away_since
+            .take_if(|since| now.duration_since(*since) >= patience)
+            .is_some()
+        {
+            self.leave(None, now, actions);
+        }
         if let Some(Current {
             stage: Stage::Leaving { since, .. },
             ..
@@ -319,26 +391,37 @@ impl Session {
         message: String,
         actions: &mut Actions,
     ) {
+        self.send(run, generation, self.fault_body(kind, message), actions);
+    }
+
+    fn fault_body(&self, kind: FaultKind, message: String) -> Up {
         let (phase, step) = self.phase;
-        let body = Up::Fault(Fault {
+        Up::Fault(Fault {
             kind: kind.into(),
             message,
             phase: phase.into(),
             step,
-        });
-        self.send(run, generation, body, actions);
+        })
     }
 
     fn left(&self, run: &str, generation: u64, reason: LeftReason, actions: &mut Actions) {
-        self.send(
-            run,
-            generation,
-            Up::Left(Left {
-                reason: reason.into(),
-                held: self.held.clone(),
-            }),
-            actions,
-        );
+        self.send(run, generation, self.left_body(reason), actions);
+    }
+
+    fn left_body(&self, reason: LeftReason) -> Up {
+        Up::Left(Left {
+            reason: reason.into(),
+            held: self.held.clone(),
+        })
+    }
+
+    /// Says something of the current place that a coordinator may have to hear again.
+    fn report(&mut self, body: Up, actions: &mut Actions) {
+        let heard = self.heartbeats.is_some();
+        if let Some(standing) = &mut self.standing {
+            standing.say(body.clone(), heard);
+        }
+        self.send_for_current(body, actions);
     }
 
     fn send_for_current(&self, body: Up, actions: &mut Actions) {

@@ -3,7 +3,9 @@
 use std::time::Instant;
 
 use supra_proto::v1::worker_message::Body as Up;
-use supra_proto::v1::{CheckpointBegun, CheckpointPublished, FaultKind, LeftReason, Phase};
+use supra_proto::v1::{
+    CheckpointBegun, CheckpointPublished, CheckpointWritten, FaultKind, LeftReason, Phase,
+};
 
 use super::{Action, Actions, Session, Stage};
 use crate::job::Outcome;
@@ -23,17 +25,46 @@ impl Session {
             Report::Done(outcome) => self.on_done(outcome, now, actions),
             Report::Log(line) => self.send_for_current(Up::Log(line), actions),
             // Of a void generation, too: it may be done on all ranks and need not be trained again.
-            Report::Step(step) => self.send_for_current(Up::Step(step), actions),
+            Report::Step(step) => self.report(Up::Step(step), actions),
             Report::Held(held) => self.held = Some(held),
             // The coordinator has no use for the rest of a void generation.
             _ if !working => {}
             Report::Phase(phase, step) => self.set_phase(phase, step, now),
-            Report::Formed(formed) => self.send_for_current(Up::Formed(formed), actions),
-            Report::CheckpointBegun(step) => {
-                self.send_for_current(Up::CheckpointBegun(CheckpointBegun { step }), actions);
+            Report::Formed(formed) => {
+                if let Some(standing) = &mut self.standing {
+                    standing.formed(formed.clone());
+                }
+                self.send_for_current(Up::Formed(formed), actions);
             }
-            Report::CheckpointWritten(written) => {
-                current.written = Some(written.clone());
+            Report::CheckpointFilled(unfinished) => {
+                let step = unfinished.step;
+                current.unfinished.push(unfinished);
+                self.report(Up::CheckpointBegun(CheckpointBegun { step }), actions);
+            }
+        }
+    }
+
+    pub(super) fn on_finished(
+        &mut self,
+        job: u64,
+        result: Result<CheckpointWritten, String>,
+        now: Instant,
+        actions: &mut Actions,
+    ) {
+        let Some(current) = self
+            .current
+            .as_mut()
+            .filter(|it| it.job == job && matches!(it.stage, Stage::Working))
+        else {
+            return;
+        };
+        match result {
+            Err(message) => self.fail(FaultKind::Transient, message, now, actions),
+            Ok(written) => {
+                current.written.push(written.clone());
+                if let Some(standing) = &mut self.standing {
+                    standing.has_head(written.step);
+                }
                 self.send_for_current(Up::CheckpointWritten(written), actions);
             }
         }
@@ -65,7 +96,7 @@ impl Session {
         match std::mem::replace(&mut current.stage, Stage::Working) {
             Stage::Preparing(place) => self.start(place, actions),
             _ => {
-                current.written = None;
+                current.written.retain(|written| written.step > step);
                 current.published = Some((step, hash));
                 actions.push(Action::TellPublished(step));
                 self.tell_published(step, hash, actions);
@@ -87,6 +118,7 @@ impl Session {
             return;
         };
         let (run, generation) = (current.run, current.generation);
+        let mut farewell = Vec::new();
         let reason = match (current.stage, outcome) {
             // What it says of a void generation is an echo of the abort.
             (Stage::Leaving { reason, .. }, _) => reason,
@@ -95,12 +127,19 @@ impl Session {
             (_, Outcome::Regrouped) => Some(LeftReason::Regrouped),
             (_, Outcome::Voided) => Some(LeftReason::Void),
             (_, Outcome::Fault { kind, message }) => {
-                self.fault(&run, generation, kind, message, actions);
+                farewell.push(self.fault_body(kind, message));
                 Some(LeftReason::Fault)
             }
         };
-        if let Some(reason) = reason {
-            self.left(&run, generation, reason, actions);
+        farewell.push(self.left_body(reason.unwrap_or(LeftReason::Void)));
+        if reason.is_some() {
+            for body in farewell.clone() {
+                self.send(&run, generation, body, actions);
+            }
+        }
+        self.away_since = None;
+        if let Some(standing) = self.standing.as_mut().filter(|it| it.is(current.job)) {
+            standing.leave(farewell);
         }
         self.set_phase(Phase::Idle, 0, now);
         if let Some(exit) = self.ending.clone() {

@@ -1,0 +1,103 @@
+//! A checkpoint that lacks its manifest: that holds the ledger's head, which the coordinator gives once all ranks have
+//! reported the step. The training loop does not wait for it, so a checkpoint may be due while the coordinator is away.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::Path;
+
+use supra_proto::v1::CheckpointWritten;
+
+use crate::publish::{self, PENDING, PublishError};
+
+/// A checkpoint of which every file but the manifest is written and synced.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Unfinished {
+    /// Step whose state it holds.
+    pub step: u64,
+    /// Its directory, relative to the checkpoint root.
+    pub path: String,
+    /// Bytes of the files that are there.
+    pub bytes: u64,
+    /// The manifest's text before and after the ledger's head, which is 64 hexadecimal digits.
+    pub manifest: [String; 2],
+    /// Wall time that the files took, seconds.
+    pub seconds: f64,
+}
+
+impl Unfinished {
+    /// Writes and syncs `manifest.pending` with the ledger's head behind the step. When that fails, nothing stays: half a
+    /// checkpoint is of no use and takes room.
+    ///
+    /// # Errors
+    ///
+    /// The path is not below `root`, or the system refuses.
+    pub fn finish(&self, root: &Path, head: [u8; 32]) -> Result<CheckpointWritten, PublishError> {
+        let directory = publish::directory(root, &self.path)?;
+        let [before, after] = &self.manifest;
+        let head = blake3::Hash::from_bytes(head).to_hex();
+        let text = [before, head.as_str(), after].concat();
+        write(&directory, text.as_bytes()).map_err(|cause| {
+            let _ = fs::remove_dir_all(&directory);
+            PublishError::Unfinished {
+                path: directory.join(PENDING),
+                cause,
+            }
+        })?;
+        Ok(CheckpointWritten {
+            step: self.step,
+            path: self.path.clone(),
+            bytes: self.bytes + text.len() as u64,
+            manifest_hash: blake3::hash(text.as_bytes()).as_bytes().to_vec(),
+            seconds: self.seconds,
+        })
+    }
+}
+
+fn write(directory: &Path, text: &[u8]) -> io::Result<()> {
+    let mut file = File::create(directory.join(PENDING))?;
+    file.write_all(text)?;
+    file.sync_all()?;
+    File::open(directory)?.sync_all()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn unfinished(path: &str) -> Unfinished {
+        Unfinished {
+            step: 8,
+            path: path.to_owned(),
+            bytes: 100,
+            manifest: ["{\"head\": \"".to_owned(), "\"}\n".to_owned()],
+            seconds: 0.5,
+        }
+    }
+
+    #[test]
+    fn the_manifest_gets_the_head_and_can_be_published() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = root.path().join("step-8");
+        fs::create_dir(&directory).unwrap();
+        let written = unfinished("step-8").finish(root.path(), [7; 32]).unwrap();
+        let text = format!("{{\"head\": \"{}\"}}\n", "07".repeat(32));
+        assert_eq!(written.bytes, 100 + text.len() as u64);
+        let hash = written.manifest_hash.as_slice().try_into().unwrap();
+        publish::publish(&directory, hash).unwrap();
+        let published = fs::read_to_string(directory.join(publish::PUBLISHED)).unwrap();
+        assert_eq!(published, text);
+    }
+
+    #[test]
+    fn a_checkpoint_whose_manifest_cannot_be_written_goes() {
+        let root = tempfile::tempdir().unwrap();
+        let directory = root.path().join("step-8");
+        fs::create_dir_all(directory.join(PENDING)).unwrap();
+        let error = unfinished("step-8")
+            .finish(root.path(), [7; 32])
+            .unwrap_err();
+        assert!(error.to_string().contains(PENDING), "{error}");
+        assert!(!directory.exists());
+        assert!(unfinished("../8").finish(root.path(), [7; 32]).is_err());
+    }
+}
