@@ -315,7 +315,12 @@ impl Account {
             | Fact::Retired { .. }
             | Fact::Deleted { .. }
             | Fact::PutAside { .. }
-            | Fact::TakenBack { .. } => {}
+            | Fact::TakenBack { .. }
+            | Fact::Trained { .. }
+            | Fact::ChaosBegun { .. }
+            | Fact::FaultOrdered { .. }
+            | Fact::FaultSurvived { .. }
+            | Fact::ChaosMarked { .. } => {}
         }
     }
 

@@ -1,15 +1,18 @@
 //! The head node: decides who trains what, writes down what was trained, and answers people.
 //!
 //! [`machine`] decides and is pure; [`journal`] remembers; [`ledger`] is the hash-chained account of
-//! trained samples and [`audit`] proves it; [`goodput`] is the account of time; [`service`] is the
-//! gRPC shell around them.
+//! trained samples and [`audit`] proves it; [`goodput`] is the account of time; [`interval`] says how
+//! often a checkpoint is worth while, [`chaos`] what a run does to its own workers; [`service`] is
+//! the gRPC shell around them.
 
 #![forbid(unsafe_code)]
 
 pub mod address;
 pub mod audit;
+pub mod chaos;
 pub mod cli;
 pub mod goodput;
+pub mod interval;
 pub mod journal;
 pub mod ledger;
 pub mod machine;

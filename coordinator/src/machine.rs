@@ -20,12 +20,14 @@ mod agreement;
 mod aside;
 mod attach;
 mod away;
+mod chaos;
 mod clients;
 mod ending;
 mod fact;
 mod forming;
 mod generation;
 mod muster;
+mod pacing;
 mod pulse;
 mod recovery;
 mod regroup;
@@ -46,6 +48,7 @@ pub use state::{Aside, Checkpoint, Failures, Run, RunNumber, RunPhase, State, Wo
 pub use view::FindError;
 pub use worker::Conn;
 
+use crate::interval;
 use crate::ledger::Body;
 use aside::Conduct;
 use generation::Generation;
@@ -78,6 +81,8 @@ pub struct Limits {
     pub stuck_factor: u32,
     /// What a step may take beyond that: a short checkpoint, a slow read, a lost heartbeat.
     pub stuck_slack: Duration,
+    /// Between what the interval of checkpoints stays that the coordinator asks for.
+    pub interval: interval::Bounds,
 }
 
 impl Default for Limits {
@@ -94,6 +99,7 @@ impl Default for Limits {
             checkpoint: Duration::from_secs(1800),
             stuck_factor: 10,
             stuck_slack: Duration::from_secs(30),
+            interval: interval::Bounds::default(),
         }
     }
 }
@@ -162,6 +168,13 @@ pub enum Event {
         run: RunNumber,
         /// Which checkpoint.
         path: String,
+    },
+    /// The ledger of a run that spent its budget under `chaos` was audited.
+    Audited {
+        /// Run.
+        run: RunNumber,
+        /// Whether it proves that every sample was trained exactly once; else the first break, in one line.
+        result: Result<(), String>,
     },
     /// Time passed.
     Tick,
@@ -238,6 +251,7 @@ pub struct Machine {
     unapplied: Option<Unapplied>,
     watch: Watch,
     conduct: Conduct,
+    clock: chaos::Clock,
     /// Why the coordinator is ending, once it is.
     shutdown: Option<String>,
     said_goodbye: bool,
@@ -268,6 +282,7 @@ impl Machine {
             unapplied: None,
             watch: Watch::default(),
             conduct: Conduct::default(),
+            clock: chaos::Clock::default(),
             shutdown: None,
             said_goodbye: false,
             attached_at: moment.now,
@@ -302,6 +317,7 @@ impl Machine {
             Event::Drain(worker) => self.drain(&worker)?,
             Event::Shutdown(reason) => self.shut_down(reason),
             Event::Deleted { run, path } => self.deleted(run, path),
+            Event::Audited { run, result } => self.audited(run, result),
             Event::Tick => self.tick(),
         }
         // Nothing follows from it, and there is much of it: one per second from each of thousands of workers.

@@ -22,6 +22,7 @@ use crate::journal::{JournalError, StateLock};
 use crate::machine::{Identity, Limits};
 
 mod accounts;
+mod audits;
 mod handle;
 mod owner;
 mod receipt;

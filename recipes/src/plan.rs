@@ -123,7 +123,7 @@ impl Plan {
                 .warmup
                 .tokens(batch_samples * sequence_length)
                 .unwrap_or(u64::MAX),
-            checkpoint_tokens: recipe.checkpoint.every_tokens.0,
+            checkpoint_tokens: recipe.checkpoint.every_tokens.tokens().unwrap_or(u64::MAX),
             replica_check_steps: recipe.replica_check.every_steps.max(1),
         })
     }
@@ -173,7 +173,8 @@ impl Plan {
         self.lr * rest + self.final_lr * (1.0 - rest)
     }
 
-    /// Whether a checkpoint is due after step `step`: it reached a multiple of `checkpoint.every_tokens`, or is the last.
+    /// Whether a checkpoint is due after step `step`: it reached a multiple of `checkpoint.every_tokens`, or is the last. With
+    /// `auto` only the last is; the coordinator asks for the others.
     pub fn checkpoint_due(&self, step: u64) -> bool {
         let count = |step: u64| self.tokens_after(step) / self.checkpoint_tokens.max(1);
         step == self.steps || count(step) > count(step.saturating_sub(1))

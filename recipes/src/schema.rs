@@ -2,8 +2,10 @@
 
 mod base;
 mod bounds;
+mod chaos;
 mod check;
 mod explain;
+mod interval;
 mod paths;
 mod period;
 mod position;
@@ -14,6 +16,8 @@ mod syntax;
 mod units;
 
 pub use base::{Base, Shape};
+pub use chaos::{Chaos, ChaosKind};
+pub use interval::CheckpointInterval;
 pub use period::Period;
 pub use recipe::{
     Activations, Attention, Batch, Budget, Checkpoint, Coordinator, Data, Decay, Model, NonFinite,

@@ -371,6 +371,45 @@ const CASES: &[Case] = &[
     ),
     case(
         5,
+        "checkpoint: { every_tokens: automatic }",
+        (5, 29),
+        &["`automatic` is not a token count", "or write `auto`"],
+    ),
+    case(
+        5,
+        "chaos: { kinds: [kill, stopp] }",
+        (5, 24),
+        &["unknown value `stopp`", "did you mean `stop`?"],
+    ),
+    case(
+        5,
+        "chaos: { kinds: [] }",
+        (5, 10),
+        &["`chaos.kinds` names no fault"],
+    ),
+    case(
+        5,
+        "chaos: { every: 200 ms }",
+        (5, 10),
+        &["`chaos.every` = 200 ms is below 1 s", "recover"],
+    ),
+    case(
+        5,
+        "chaos: { fault: 3 }",
+        (5, 10),
+        &[
+            "unknown key `fault` below `chaos`",
+            "did you mean `faults`?",
+        ],
+    ),
+    case(
+        5,
+        "workers: { max: 1 }\nchaos: { kinds: [reset] }",
+        (6, 10),
+        &["`workers.max` = 1"],
+    ),
+    case(
+        5,
         "attention: softmax\nmodel: { qk_norm: true }",
         (6, 10),
         &["no meaning with `attention: softmax`"],

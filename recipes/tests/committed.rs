@@ -113,7 +113,8 @@ fn the_schema_refuses_what_the_program_refuses() {
     let schema = serde_json::from_str(&json_schema()).unwrap();
     let validator = jsonschema::validator_for(&schema).unwrap();
     let good = serde_json::json!({
-        "name": "a", "base": { "path": "b" }, "data": { "train": "d" }, "budget": { "tokens": "1.5M" }
+        "name": "a", "base": { "path": "b" }, "data": { "train": "d" }, "budget": { "tokens": "1.5M" },
+        "checkpoint": { "every_tokens": "auto" }, "chaos": { "kinds": ["kill"] }
     });
     assert!(validator.is_valid(&good));
     let changes = [
@@ -134,6 +135,12 @@ fn the_schema_refuses_what_the_program_refuses() {
             serde_json::json!({ "path": "b", "random": "mistral-7b" }),
         ),
         ("/data", serde_json::json!({})),
+        (
+            "/checkpoint",
+            serde_json::json!({ "every_tokens": "often" }),
+        ),
+        ("/chaos", serde_json::json!({ "kinds": [] })),
+        ("/chaos", serde_json::json!({ "kinds": ["explode"] })),
     ];
     for (pointer, value) in changes {
         let mut bad = good.clone();

@@ -50,7 +50,7 @@ fn the_defaults_are_the_papers() {
     );
     assert_eq!(
         (recipe.checkpoint.every_tokens, recipe.checkpoint.keep),
-        (Tokens(1_000_000_000), 3)
+        (Tokens(1_000_000_000).into(), 3)
     );
     assert!(recipe.data.reset_at_document && !recipe.data.repeat);
 }
@@ -89,10 +89,23 @@ fn a_resolved_recipe_reads_back_as_itself() {
         "attention: softmax\n",
         "optimizer: { warmup: 2B, lr: 1, final_lr: 0 }\n",
         "checkpoint: { to: c }\n",
+        "checkpoint: { every_tokens: auto }\n",
+        "chaos: {}\n",
+        "chaos: { faults: 3, every: 1500 ms, kinds: [kill, stop, kill], seed: 9 }\n",
     ] {
         let recipe = parse(&format!("{SMALLEST}{change}")).resolved(Path::new("/recipes"));
         assert_eq!(parse(&recipe.to_yaml()), recipe, "{change}");
     }
+}
+
+#[test]
+fn chaos_is_every_kind_of_fault_unless_said_and_none_without_the_key() {
+    assert_eq!(parse(SMALLEST).chaos, None);
+    let chaos = parse(&format!("{SMALLEST}chaos: {{}}\n")).chaos.unwrap();
+    assert_eq!(
+        chaos.warning(),
+        "this run breaks its own workers on purpose: 20 faults, one every 30 s (kill, stop, disconnect, reset, drain)"
+    );
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use proptest::prelude::*;
-use supra_recipes::schema::Tokens;
+use supra_recipes::schema::{CheckpointInterval, Tokens};
 use supra_recipes::{Digest, Plan, PlanError, Recipe};
 
 fn recipe(budget: u64, batch_samples: u64, length: u32, repeat: bool) -> Recipe {
@@ -136,7 +136,7 @@ proptest! {
     #[test]
     fn a_checkpoint_is_due_once_per_multiple_and_at_the_end(budget in 100u64..20_000, batch in 1u64..50, every in 1u64..5_000) {
         let mut recipe = recipe(budget, batch, 1, true);
-        recipe.checkpoint.every_tokens = Tokens(every);
+        recipe.checkpoint.every_tokens = Tokens(every).into();
         let plan = Plan::new(&recipe, 100, [0; 32]).unwrap();
         for step in 1..=plan.steps {
             let (before, after) = (plan.tokens_after(step - 1), plan.tokens_after(step));
@@ -144,6 +144,15 @@ proptest! {
             prop_assert_eq!(plan.checkpoint_due(step), crossed || step == plan.steps);
         }
         prop_assert!(!plan.checkpoint_due(0));
+    }
+
+    #[test]
+    fn with_auto_only_the_last_step_has_a_checkpoint_that_nobody_asked_for(budget in 100u64..20_000, batch in 1u64..50) {
+        let mut recipe = recipe(budget, batch, 1, true);
+        recipe.checkpoint.every_tokens = CheckpointInterval::Auto;
+        let plan = Plan::new(&recipe, 100, [0; 32]).unwrap();
+        let due = (0..=plan.steps).filter(|step| plan.checkpoint_due(*step));
+        prop_assert_eq!(due.collect::<Vec<_>>(), [plan.steps]);
     }
 
     #[test]

@@ -255,7 +255,7 @@ impl World {
         let count = self.watch.accounts.len();
         let busy = self.watch.unfinished().next().is_some();
         if count == 0 || (!busy && !self.calm && count < RUNS) {
-            let submission = ground::submission(count + 1, self.room);
+            let submission = ground::submission(count + 1, self.room, &mut self.random);
             self.happen(machine::Event::Submit(submission));
         }
         let stopped: Vec<_> = (1..)
@@ -367,6 +367,8 @@ fn kind_of_down(body: &Down) -> &'static str {
         Down::Goodbye(_) => "goodbye",
         Down::LedgerHead(_) => "ledger head",
         Down::Regroup(_) => "regroup",
+        Down::Checkpoint(_) => "checkpoint",
+        Down::OrderedFault(_) => "ordered fault",
     }
 }
 

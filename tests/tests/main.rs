@@ -8,6 +8,7 @@ mod bad_disk;
 mod bad_input;
 mod bad_network;
 mod campaigns;
+mod chaos;
 mod end_to_end;
 mod gpu;
 mod replay;

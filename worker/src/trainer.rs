@@ -241,9 +241,10 @@ impl<'a> Trainer<'a> {
                 _ if step == last => Some(Outcome::Finished),
                 Wish::Stop => Some(Outcome::Stopped),
                 Wish::Regroup => Some(Outcome::Regrouped),
-                Wish::GoOn => None,
+                Wish::GoOn | Wish::Checkpoint => None,
             };
-            let due = all.wish == Wish::Stop || self.plan.checkpoint_due(step);
+            let due = matches!(all.wish, Wish::Stop | Wish::Checkpoint)
+                || self.plan.checkpoint_due(step);
             if due && self.job.until.is_none() {
                 self.checkpoint(end.is_some())?;
             }

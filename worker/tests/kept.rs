@@ -275,7 +275,7 @@ fn another_start_drops_what_was_kept() {
 fn a_checkpoint_that_is_due_where_a_generation_starts_is_written_unless_it_is_there() {
     let world = World::new(120);
     let mut recipe = recipe(&world);
-    recipe.checkpoint.every_tokens = Tokens(1);
+    recipe.checkpoint.every_tokens = Tokens(1).into();
     for there in [true, false] {
         let name = format!("there-{there}");
         let root = world.checkpoints(&name);

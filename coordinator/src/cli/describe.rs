@@ -75,6 +75,13 @@ pub fn facts(status: &RunStatus) -> String {
             format!("step {step}, {size}, {}", checkpoint.path),
         );
     }
+    if let Some(interval) = &status.checkpoint_interval {
+        let every = format::duration(interval.seconds);
+        fact("interval", format!("{every}: {}", interval.reason));
+    }
+    if let Some(chaos) = &status.chaos {
+        fact("chaos", chaos.text.clone());
+    }
     if status.ledger_head.iter().any(|&byte| byte != 0) {
         fact("ledger head", format::hex(&status.ledger_head));
     }

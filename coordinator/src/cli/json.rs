@@ -38,6 +38,54 @@ pub struct Run {
     ledger_head: Option<String>,
     /// Where the wall time went; `null` for a run that is older than accounts of time.
     goodput: Option<Goodput>,
+    /// With `checkpoint.every_tokens: auto`, while it trains; else `null`.
+    checkpoint_interval: Option<CheckpointInterval>,
+    /// With `chaos`, once it has trained; else `null`.
+    chaos: Option<Chaos>,
+}
+
+/// How long a run trains from one checkpoint to the next.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct CheckpointInterval {
+    seconds: f64,
+    reason: String,
+}
+
+impl From<&v1::CheckpointInterval> for CheckpointInterval {
+    fn from(interval: &v1::CheckpointInterval) -> CheckpointInterval {
+        CheckpointInterval {
+            seconds: interval.seconds,
+            reason: interval.reason.clone(),
+        }
+    }
+}
+
+/// What became of the faults that a run inflicted on its workers.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Chaos {
+    /// Faults that the recipe asks for.
+    faults: u32,
+    ordered: u32,
+    survived: u32,
+    /// `passed` or `failed`; `null` before the end.
+    mark: Option<&'static str>,
+    text: String,
+}
+
+impl From<&v1::Chaos> for Chaos {
+    fn from(chaos: &v1::Chaos) -> Chaos {
+        Chaos {
+            faults: chaos.faults,
+            ordered: chaos.ordered,
+            survived: chaos.survived,
+            mark: match chaos.mark() {
+                v1::ChaosMark::Unspecified => None,
+                v1::ChaosMark::Passed => Some("passed"),
+                v1::ChaosMark::Failed => Some("failed"),
+            },
+            text: chaos.text.clone(),
+        }
+    }
 }
 
 impl From<&v1::RunStatus> for Run {
@@ -71,6 +119,11 @@ impl From<&v1::RunStatus> for Run {
             checkpoint: status.checkpoint.as_ref().map(Checkpoint::from),
             ledger_head: hash(&status.ledger_head),
             goodput: status.goodput.as_ref().map(Goodput::from),
+            checkpoint_interval: status
+                .checkpoint_interval
+                .as_ref()
+                .map(CheckpointInterval::from),
+            chaos: status.chaos.as_ref().map(Chaos::from),
         }
     }
 }
@@ -206,6 +259,8 @@ mod tests {
             "ledger_head",
             "reason",
             "goodput",
+            "checkpoint_interval",
+            "chaos",
         ] {
             assert!(json[field].is_null(), "{field}: {json}");
         }

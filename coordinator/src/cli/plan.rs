@@ -6,13 +6,14 @@ use clap::Args;
 use serde::Serialize;
 use supra_data::Manifest;
 use supra_recipes::plan::{ModelShape, Needs, Rank, memory::CARDS};
-use supra_recipes::schema::{Activations, Base};
+use supra_recipes::schema::{Activations, Base, Chaos, CheckpointInterval};
 use supra_recipes::{Plan as Order, Recipe};
 
 use super::failure::{Exit, Failure, chain};
 use super::format::{self, Table};
 use super::out;
 use super::runs::Json;
+use crate::interval::{Bounds, Experience, time};
 
 /// Arguments of `supra plan`.
 #[derive(Args, Debug)]
@@ -48,14 +49,68 @@ struct Preview {
     /// What the forward pass keeps for the backward pass.
     activations: Activations,
     schedule: Vec<Point>,
-    checkpoints: u64,
-    first_checkpoint_step: u64,
+    /// Both `null` when the coordinator decides.
+    checkpoints: Option<u64>,
+    first_checkpoint_step: Option<u64>,
+    /// With `checkpoint.every_tokens: auto`: what it comes to; else `null`.
+    auto_checkpoints: Option<Auto>,
+    /// Faults that the run inflicts on its own workers; `null` without.
+    chaos: Option<Chaos>,
     /// Absent as long as the data is not there.
     data: Option<Data>,
     /// Parameters, memory, disk, operations; absent as long as the base is not there.
     needs: Option<Needs>,
     /// Why a part is absent.
     notes: Vec<String>,
+}
+
+/// How often checkpoints are written that the coordinator asks for.
+#[derive(Debug, Serialize)]
+struct Auto {
+    /// Training time before the first, seconds.
+    first_seconds: f64,
+    /// What follows when it has shown what a checkpoint costs, as long as nothing fails.
+    then: Vec<Guess>,
+}
+
+/// The interval that a cost leads to.
+#[derive(Debug, Serialize)]
+struct Guess {
+    cost_seconds: f64,
+    every_seconds: f64,
+}
+
+impl Auto {
+    fn new(workers: u32) -> Auto {
+        let bounds = Bounds::default();
+        let after = |cost_seconds: f64| {
+            let mut run = Experience::default();
+            run.trained(0, workers, Some((cost_seconds * 1e3) as u64));
+            let every_seconds = run.interval(workers, bounds).every.as_secs_f64();
+            Guess {
+                cost_seconds,
+                every_seconds,
+            }
+        };
+        Auto {
+            first_seconds: bounds.least.as_secs_f64(),
+            then: [1.0, 10.0, 100.0].map(after).into(),
+        }
+    }
+
+    /// `auto: the first after 60 s of training, then every 22 min if one costs 1.0 s, …`
+    fn text(&self) -> String {
+        let guess = |guess: &Guess| {
+            let (cost, every) = (time(guess.cost_seconds), time(guess.every_seconds));
+            format!("every {every} if one costs {cost}")
+        };
+        let then: Vec<String> = self.then.iter().map(guess).collect();
+        format!(
+            "auto: the first after {} of training, then {}; more often when workers fail; and the last step",
+            time(self.first_seconds),
+            then.join(", ")
+        )
+    }
 }
 
 /// The learning rate at one step.
@@ -127,6 +182,7 @@ impl Preview {
             ));
         }
         let due = |step: &u64| order.checkpoint_due(*step);
+        let auto = recipe.checkpoint.every_tokens == CheckpointInterval::Auto;
         let share = order.rank_samples(1, 0, workers);
         Ok(Preview {
             name: recipe.name.as_str().to_owned(),
@@ -142,8 +198,10 @@ impl Preview {
             micro_batch: recipe.batch.micro_batch,
             activations: recipe.batch.activations,
             schedule: schedule(recipe, &order),
-            checkpoints: (1..=order.steps).filter(due).count() as u64,
-            first_checkpoint_step: (1..=order.steps).find(due).unwrap_or(order.steps),
+            checkpoints: (!auto).then(|| (1..=order.steps).filter(due).count() as u64),
+            first_checkpoint_step: (1..=order.steps).find(due).filter(|_| !auto),
+            auto_checkpoints: auto.then(|| Auto::new(workers)),
+            chaos: recipe.chaos.clone(),
             data: manifest.map(|manifest| Data::new(&manifest, &order)),
             needs: needs.map_err(|error| Failure::input(format!("{error}.")))?,
             notes,
@@ -218,14 +276,17 @@ impl Preview {
                 self.micro_batch
             ),
         );
-        let first = format::grouped(self.first_checkpoint_step);
-        fact(
-            "checkpoints",
-            format!(
-                "{}, the first at step {first}",
-                format::grouped(self.checkpoints)
-            ),
-        );
+        let (count, first) = (self.checkpoints, self.first_checkpoint_step);
+        if let Some((count, first)) = count.zip(first) {
+            let (count, first) = (format::grouped(count), format::grouped(first));
+            fact("checkpoints", format!("{count}, the first at step {first}"));
+        }
+        if let Some(auto) = &self.auto_checkpoints {
+            fact("checkpoints", auto.text());
+        }
+        if let Some(chaos) = &self.chaos {
+            fact("chaos", chaos.warning());
+        }
         table
     }
 }

@@ -4,7 +4,7 @@ use std::io::{IsTerminal, stdout};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use supra_proto::v1::{RunState, RunStatus};
+use supra_proto::v1::{ChaosMark, RunState, RunStatus};
 
 use super::failure::{Exit, Failure};
 use super::{format, json, out};
@@ -123,11 +123,20 @@ pub fn ended(status: &RunStatus) -> bool {
 
 /// The exit code of a command that waited for the end of a run.
 pub fn exit(status: &RunStatus) -> Exit {
+    if chaos_failed(status) {
+        return Exit::Broken;
+    }
     match status.state() {
         RunState::Finished => Exit::Done,
         RunState::Cancelled => Exit::Stopped,
         _ => Exit::Failed,
     }
+}
+
+/// The run did not stand the faults that its recipe ordered.
+fn chaos_failed(status: &RunStatus) -> bool {
+    let chaos = status.chaos.as_ref();
+    chaos.is_some_and(|chaos| chaos.mark() == ChaosMark::Failed)
 }
 
 /// `training  step 120/477  1.5 M/30 M tokens  loss 2.3456  12.3 k tok/s  ETA 3 min 5 s  2 workers`
@@ -162,6 +171,9 @@ pub fn summary(status: &RunStatus) -> String {
     }
     if status.skipped_steps > 0 {
         parts.push(format!("{} skipped", format::grouped(status.skipped_steps)));
+    }
+    if let Some(chaos) = status.chaos.as_ref().filter(|_| !ended(status)) {
+        parts.push(format!("chaos {}/{}", chaos.ordered, chaos.faults));
     }
     if !status.reason.is_empty() {
         parts.push(status.reason.clone());
@@ -219,13 +231,16 @@ pub fn ending(status: &RunStatus) -> String {
             checkpoint.path
         ));
     }
+    if let Some(chaos) = &status.chaos {
+        text.push_str(&format!("Chaos {}.\n", chaos.text));
+    }
     text
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use supra_proto::v1::Checkpoint;
+    use supra_proto::v1::{Chaos, Checkpoint};
 
     fn training() -> RunStatus {
         RunStatus {
@@ -282,6 +297,34 @@ mod tests {
              Checkpoint of step 477 (1.5 KiB): /c/step\n"
         );
         assert_eq!(exit(&status), Exit::Done);
+    }
+
+    #[test]
+    fn a_run_that_did_not_stand_its_chaos_is_broken_however_it_ended() {
+        let end = |state: RunState, mark: ChaosMark| RunStatus {
+            state: state as i32,
+            chaos: Some(Chaos {
+                faults: 3,
+                ordered: 2,
+                mark: mark as i32,
+                text: "failed: only 2 of 3 fitted".to_owned(),
+                ..Chaos::default()
+            }),
+            ..training()
+        };
+        let failed = end(RunState::Finished, ChaosMark::Failed);
+        assert_eq!(exit(&failed), Exit::Broken);
+        assert!(ending(&failed).ends_with("Chaos failed: only 2 of 3 fitted.\n"));
+        assert_eq!(
+            exit(&end(RunState::Failed, ChaosMark::Failed)),
+            Exit::Broken
+        );
+        assert_eq!(
+            exit(&end(RunState::Finished, ChaosMark::Passed)),
+            Exit::Done
+        );
+        let training = end(RunState::Training, ChaosMark::Unspecified);
+        assert!(summary(&training).ends_with("2 workers  chaos 2/3"));
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use supra_proto::Client;
-use supra_proto::v1::{RunStatus, SubmitRequest};
+use supra_proto::v1::{RunState, RunStatus, SubmitRequest};
 use supra_recipes::Recipe;
 
 use super::connect::Connect;
@@ -134,9 +134,12 @@ pub fn submission(path: &Path) -> Result<(Recipe, SubmitRequest), Failure> {
 /// # Errors
 /// A bad recipe, or a coordinator that does not take it.
 pub async fn submit(command: Submit) -> Result<Exit, Failure> {
-    let (_, request) = submission(&command.recipe)?;
+    let (recipe, request) = submission(&command.recipe)?;
     let mut client = command.connect.client().await?;
     let run = client.submit(request).await?;
+    if let Some(chaos) = &recipe.chaos {
+        out::complain(&format!("note: {}", chaos.warning()));
+    }
     if command.watch {
         return follow(&mut client, &run, command.json.json).await;
     }
@@ -346,8 +349,8 @@ async fn follow(client: &mut Client, run: &str, json: bool) -> Result<Exit, Fail
 }
 
 fn resume_hint(status: &RunStatus) -> String {
-    match progress::exit(status) {
-        Exit::Done => String::new(),
+    match status.state() {
+        RunState::Finished => String::new(),
         _ => format!("`supra resume {}` goes on from there.\n", status.run),
     }
 }

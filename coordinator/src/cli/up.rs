@@ -11,7 +11,7 @@ mod start;
 use std::time::Duration;
 
 use supra_proto::Client;
-use supra_proto::v1::SubmitRequest;
+use supra_proto::v1::{RunState, SubmitRequest};
 use supra_recipes::Recipe;
 use tokio::time::timeout;
 
@@ -120,10 +120,13 @@ impl Session<'_> {
         if let Some(status) = &begun.finished {
             self.display.say(&begun.said)?;
             self.display.end(status)?;
-            return Ok((Exit::Done, Leave::Done));
+            return Ok((progress::exit(status), Leave::Done));
         }
         self.start_workers(programs, client.url())?;
         self.display.say(&begun.said)?;
+        if let Some(chaos) = &recipe.chaos {
+            self.display.say(&format!("note: {}", chaos.warning()))?;
+        }
         self.follow(client, &begun.run, recipe.workers.min).await
     }
 
@@ -243,7 +246,7 @@ impl Session<'_> {
         };
         self.display.end(&status)?;
         let exit = progress::exit(&status);
-        if exit != Exit::Done {
+        if status.state() != RunState::Finished {
             self.display
                 .say(&format!("To resume: {}", self.command.again()))?;
         }

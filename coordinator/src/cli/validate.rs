@@ -45,6 +45,9 @@ pub fn run(command: &Validate) -> Result<Exit, Failure> {
                     "{file}: valid: {}, {budget}",
                     recipe.name.as_str()
                 ))?;
+                if let Some(chaos) = &recipe.chaos {
+                    out::line(&format!("{file}: {}", chaos.warning()))?;
+                }
             }
             (false, Err(error)) => out::complain(error.trim_end()),
         }

@@ -20,7 +20,7 @@ use crate::machine::{Fact, RunNumber, State};
 const FORMAT: i64 = 1;
 
 /// Shape of the snapshot. A snapshot of another shape is passed over and everything replayed.
-const SNAPSHOT_FORMAT: i64 = 2;
+const SNAPSHOT_FORMAT: i64 = 3;
 
 /// Facts between two snapshots.
 const SNAPSHOT_EVERY: u64 = 4096;

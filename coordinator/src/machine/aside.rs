@@ -65,6 +65,12 @@ impl Conduct {
         let broken = self.ended.iter().filter(|ended| **ended == culprit).count();
         (culprit.is_some() && broken >= TOO_MANY).then_some(broken)
     }
+
+    /// Of the last generations, those that a worker is to blame for.
+    #[cfg(test)]
+    pub(super) fn blamed(&self) -> usize {
+        self.ended.iter().flatten().count()
+    }
 }
 
 impl Machine {
@@ -73,6 +79,10 @@ impl Machine {
         let Some(generation) = &self.generation else {
             return;
         };
+        // Whoever does as it was ordered is not to blame.
+        if self.ordered_here().is_some() {
+            return;
+        }
         let blame = match generation.stage {
             Stage::Leaving { .. }
                 if self.state.run(generation.run).is_none_or(|run| run.ended()) =>
@@ -201,14 +211,35 @@ impl Machine {
         let Some((_, worker)) = known else {
             return Err(self.no_worker(name));
         };
-        if self.why(&worker.hello) == Some(DRAINED) {
-            return Ok(());
+        if self.why(&worker.hello) != Some(DRAINED) {
+            self.put_aside_attached(name, DRAINED);
         }
-        let instance = worker.hello.instance.clone();
-        self.put_aside(name.to_owned(), instance, DRAINED.to_owned());
-        let run = self.state.queue.front().copied();
-        self.log(run, "INFO", format!("worker {name} is drained"));
         Ok(())
+    }
+
+    /// Has no generation take the attached worker of this name any more.
+    pub(super) fn put_aside_attached(&mut self, name: &str, reason: &str) {
+        let mut workers = self.workers.values();
+        let Some(worker) = workers.find(|worker| worker.hello.name == name) else {
+            return;
+        };
+        let instance = worker.hello.instance.clone();
+        self.put_aside(name.to_owned(), instance, reason.to_owned());
+        let run = self.state.queue.front().copied();
+        self.log(run, "INFO", format!("worker {name} is {reason}"));
+    }
+
+    /// Lets generations have the workers again that are aside for this reason, but one.
+    pub(super) fn take_back_aside(&mut self, reason: &str, kept: Option<&str>) {
+        let aside = self.state.aside.iter();
+        let back: Vec<String> = aside
+            .filter(|(name, aside)| aside.reason == reason && kept != Some(name.as_str()))
+            .map(|(name, _)| name.clone())
+            .collect();
+        let at = self.moment.unix_ms;
+        for worker in back {
+            self.decide(Fact::TakenBack { worker, at });
+        }
     }
 
     /// A member of a generation that no generation may take any more.

@@ -197,6 +197,8 @@ impl Machine {
         }
         self.watch_over();
         self.watch_for_members();
+        self.ask_for_checkpoint();
+        self.tick_chaos();
         let Some(generation) = &self.generation else {
             return;
         };

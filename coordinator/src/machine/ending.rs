@@ -27,11 +27,12 @@ impl Machine {
     /// one forms, by what survivors then hold.
     pub(super) fn break_up(&mut self, cause: String, severity: Severity, spared: Option<usize>) {
         let now = self.moment.now;
-        let Some(generation) = self
-            .generation
-            .as_mut()
-            .filter(|generation| !generation.leaving())
-        else {
+        if self.generation.as_ref().is_none_or(Generation::leaving) {
+            return;
+        }
+        self.gain_experience(None);
+        let ordered = self.ordered_here();
+        let Some(generation) = self.generation.as_mut() else {
             return;
         };
         generation.stage = Stage::Leaving {
@@ -41,6 +42,10 @@ impl Machine {
         generation.begun.clear();
         generation.held.clear();
         let (number, run) = (generation.number, generation.run);
+        let cause = match &ordered {
+            Some(fault) => format!("{cause} ({fault})"),
+            None => cause,
+        };
         let (level, how) = match severity {
             Severity::Regrouped => ("INFO", "is over"),
             _ => ("WARN", "is void"),
@@ -51,7 +56,7 @@ impl Machine {
         let counts = !matches!(
             severity,
             Severity::Lost { counts: false } | Severity::Regrouped
-        );
+        ) && ordered.is_none();
         self.decide(Fact::Broke {
             run,
             generation: number,
@@ -125,6 +130,7 @@ impl Machine {
         self.log(Some(run), level, format!("run {id} {how}{colon}{reason}"));
         self.unapplied.take_if(|unapplied| unapplied.run == run);
         self.roll_back(run, &reason);
+        self.fail_chaos(run, outcome, &reason);
         self.decide(Fact::Ended {
             run,
             outcome,

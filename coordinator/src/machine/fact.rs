@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::state::{Checkpoint, RunNumber, Workers};
+use crate::chaos;
 use crate::ledger::{Body, Record};
 
 /// Something that was decided. Replaying facts applies them and decides nothing, so a newer build reads an older
@@ -116,6 +117,45 @@ pub enum Fact {
         /// Which checkpoint.
         path: String,
     },
+    /// A run whose checkpoints the coordinator asks for has trained on: what the interval follows from.
+    Trained {
+        /// Run.
+        run: RunNumber,
+        /// Since the last such fact or the beginning of its generation, milliseconds.
+        trained_ms: u64,
+        /// Workers that trained.
+        world: u32,
+        /// For how long training stood still for the checkpoint that was just written, milliseconds; none when none was.
+        cost_ms: Option<u64>,
+    },
+    /// A run with `chaos` trains for the first time.
+    ChaosBegun {
+        /// Run.
+        run: RunNumber,
+        /// Faults that it is to endure.
+        faults: u32,
+    },
+    /// A worker is to be broken on purpose.
+    FaultOrdered {
+        /// Run.
+        run: RunNumber,
+        /// What and whom.
+        fault: chaos::Fault,
+    },
+    /// The run has recovered from the last fault that was ordered.
+    FaultSurvived {
+        /// Run.
+        run: RunNumber,
+        /// Longest time without an applied step since, milliseconds.
+        stood_still_ms: u64,
+    },
+    /// A run with `chaos` has ended, and how it stood it is known.
+    ChaosMarked {
+        /// Run.
+        run: RunNumber,
+        /// How.
+        mark: chaos::Mark,
+    },
     /// A run is over, for good or until it is resumed.
     Ended {
         /// Run.
@@ -174,6 +214,11 @@ impl Fact {
             | Fact::Published { run, .. }
             | Fact::Retired { run, .. }
             | Fact::Deleted { run, .. }
+            | Fact::Trained { run, .. }
+            | Fact::ChaosBegun { run, .. }
+            | Fact::FaultOrdered { run, .. }
+            | Fact::FaultSurvived { run, .. }
+            | Fact::ChaosMarked { run, .. }
             | Fact::Ended { run, .. } => *run,
             Fact::PutAside { .. } | Fact::TakenBack { .. } => 0,
         }

@@ -140,6 +140,8 @@ impl Machine {
             plan: None,
             whole: false,
             regroup: None,
+            pacing: None,
+            chaos: None,
             reports: Default::default(),
             repeated: 0,
             begun: Default::default(),

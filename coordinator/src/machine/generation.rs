@@ -5,8 +5,10 @@ use std::time::Duration;
 
 use supra_proto::v1::{CheckpointWritten, Formed, Held, LeftReason, StepReport};
 use supra_recipes::plan::Plan;
+use supra_recipes::schema::Chaos;
 
 use super::agreement::Said;
+use super::pacing::Pacing;
 use super::state::RunNumber;
 use super::worker::Conn;
 
@@ -34,6 +36,10 @@ pub(crate) struct Generation {
     pub whole: bool,
     /// Why its members were asked to regroup, once they were.
     pub regroup: Option<String>,
+    /// How its checkpoints are asked for; none when the recipe says when they are due, and before all have formed.
+    pub pacing: Option<Pacing>,
+    /// Faults that it is to endure; known once all have formed.
+    pub chaos: Option<Chaos>,
     /// Reports on steps that not all ranks have reported yet, by rank.
     pub reports: BTreeMap<u64, BTreeMap<usize, StepReport>>,
     /// Newest step that ranks reported again when the coordinator had been away.

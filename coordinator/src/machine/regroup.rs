@@ -7,7 +7,7 @@ use super::Machine;
 use super::generation::Stage;
 
 /// Steps before the end of the budget that another membership is not worth forming for.
-const LAST_STEPS: u64 = 1;
+pub(super) const LAST_STEPS: u64 = 1;
 
 impl Machine {
     /// Asks the generation in hand to finish its step and leave. Does nothing when it does not train, was asked already,

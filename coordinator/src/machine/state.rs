@@ -7,6 +7,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::fact::{Fact, Outcome};
+use crate::chaos::Ordeal;
+use crate::interval::Experience;
 use crate::ledger::{Body, Hash, Open, Tail};
 
 /// Number of a run in the order of submission, from 1. Short, since every ledger row carries it.
@@ -88,6 +90,10 @@ pub struct Run {
     pub checkpoints: Vec<Checkpoint>,
     /// Retired checkpoints whose directories may still exist, relative to the root.
     pub doomed: Vec<String>,
+    /// What its failures and checkpoints have cost so far.
+    pub experience: Experience,
+    /// Faults that it inflicts on its workers; none without `chaos`, or before it trains.
+    pub chaos: Option<Ordeal>,
     /// Milliseconds since the Unix epoch.
     pub submitted_unix_ms: u64,
     /// Milliseconds since the Unix epoch; 0 while it has not ended.
@@ -244,6 +250,8 @@ impl State {
             skipped: BTreeSet::new(),
             checkpoints: Vec::new(),
             doomed: Vec::new(),
+            experience: Experience::default(),
+            chaos: None,
             submitted_unix_ms: *at,
             ended_unix_ms: 0,
         });
@@ -289,6 +297,9 @@ impl Run {
                 self.stop = None;
                 self.failures = Failures::default();
                 self.ended_unix_ms = 0;
+                if let Some(chaos) = &mut self.chaos {
+                    chaos.mark = None;
+                }
                 // Whoever resumes a run means its checkpoint, not what was in memory when it failed.
                 self.lineage = self.generation + 1;
             }
@@ -333,6 +344,16 @@ impl Run {
                 self.doomed.push(path.clone());
             }
             Fact::Deleted { path, .. } => self.doomed.retain(|doomed| doomed != path),
+            Fact::Trained {
+                trained_ms,
+                world,
+                cost_ms,
+                ..
+            } => self.experience.trained(*trained_ms, *world, *cost_ms),
+            Fact::ChaosBegun { .. }
+            | Fact::FaultOrdered { .. }
+            | Fact::FaultSurvived { .. }
+            | Fact::ChaosMarked { .. } => self.endure(fact),
             Fact::Ended {
                 outcome,
                 reason,
@@ -368,6 +389,18 @@ impl Run {
         }
     }
 
+    fn endure(&mut self, fact: &Fact) {
+        match (fact, &mut self.chaos) {
+            (Fact::ChaosBegun { faults, .. }, chaos) => *chaos = Some(Ordeal::new(*faults)),
+            (Fact::FaultOrdered { fault, .. }, Some(chaos)) => chaos.faults.push(fault.clone()),
+            (Fact::FaultSurvived { stood_still_ms, .. }, Some(chaos)) => {
+                chaos.survived(*stood_still_ms);
+            }
+            (Fact::ChaosMarked { mark, .. }, Some(chaos)) => chaos.mark = Some(mark.clone()),
+            _ => {}
+        }
+    }
+
     fn record(&mut self, body: &Body) {
         match body {
             Body::Open(open) => self.open = Some(open.clone()),
@@ -384,6 +417,7 @@ impl Run {
                 ..
             } => {
                 self.step = self.step.min(*after_step);
+                self.experience.failed();
                 self.lineage = generation + 1;
                 self.skipped.split_off(&(after_step + 1));
             }

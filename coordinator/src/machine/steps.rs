@@ -80,6 +80,7 @@ impl Machine {
         }
         self.record(number, Body::Step(entry));
         self.step_took(metrics.seconds);
+        self.recovering(number);
         self.out.push(Action::Measured {
             run: number,
             metrics,

@@ -7,12 +7,13 @@ use supra_proto::v1::{
     Left, LeftReason, PublishCheckpoint, coordinator_message::Body as Down,
 };
 use supra_recipes::plan::Plan;
-use supra_recipes::schema::{Recipe, Sharding};
+use supra_recipes::schema::{Chaos, CheckpointInterval, Recipe, Sharding};
 
 use super::aside::Blame;
 use super::ending::Severity;
 use super::fact::Fact;
 use super::generation::Stage;
+use super::pacing::Pacing;
 use super::state::{Checkpoint, RunNumber};
 use super::{Action, Machine, agreement};
 use crate::ledger::{Body, Hash, Open};
@@ -22,6 +23,8 @@ struct Ground {
     plan: Plan,
     open: Open,
     sharding: Sharding,
+    interval: CheckpointInterval,
+    chaos: Option<Chaos>,
 }
 
 impl Machine {
@@ -85,6 +88,8 @@ impl Machine {
                 plan,
                 open,
                 sharding: recipe.optimizer.sharding,
+                interval: recipe.checkpoint.every_tokens,
+                chaos: recipe.chaos,
             })
         };
         Some(plan())
@@ -94,6 +99,7 @@ impl Machine {
         if self.state.run(number).is_some_and(|run| run.open.is_none()) {
             self.record(number, Body::Open(ground.open));
         }
+        let now = self.moment.now;
         let Some(generation) = &mut self.generation else {
             return;
         };
@@ -101,7 +107,13 @@ impl Machine {
         generation.stage = Stage::Training;
         generation.plan = Some(ground.plan);
         generation.whole = ground.sharding == Sharding::None || world == 1;
+        generation.pacing = (ground.interval == CheckpointInterval::Auto).then_some(Pacing {
+            since: now,
+            asked: false,
+        });
+        generation.chaos = ground.chaos;
         let generation = generation.number;
+        self.begin_chaos(number);
         self.log(
             Some(number),
             "INFO",
@@ -243,6 +255,7 @@ impl Machine {
                 run: number,
                 checkpoint,
             });
+            self.gain_experience(Some(written.seconds));
         }
         let publish = PublishCheckpoint {
             step: written.step,

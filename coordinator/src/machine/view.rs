@@ -78,6 +78,8 @@ impl Machine {
             ended_unix_ms: run.ended_unix_ms,
             checkpoint: self.checkpoints(number).pop(),
             ledger_head: run.ledger.head.to_vec(),
+            checkpoint_interval: self.show_interval(number),
+            chaos: run.chaos.as_ref().map(v1::Chaos::from),
             ..v1::RunStatus::default()
         })
     }

@@ -11,14 +11,15 @@ use tokio::time::{MissedTickBehavior, interval};
 
 use super::ServiceError;
 use super::accounts::Accounts;
+use super::audits;
 use super::handle::{Ask, Handle};
 use super::receipt::Receipts;
 use super::speed::Speed;
 use crate::journal::{Journal, JournalError};
 use crate::ledger::Body;
 use crate::machine::{
-    Action, Conn, Event, Fact, FindError, Identity, Limits, Machine, Moment, Refused, RunNumber,
-    RunPhase,
+    Action, Conn, Event, Fact, FindError, Identity, Limits, Machine, Moment, Refused, Run,
+    RunNumber, RunPhase,
 };
 use crate::telemetry::Telemetry;
 
@@ -73,6 +74,9 @@ pub(super) struct Owner {
     speeds: BTreeMap<RunNumber, Speed>,
     accounts: Accounts,
     receipts: Receipts,
+    /// Runs whose ledger is to be audited, and where it is.
+    unaudited: Vec<RunNumber>,
+    state: PathBuf,
     changed: watch::Sender<u64>,
     logs: broadcast::Sender<(RunNumber, LogEntry)>,
     events: mpsc::WeakSender<Ask>,
@@ -103,6 +107,8 @@ impl Owner {
         let now = moment(started);
         let accounts =
             Accounts::resumed(remembered.runs(), &reader, now.unix_ms).map_err(telemetry_error)?;
+        let owing = remembered.runs().iter().filter(|run| run.owes_mark());
+        let unaudited = owing.map(|run| run.number).collect();
         let build = identity.build.clone();
         let (machine, actions) = Machine::new(remembered, limits, identity, &now);
         let (asks, inbox) = mpsc::channel(INBOX);
@@ -125,6 +131,8 @@ impl Owner {
             speeds,
             accounts,
             receipts: Receipts::new(build),
+            unaudited,
+            state: state.to_owned(),
             changed,
             logs,
             events: asks.downgrade(),
@@ -140,6 +148,7 @@ impl Owner {
         actions: Vec<Action>,
     ) -> Result<Ending, OwnerError> {
         self.carry_out(actions).await?;
+        self.audit();
         let mut ticks = interval(TICK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         while !self.exit {
@@ -268,6 +277,7 @@ impl Owner {
             }
         }
         self.write_down(&mut facts).await?;
+        self.audit();
         self.receipts.hand_out(self.machine.state(), &self.accounts);
         self.changed.send_modify(|version| *version += 1);
         Ok(())
@@ -297,7 +307,16 @@ impl Owner {
             }
             Fact::Formed { run, .. } => self.speeds.entry(*run).or_default().pause(),
             Fact::StopAsked { .. } => self.stopped_a_run = true,
-            Fact::Ended { run, .. } => self.receipts.owe(*run),
+            Fact::Ended { run, .. } => {
+                let ended = self.machine.state().run(*run);
+                if ended.is_some_and(Run::owes_mark) {
+                    // The receipt says it, too.
+                    self.unaudited.push(*run);
+                } else {
+                    self.receipts.owe(*run);
+                }
+            }
+            Fact::ChaosMarked { run, .. } => self.receipts.owe(*run),
             _ => {}
         }
     }
@@ -359,6 +378,30 @@ impl Owner {
         });
     }
 
+    /// Audits in the background what has ended and owes a mark.
+    fn audit(&mut self) {
+        for number in std::mem::take(&mut self.unaudited) {
+            let run = self.machine.state().run(number);
+            let Some(run) = run.filter(|run| run.owes_mark()) else {
+                continue;
+            };
+            let (state, head, events) = (self.state.clone(), run.ledger.head, self.events.clone());
+            let written = self.journal.written();
+            tokio::spawn(async move {
+                written.await;
+                let audit = move || audits::audit(&state, number, head);
+                let result = tokio::task::spawn_blocking(audit).await;
+                let result = result.unwrap_or_else(|error| Err(error.to_string()));
+                if let Some(events) = events.upgrade() {
+                    let run = number;
+                    let _ = events
+                        .send(Ask::Event(Event::Audited { run, result }))
+                        .await;
+                }
+            });
+        }
+    }
+
     /// The wall clock as it was at the start, and the time since: durations do not step with it.
     fn unix_ms(&self) -> u64 {
         let since = u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -384,11 +427,10 @@ impl Owner {
         status
     }
 
+    /// Nothing about the run changes any more, unless it is resumed.
     pub fn ended(&self, run: RunNumber) -> bool {
-        self.machine
-            .state()
-            .run(run)
-            .is_none_or(|run| run.phase != RunPhase::Queued)
+        let run = self.machine.state().run(run);
+        run.is_none_or(|run| run.phase != RunPhase::Queued && !run.owes_mark())
     }
 
     pub fn checkpoints(&self, run: RunNumber) -> Vec<v1::Checkpoint> {

@@ -12,7 +12,9 @@ use supra_proto::v1;
 use tokio::task::JoinSet;
 
 use super::accounts::Accounts;
+use crate::chaos::Ordeal;
 use crate::goodput::{Account, Goodput, Incident};
+use crate::interval::Experience;
 use crate::ledger::hex;
 use crate::machine::{Run, RunNumber, RunPhase, State};
 
@@ -58,6 +60,19 @@ struct Receipt {
     /// How many generations ended before the run did, and the newest of these, oldest first.
     incident_count: u64,
     incidents: Vec<Incident>,
+    /// What the interval of `checkpoint.every_tokens: auto` was decided from; `null` where the recipe named one.
+    checkpoint_experience: Option<Experience>,
+    /// What became of the faults that the recipe ordered; `null` without `chaos`.
+    chaos: Option<Chaos>,
+}
+
+/// The faults of a run with `chaos`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+struct Chaos {
+    /// As `supra status` shows it.
+    text: String,
+    #[serde(flatten)]
+    ordeal: Ordeal,
 }
 
 /// The newest checkpoint.
@@ -107,6 +122,11 @@ impl Receipt {
             goodput: goodput.as_ref().map(Goodput::from),
             incident_count,
             incidents,
+            checkpoint_experience: (run.experience.worker_ms > 0).then(|| run.experience.clone()),
+            chaos: run.chaos.clone().map(|ordeal| Chaos {
+                text: ordeal.line(),
+                ordeal,
+            }),
         }
     }
 

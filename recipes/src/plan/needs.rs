@@ -42,8 +42,8 @@ pub struct Needs {
     /// Bytes that one rank sends per step: the fp32 gradients, scattered and gathered around a ring; with
     /// `sharding: zero1` parameters are gathered instead.
     pub wire_bytes_per_rank_per_step: u64,
-    /// Checkpoints written in the whole run.
-    pub checkpoints: u64,
+    /// Checkpoints written in the whole run; none when the coordinator decides how many.
+    pub checkpoints: Option<u64>,
     /// Bytes of one checkpoint: fp32 masters and two fp32 moments.
     pub checkpoint_bytes: u64,
     /// Bytes of disk for the checkpoints kept, and the one being written.
@@ -107,8 +107,10 @@ impl Needs {
             Sharding::None => FP32,
             Sharding::Zero1 => element(recipe.model.precision) as u64,
         };
-        let checkpoints = checkpoints(&plan, recipe.checkpoint.every_tokens.0);
-        let kept = checkpoints.min(u64::from(recipe.checkpoint.keep) + 1);
+        let every = recipe.checkpoint.every_tokens.tokens();
+        let checkpoints = every.map(|every| checkpoints(&plan, every));
+        let most = checkpoints.unwrap_or(plan.steps);
+        let kept = most.min(u64::from(recipe.checkpoint.keep) + 1);
         Ok(Needs {
             parameters,
             new_parameters: parameters - shape.parameters(Attention::Softmax, false),
@@ -203,7 +205,7 @@ mod tests {
                 Needs::new(&recipe, &ModelShape::MISTRAL_7B, 1)
                     .unwrap()
                     .checkpoints,
-                due,
+                Some(due),
                 "every {every}"
             );
         }

@@ -1,5 +1,6 @@
 //! Contradictions between keys, each pointing at the key that the recipe wrote.
 
+use super::chaos::ChaosKind;
 use super::period::Period;
 use super::position;
 use super::recipe::{Attention, Recipe};
@@ -7,7 +8,9 @@ use super::report::Finding;
 
 /// The first contradiction in `recipe`, which was read from `text`.
 pub(super) fn check(recipe: &Recipe, text: &str) -> Result<(), Finding> {
-    let checks = [budget, batch, schedule, workers, coordinator, attention];
+    let checks = [
+        budget, batch, schedule, workers, coordinator, chaos, attention,
+    ];
     checks
         .iter()
         .find_map(|check| check(recipe, text))
@@ -157,6 +160,38 @@ fn coordinator(recipe: &Recipe, text: &str) -> Option<Finding> {
     let help =
         "a coordinator that starts again may have to wait that long for workers that are gone";
     at(text, &[&["coordinator", "away"]], message, help.into())
+}
+
+/// The shortest `chaos.every`: below it nothing is trained between two faults.
+const MIN_CHAOS: Period = Period::seconds(1);
+
+fn chaos(recipe: &Recipe, text: &str) -> Option<Finding> {
+    let chaos = recipe.chaos.as_ref()?;
+    let found = |key: &str, message: String, help: &str| {
+        at(text, &[&["chaos", key], &["chaos"]], message, help.into())
+    };
+    if chaos.kinds.is_empty() {
+        let message = "`chaos.kinds` names no fault".to_owned();
+        return found(
+            "kinds",
+            message,
+            "name some, or remove the key for all of them",
+        );
+    }
+    if chaos.every < MIN_CHAOS {
+        let message = format!("`chaos.every` = {} is below {MIN_CHAOS}", chaos.every);
+        return found(
+            "every",
+            message,
+            "the run has to recover from one fault before the next",
+        );
+    }
+    let reset = chaos.kinds.iter().all(|kind| *kind == ChaosKind::Reset);
+    if reset && recipe.workers.max == 1 {
+        let message = "`reset` breaks connections between ranks, and `workers.max` = 1".to_owned();
+        return found("kinds", message, "raise `workers.max`, or name other kinds");
+    }
+    None
 }
 
 /// Keys of `model` that only linear attention reads.

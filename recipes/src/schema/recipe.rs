@@ -6,6 +6,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::base::Base;
+use super::chaos::Chaos;
+use super::interval::CheckpointInterval;
 use super::period::Period;
 use super::units::{Fraction, RunName, Tokens, Warmup};
 use super::{bounds, paths};
@@ -58,6 +60,9 @@ pub struct Recipe {
     /// How often replicas compare their parameters.
     #[serde(default)]
     pub replica_check: ReplicaCheck,
+    /// Faults that the run inflicts on its own workers; none unless said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chaos: Option<Chaos>,
 }
 
 fn default_seed() -> u64 {
@@ -346,8 +351,9 @@ pub enum Reduction {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Checkpoint {
-    /// A checkpoint is due at the step that reaches a multiple of this, and at the last step.
-    pub every_tokens: Tokens,
+    /// A checkpoint is due at the step that reaches a multiple of this, and at the last step. `auto`: whenever the coordinator
+    /// asks for one, by what a checkpoint costs and how often workers fail; and at the last step.
+    pub every_tokens: CheckpointInterval,
     /// How many of the newest are kept.
     #[serde(deserialize_with = "bounds::counting")]
     #[schemars(range(min = 1))]
@@ -364,7 +370,7 @@ pub struct Checkpoint {
 impl Default for Checkpoint {
     fn default() -> Self {
         Checkpoint {
-            every_tokens: Tokens(1_000_000_000),
+            every_tokens: CheckpointInterval::Tokens(Tokens(1_000_000_000)),
             keep: 3,
             to: None,
         }

@@ -107,7 +107,7 @@ impl Curves {
             recipe.batch.tokens = Tokens((recipe.batch.samples() / self.shorter).max(8) * sample);
             recipe.optimizer.warmup = Warmup::Steps(4);
         }
-        recipe.checkpoint.every_tokens = Tokens((budget / self.checkpoints).max(1));
+        recipe.checkpoint.every_tokens = Tokens((budget / self.checkpoints).max(1)).into();
         recipe.checkpoint.keep = u32::MAX;
         Ok(recipe)
     }

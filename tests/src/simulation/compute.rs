@@ -61,11 +61,13 @@ pub(super) enum Stage {
     Aborting,
 }
 
-/// How a rank was asked to end its generation; the ranks agree on the greatest.
+/// What a rank was asked for; the ranks agree on the greatest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Wish {
     #[default]
     Nothing,
+    /// Write a checkpoint and go on.
+    Checkpoint,
     /// Keep the state, for another membership.
     Regroup,
     /// Write a checkpoint.
@@ -79,6 +81,9 @@ pub(super) struct Job {
     pub place: Place,
     pub stage: Stage,
     pub wish: Wish,
+    /// A checkpoint newer than that of this step is asked for, and the step of the last one that was begun.
+    pub asked: Option<u64>,
+    begun: u64,
     pub model: Model,
     /// It has trained a step, so that its generation knows how long one takes.
     pub stepped: bool,
@@ -108,6 +113,8 @@ impl Job {
             place,
             stage: Stage::Connecting,
             wish,
+            asked: None,
+            begun: 0,
             model: Model::default(),
             stepped: false,
             hangs: false,
@@ -134,6 +141,16 @@ impl Job {
     /// It stands still in the middle of a step.
     pub fn stands_still(&self) -> bool {
         self.hangs && self.stage == Stage::Computing
+    }
+
+    /// What it tells the others at the end of a step.
+    fn wishes(&self) -> Wish {
+        let asked = self.asked.is_some_and(|newest| self.begun <= newest);
+        self.wish.max(if asked {
+            Wish::Checkpoint
+        } else {
+            Wish::Nothing
+        })
     }
 
     fn key(&self) -> (String, u64) {
@@ -312,7 +329,7 @@ impl World {
         };
         ring.arrived[job.place.rank as usize] = true;
         if reducing {
-            ring.wish = ring.wish.max(job.wish);
+            ring.wish = ring.wish.max(job.wishes());
         }
         if ring.broken || ring.arrived.contains(&false) {
             return;
@@ -386,7 +403,7 @@ impl World {
                     self.done(worker, Outcome::Finished);
                 } else {
                     match job.agreed {
-                        Wish::Nothing => self.next_step(worker),
+                        Wish::Nothing | Wish::Checkpoint => self.next_step(worker),
                         Wish::Regroup => self.done(worker, Outcome::Regrouped),
                         Wish::Stop => self.done(worker, Outcome::Stopped),
                     }
@@ -397,12 +414,16 @@ impl World {
     }
 
     fn after_step(&mut self, worker: usize, step: u64, wish: Wish, rank: u32) {
+        let Some(job) = &mut self.workers[worker].job else {
+            return;
+        };
         match wish {
-            _ if ground().plan.checkpoint_due(step) => {}
+            _ if ground().due(&job.place.recipe, step) => {}
             Wish::Nothing => return self.next_step(worker),
             Wish::Regroup => return self.done(worker, Outcome::Regrouped),
-            Wish::Stop => {}
+            Wish::Checkpoint | Wish::Stop => {}
         }
+        job.begun = step;
         self.report(worker, Report::Phase(Said::Checkpointing, step));
         if rank == 0 {
             self.enter(worker, Stage::Saving);
@@ -488,7 +509,8 @@ impl World {
         self.watch.started(run, generation, model);
         (job.model, job.loaded) = (model, true);
         let written = job.place.restore.as_ref().map_or(0, |restore| restore.step);
-        let (rank, due) = (job.place.rank, ground().plan.checkpoint_due(model.step));
+        let rank = job.place.rank;
+        let due = ground().due(&job.place.recipe, model.step);
         self.report(worker, Report::Formed(model.formed()));
         if due && written != model.step {
             // The generation that trained it did not come to write its checkpoint.

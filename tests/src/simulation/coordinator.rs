@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use rand::RngExt;
+use supra_coordinator::interval::Bounds;
 use supra_coordinator::ledger::Body;
 use supra_coordinator::machine::{self, Action, Conn, Fact, Limits, Machine, Moment};
 use supra_proto::v1::{
@@ -32,6 +33,18 @@ pub(super) enum Death {
     Unwritten,
     Unsynced,
     Untold,
+}
+
+/// As they are, but for runs of a quarter of a minute.
+fn limits() -> Limits {
+    let interval = Bounds {
+        least: Duration::from_secs(2),
+        most: Duration::from_secs(5),
+    };
+    Limits {
+        interval,
+        ..Limits::default()
+    }
 }
 
 #[derive(Default)]
@@ -71,8 +84,7 @@ impl World {
         self.say(|| "the coordinator starts".into());
         let moment = self.moment();
         let state = self.journal.replayed();
-        let (machine, actions) =
-            Machine::new(state, Limits::default(), ground::identity(), &moment);
+        let (machine, actions) = Machine::new(state, limits(), ground::identity(), &moment);
         self.coordinator.machine = Some(machine);
         self.carry_out(actions);
     }

@@ -323,7 +323,7 @@ impl World {
         }
     }
 
-    fn break_streams(&mut self, number: usize) {
+    pub(super) fn break_streams(&mut self, number: usize) {
         for stream in self.streams_of(number) {
             self.cut(stream, true);
         }

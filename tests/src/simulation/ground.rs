@@ -4,10 +4,14 @@ use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use rand::RngExt;
 use supra_coordinator::machine::{Identity, Submission, Workers};
 use supra_proto::v1;
 use supra_recipes::plan::{Digest, Plan};
-use supra_recipes::schema::Recipe;
+use supra_recipes::schema::{CheckpointInterval, Recipe};
+
+/// What a run may say instead of when checkpoints are due: the coordinator asks for each.
+const AUTO: (&str, &str) = ("every_tokens: 440", "every_tokens: auto");
 
 /// 10 tokens per sample, 11 samples per step, 268 samples: 24 steps and a smaller one. A checkpoint every 4 steps.
 pub(super) const RECIPE: &str = "\
@@ -47,6 +51,14 @@ pub(super) fn ground() -> &'static Ground {
 }
 
 impl Ground {
+    /// Whether a checkpoint is due after a step that nobody has to ask for.
+    pub fn due(&self, recipe: &Recipe, step: u64) -> bool {
+        match recipe.checkpoint.every_tokens {
+            CheckpointInterval::Tokens(_) => self.plan.checkpoint_due(step),
+            CheckpointInterval::Auto => step == self.plan.steps,
+        }
+    }
+
     /// Sum of the digests of a range of samples.
     pub fn digest(&self, samples: std::ops::Range<u64>) -> Digest {
         let places = samples.start as usize..samples.end as usize;
@@ -127,15 +139,29 @@ pub(super) fn identity() -> Identity {
     }
 }
 
-/// A run for between `workers.0` and `workers.1` workers.
-pub(super) fn submission(number: usize, workers: (u32, u32)) -> Submission {
+/// A run for between `workers.0` and `workers.1` workers. Some leave checkpoints to the coordinator, some break their workers.
+pub(super) fn submission(
+    number: usize,
+    workers: (u32, u32),
+    random: &mut impl RngExt,
+) -> Submission {
     let plan = &ground().plan;
+    let mut recipe = RECIPE.to_owned();
+    if random.random_bool(0.5) {
+        recipe = recipe.replace(AUTO.0, AUTO.1);
+    }
+    if random.random_bool(0.4) {
+        let (faults, seed) = (random.random_range(1..5), random.random_range(0..1000));
+        recipe.push_str(&format!(
+            "chaos: {{ faults: {faults}, every: 1 s, seed: {seed} }}\n"
+        ));
+    }
     let id = format!("run-{number}");
     Submission {
         checkpoint_root: PathBuf::from("/checkpoints").join(&id),
         id,
         name: "simulated".into(),
-        recipe: RECIPE.into(),
+        recipe,
         keep: 2,
         budget_tokens: plan.samples * plan.sequence_length,
         workers: Workers {

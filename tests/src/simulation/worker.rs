@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 use rand::RngExt;
 use supra_agent::Exit;
 use supra_agent::session::{Action, Input, Session};
-use supra_proto::v1::{CoordinatorMessage, Hello, WorkerMessage, worker_message::Body as Up};
+use supra_proto::v1::{
+    CoordinatorMessage, Hello, OrderedFaultKind, WorkerMessage, worker_message::Body as Up,
+};
 
 use super::World;
 use super::compute::{Job, Stage, Wish, Work};
@@ -288,6 +290,12 @@ impl World {
                     job.wish = job.wish.max(Wish::Regroup);
                 }
             }
+            Action::RequestCheckpoint(newest) => {
+                if let Some(job) = &mut self.workers[number].job {
+                    job.asked = Some(newest);
+                }
+            }
+            Action::Break(kind, lasts) => self.break_down(number, kind, lasts),
             Action::Publish {
                 job,
                 step,
@@ -335,6 +343,21 @@ impl World {
                 input,
             },
         );
+    }
+
+    /// What the recipe's `chaos` orders.
+    fn break_down(&mut self, number: usize, kind: OrderedFaultKind, lasts: Duration) {
+        match kind {
+            OrderedFaultKind::Unspecified => {}
+            OrderedFaultKind::Kill => self.worker_dies(number, true, false),
+            OrderedFaultKind::Stop => {
+                let until = self.now + lasts.as_micros() as Time;
+                let worker = &mut self.workers[number];
+                worker.paused_until = worker.paused_until.max(until);
+            }
+            OrderedFaultKind::Disconnect => self.break_streams(number),
+            OrderedFaultKind::Reset => self.work(number, MS, Work::RingBroke),
+        }
     }
 
     /// An orderly end. Somebody starts the worker again later.

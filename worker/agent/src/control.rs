@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal::SIGXFSZ;
 use supra_proto::ClientError;
-use supra_proto::v1::CoordinatorMessage;
+use supra_proto::v1::{CoordinatorMessage, OrderedFaultKind};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, Sleep, interval, sleep};
 
 use crate::address::DataAddress;
+use crate::chaos;
 use crate::collective::RingPlan;
 use crate::error::AgentError;
 use crate::job::{DataPlane, Job};
@@ -163,6 +164,10 @@ impl Controller {
                     Action::Void => self.tell(LinkControl::void),
                     Action::RequestStop => self.tell(LinkControl::request_stop),
                     Action::RequestRegroup => self.tell(LinkControl::request_regroup),
+                    Action::RequestCheckpoint(newest) => {
+                        self.tell(|control| control.request_checkpoint(newest));
+                    }
+                    Action::Break(kind, lasts) => inputs.extend(self.break_down(kind, lasts)),
                     Action::TellPublished(step) => self.tell(|control| control.published(step)),
                     Action::Finish {
                         job,
@@ -324,6 +329,29 @@ impl Controller {
         );
         self.stream = Stream::pausing(pause);
         vec![Input::Detached]
+    }
+
+    /// Does to this worker what the recipe's `chaos` orders.
+    fn break_down(&mut self, kind: OrderedFaultKind, lasts: Duration) -> Vec<Input> {
+        tracing::warn!(
+            "chaos orders a fault of this worker: {}",
+            kind.as_str_name()
+        );
+        match kind {
+            OrderedFaultKind::Unspecified => Vec::new(),
+            OrderedFaultKind::Kill => chaos::kill(),
+            OrderedFaultKind::Stop => {
+                if let Err(error) = chaos::stop(lasts) {
+                    tracing::error!("cannot stand still for a while: {error}");
+                }
+                Vec::new()
+            }
+            OrderedFaultKind::Disconnect => self.on_broken("chaos orders it"),
+            OrderedFaultKind::Reset => {
+                self.tell(LinkControl::reset);
+                Vec::new()
+            }
+        }
     }
 
     async fn finish(mut self, exit: Exit) -> Result<Exit, AgentError> {

@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 mod address;
+mod chaos;
 pub mod collective;
 mod control;
 mod error;

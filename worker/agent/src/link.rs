@@ -55,10 +55,20 @@ struct Shared {
     void: AtomicBool,
     stop: AtomicBool,
     regroup: AtomicBool,
+    checkpoints: Mutex<Checkpoints>,
     told: Mutex<Told>,
     changed: Condvar,
     abort: AbortHandle,
     waiting: Waiting,
+}
+
+/// Checkpoints that are asked for.
+#[derive(Debug, Default)]
+struct Checkpoints {
+    /// One that is newer than that of this step is asked for.
+    newer_than: Option<u64>,
+    /// Step of the last one that was begun.
+    begun: Option<u64>,
 }
 
 /// What the training loop may wait for.
@@ -69,6 +79,11 @@ struct Told {
 }
 
 impl Shared {
+    fn checkpoints(&self) -> MutexGuard<'_, Checkpoints> {
+        let checkpoints = self.checkpoints.lock();
+        checkpoints.unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn told(&self) -> MutexGuard<'_, Told> {
         self.told.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -100,6 +115,14 @@ impl Link {
         self.shared.regroup.load(Ordering::Relaxed)
     }
 
+    /// Whether the coordinator asked for a checkpoint after the step in hand, and none was begun since. Only rank 0 is asked: it
+    /// tells the others.
+    pub fn checkpoint_requested(&self) -> bool {
+        let checkpoints = self.shared.checkpoints();
+        let asked = checkpoints.newer_than;
+        asked.is_some_and(|newest| checkpoints.begun.is_none_or(|begun| begun <= newest))
+    }
+
     /// Says what the worker is doing; `step` is the step in hand, 0 outside training.
     pub fn phase(&self, phase: Phase, step: u64) {
         self.send(Report::Phase(phase, step));
@@ -118,6 +141,7 @@ impl Link {
     /// Reports a synced checkpoint of a step that this rank has reported; its manifest follows when the coordinator has heard
     /// of the step from all ranks (rank 0 only).
     pub fn checkpoint_filled(&self, checkpoint: Unfinished) {
+        self.shared.checkpoints().begun = Some(checkpoint.step);
         self.send(Report::CheckpointFilled(checkpoint));
     }
 
@@ -215,6 +239,16 @@ impl LinkControl {
         self.shared.waiting.lasted()
     }
 
+    /// Asks for a checkpoint after the step in hand, newer than that of step `newest`.
+    pub fn request_checkpoint(&self, newest: u64) {
+        self.shared.checkpoints().newer_than = Some(newest);
+    }
+
+    /// Shuts the connections to other ranks down, as a broken network would.
+    pub fn reset(&self) {
+        self.shared.abort.reset();
+    }
+
     /// Frees whoever waits for the publication of the checkpoint of `step`.
     pub fn published(&self, step: u64) {
         let mut told = self.shared.told();
@@ -280,6 +314,30 @@ mod tests {
         control.published(6);
         control.published(7);
         assert_eq!(waiter.join().unwrap(), Ok(()));
+    }
+
+    fn filled(step: u64) -> Unfinished {
+        Unfinished {
+            step,
+            path: String::new(),
+            bytes: 0,
+            manifest: [String::new(), String::new()],
+            seconds: 0.0,
+        }
+    }
+
+    #[test]
+    fn a_checkpoint_is_asked_for_until_a_newer_one_begins() {
+        let (link, control, _reports) = pair();
+        assert!(!link.checkpoint_requested());
+        control.request_checkpoint(3);
+        assert!(link.checkpoint_requested());
+        link.checkpoint_filled(filled(7));
+        assert!(!link.checkpoint_requested());
+        control.request_checkpoint(3);
+        assert!(!link.checkpoint_requested(), "a repeat changes nothing");
+        control.request_checkpoint(7);
+        assert!(link.checkpoint_requested());
     }
 
     #[test]

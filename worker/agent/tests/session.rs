@@ -8,9 +8,9 @@ use supra_agent::{FaultKind, Formed, Outcome, Phase, Unfinished};
 use supra_proto::v1::coordinator_message::Body as Down;
 use supra_proto::v1::worker_message::Body as Up;
 use supra_proto::v1::{
-    Assignment, CheckpointWritten, CoordinatorMessage, Goodbye, Held, LedgerHead,
-    PublishCheckpoint, Refusal, Regroup, RestoreFrom, StartFromHeld, StepReport, StopAfterStep,
-    Void, Welcome,
+    Assignment, CheckpointAfterStep, CheckpointWritten, CoordinatorMessage, Goodbye, Held,
+    LedgerHead, OrderedFault, OrderedFaultKind, PublishCheckpoint, Refusal, Regroup, RestoreFrom,
+    StartFromHeld, StepReport, StopAfterStep, Void, Welcome,
 };
 
 use crate::coordinator::RECIPE;
@@ -129,6 +129,8 @@ fn show(action: &Action) -> String {
         Action::Void => "void".to_owned(),
         Action::RequestStop => "request stop".to_owned(),
         Action::RequestRegroup => "request regroup".to_owned(),
+        Action::RequestCheckpoint(newest) => format!("request a checkpoint after {newest}"),
+        Action::Break(kind, lasts) => format!("{kind:?} for {lasts:?}"),
         Action::Publish {
             job, step, path, ..
         } => format!("publish {path} step {step} for job {job}"),
@@ -450,6 +452,33 @@ fn a_regrouping_is_asked_for_once_and_left_with_its_reason() {
         bench.done(1, Outcome::Voided),
         ["left Void of run/1", "start job 2", "request regroup"]
     );
+}
+
+#[test]
+fn a_checkpoint_is_asked_of_the_loop_that_works_and_of_no_other() {
+    let mut bench = Bench::working();
+    let checkpoint = || Down::Checkpoint(CheckpointAfterStep { newest: 4 });
+    assert_eq!(
+        bench.says(1, checkpoint()),
+        ["request a checkpoint after 4"]
+    );
+    assert_eq!(bench.says(2, checkpoint()), [""; 0]);
+}
+
+#[test]
+fn an_ordered_fault_is_obeyed_once_and_only_in_its_generation() {
+    let mut bench = Bench::working();
+    let fault = |number| {
+        Down::OrderedFault(OrderedFault {
+            kind: OrderedFaultKind::Stop.into(),
+            seconds: 1.5,
+            number,
+        })
+    };
+    assert_eq!(bench.says(2, fault(1)), [""; 0]);
+    assert_eq!(bench.says(1, fault(1)), ["Stop for 1.5s"]);
+    assert_eq!(bench.says(1, fault(1)), [""; 0], "a repeat");
+    assert_eq!(bench.says(1, fault(2)), ["Stop for 1.5s"]);
 }
 
 #[test]

@@ -24,6 +24,8 @@ pub enum Wish {
     /// The next step.
     #[default]
     GoOn,
+    /// A checkpoint, then the next step.
+    Checkpoint,
     /// Another membership.
     Regroup,
     /// A checkpoint, and the end.
@@ -31,7 +33,7 @@ pub enum Wish {
 }
 
 impl Wish {
-    const ALL: [Wish; 3] = [Wish::GoOn, Wish::Regroup, Wish::Stop];
+    const ALL: [Wish; 4] = [Wish::GoOn, Wish::Checkpoint, Wish::Regroup, Wish::Stop];
 
     /// What the coordinator has asked this rank for by now.
     pub fn of(link: &Link) -> Wish {
@@ -39,6 +41,8 @@ impl Wish {
             Wish::Stop
         } else if link.regroup_requested() {
             Wish::Regroup
+        } else if link.checkpoint_requested() {
+            Wish::Checkpoint
         } else {
             Wish::GoOn
         }
@@ -141,7 +145,7 @@ mod tests {
         let bytes = tally.to_bytes();
         assert_eq!(Tally::from_bytes(&bytes), Some(tally));
         let mut unknown = bytes;
-        unknown[BYTES - 1] = 3;
+        unknown[BYTES - 1] = Wish::ALL.len() as u8;
         assert_eq!(Tally::from_bytes(&unknown), None);
         assert_eq!(Tally::from_bytes(&[0; 3]), None);
     }

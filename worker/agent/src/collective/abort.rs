@@ -48,6 +48,13 @@ impl AbortHandle {
         self.shared.wake.notify_all();
     }
 
+    /// Shuts the sockets down, as a broken network would: whoever is blocked on one hears that it is gone.
+    pub(crate) fn reset(&self) {
+        for socket in self.blocked().sockets.iter().filter_map(Weak::upgrade) {
+            socket.shutdown(Shutdown::Both).ok();
+        }
+    }
+
     /// Has `action` run once by an abort, also by one that has already happened. It runs on the thread
     /// that aborts, which has others to tell: it must not wait for anything.
     pub fn on_abort(&self, action: impl FnOnce() + Send + 'static) {

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 use supra_proto::v1::coordinator_message::Body as Down;
 use supra_proto::v1::worker_message::Body as Up;
 use supra_proto::v1::{
-    CoordinatorMessage, FaultKind, LedgerHead, LeftReason, Phase, PublishCheckpoint, Welcome,
+    CoordinatorMessage, FaultKind, LedgerHead, LeftReason, OrderedFault, Phase, PublishCheckpoint,
+    Welcome,
 };
 
 use super::{Action, Actions, Current, Heartbeats, Session, Stage, Standing};
@@ -62,7 +63,14 @@ impl Session {
             Down::Regroup(_) => self.on_regroup(&run, generation, actions),
             Down::Publish(publish) if mine => self.on_publish(&publish, now, actions),
             Down::LedgerHead(head) if mine => self.on_ledger_head(&head, now, actions),
-            Down::Publish(_) | Down::LedgerHead(_) => {}
+            Down::Checkpoint(checkpoint) if mine => {
+                actions.push(Action::RequestCheckpoint(checkpoint.newest));
+            }
+            Down::OrderedFault(fault) if mine => self.on_ordered_fault(&fault, actions),
+            Down::Publish(_)
+            | Down::LedgerHead(_)
+            | Down::Checkpoint(_)
+            | Down::OrderedFault(_) => {}
         }
     }
 
@@ -141,6 +149,7 @@ impl Session {
             regroup: place.regroup,
             unfinished: Vec::new(),
             written: Vec::new(),
+            fault: 0,
             published: None,
         };
         match &place.restore {
@@ -217,6 +226,19 @@ impl Session {
         {
             next.regroup = true;
         }
+    }
+
+    fn on_ordered_fault(&mut self, fault: &OrderedFault, actions: &mut Actions) {
+        let Some(current) = self
+            .current
+            .as_mut()
+            .filter(|current| current.fault < fault.number)
+        else {
+            return;
+        };
+        current.fault = fault.number;
+        let lasts = Duration::try_from_secs_f64(fault.seconds).unwrap_or_default();
+        actions.push(Action::Break(fault.kind(), lasts));
     }
 
     fn on_ledger_head(&mut self, head: &LedgerHead, now: Instant, actions: &mut Actions) {

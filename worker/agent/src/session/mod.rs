@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use supra_proto::v1::worker_message::Body as Up;
 use supra_proto::v1::{
     CheckpointWritten, CoordinatorMessage, Fault, FaultKind, Heartbeat, Held, Left, LeftReason,
-    Phase, Place as Standpoint,
+    OrderedFaultKind, Phase, Place as Standpoint,
 };
 
 use crate::link::Tagged;
@@ -89,6 +89,10 @@ pub enum Action {
     RequestStop,
     /// Ask the job that was started last to end after its step, for another membership.
     RequestRegroup,
+    /// Ask the job that was started last for a checkpoint after its step, unless it has begun one newer than this step's.
+    RequestCheckpoint(u64),
+    /// Break this worker in this way, for so long where that has a meaning: the recipe's `chaos` orders it.
+    Break(OrderedFaultKind, Duration),
     /// Publish a checkpoint and tell of it with [`Input::Published`].
     Publish {
         /// Job that asks.
@@ -168,6 +172,8 @@ struct Current {
     /// Checkpoints that wait for the ledger's head, and those that wait to be published.
     unfinished: Vec<Unfinished>,
     written: Vec<CheckpointWritten>,
+    /// Number of the last fault that was ordered.
+    fault: u32,
     published: Option<(u64, [u8; 32])>,
 }
 
