@@ -311,6 +311,7 @@ impl Account {
             }
             Fact::Submitted { .. }
             | Fact::StopAsked { .. }
+            | Fact::Logged { .. }
             | Fact::Published { .. }
             | Fact::Retired { .. }
             | Fact::Deleted { .. }

@@ -31,6 +31,7 @@ mod pacing;
 mod pulse;
 mod recovery;
 mod regroup;
+mod replicas;
 #[cfg(test)]
 mod rig;
 mod state;
@@ -39,12 +40,14 @@ mod stuck;
 #[cfg(test)]
 mod tests;
 mod training;
+mod verify;
 mod view;
 mod worker;
 
 pub use clients::{Refused, Submission};
 pub use fact::{Fact, Outcome};
 pub use state::{Aside, Checkpoint, Failures, Run, RunNumber, RunPhase, State, Workers};
+pub use verify::Logged;
 pub use view::FindError;
 pub use worker::Conn;
 

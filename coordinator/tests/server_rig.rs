@@ -346,5 +346,6 @@ fn report(plan: &Plan, step: u64, rank: u32, world: u32) -> v1::StepReport {
         data_seconds: 0.0,
         exposed_comm_ms: 0.0,
         step_digest: Vec::new(),
+        bucket_hashes: Vec::new(),
     }
 }

@@ -410,6 +410,18 @@ const CASES: &[Case] = &[
     ),
     case(
         5,
+        "resume: { verify_steps: 1001 }",
+        (5, 11),
+        &["`resume.verify_steps` = 1001 is above 1000", "two steps"],
+    ),
+    case(
+        5,
+        "resume: { verify_step: 1 }",
+        (5, 11),
+        &["did you mean `verify_steps`?"],
+    ),
+    case(
+        5,
         "attention: softmax\nmodel: { qk_norm: true }",
         (6, 10),
         &["no meaning with `attention: softmax`"],

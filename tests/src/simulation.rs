@@ -90,8 +90,14 @@ struct World {
     streams: Vec<network::Stream>,
     workers: Vec<Worker>,
     rings: std::collections::BTreeMap<(String, u64), compute::Ring>,
-    /// The next step is not finite.
+    /// The next step that was never trained is not finite.
     nonfinite: bool,
+    /// In the next step a device gives nothing finite where others do.
+    hardware: bool,
+    /// The next step comes to something else than it should, on all ranks.
+    drift: bool,
+    /// Steps that were trained, by run: whether they are not finite, whoever trains them.
+    skips: std::collections::BTreeMap<(String, u64), bool>,
     /// Workers that runs need and may have.
     room: (u32, u32),
     faults: Faults,
@@ -123,6 +129,9 @@ impl World {
             workers: Vec::new(),
             rings: std::collections::BTreeMap::new(),
             nonfinite: false,
+            hardware: false,
+            drift: false,
+            skips: std::collections::BTreeMap::new(),
             room,
             calm: false,
             calm_at,

@@ -14,6 +14,7 @@ mod policy;
 mod replay;
 mod start;
 mod tally;
+mod witness;
 
 use std::{rc::Rc, time::Instant};
 
@@ -48,8 +49,8 @@ use crate::{
     failure::chain,
     kernels::Kernels,
     model::ModelConfig,
-    optim::{AdamW, Exchange, Part, Replica, clip},
-    step::{Step, StepError},
+    optim::{AdamW, Exchange, Part, Prints, Replica, clip},
+    step::Step,
 };
 
 /// Steps whose samples are read ahead.
@@ -58,16 +59,31 @@ const READ_AHEAD: usize = 2;
 /// Trains one generation of a run until it ends, one way or the other. `build` is the program's version and commit. `kept`
 /// is what this process has in memory of an earlier generation, and gets what it has of this one, if another generation may
 /// start from it; the link is told, too.
-pub fn train(mut job: Job, place: &Place, build: &str, kept: &mut Option<Kept>) -> Outcome {
-    let link = job.link.clone();
+pub fn train(job: Job, place: &Place, build: &str, kept: &mut Option<Kept>) -> Outcome {
+    train_with(job, place, build, kept, |kernels| kernels)
+}
+
+/// [`train`] with other kernels: `wrap` gets those that the device has, and gives those that compute.
+pub fn train_with(
+    mut job: Job,
+    place: &Place,
+    build: &str,
+    kept: &mut Option<Kept>,
+    wrap: impl FnOnce(Rc<dyn Kernels>) -> Rc<dyn Kernels>,
+) -> Outcome {
+    let (link, rank) = (job.link.clone(), job.rank);
     kept.iter_mut().for_each(|kept| kept.enter(&job));
-    let ended = match Trainer::form(&mut job, place, build, kept) {
+    let ended = match Trainer::form(&mut job, place, build, kept, wrap) {
         Ok(trainer) => trainer.run(kept),
         Err(error) => Err(error),
     };
     let outcome = match ended {
         Ok(outcome) => outcome,
-        // Whatever broke: in a void generation it broke because of that.
+        Err(error @ TrainError::Hardware { .. }) => Outcome::Hardware {
+            culprit: error.culprit(),
+            message: chain(&error),
+        },
+        // Whatever else broke: in a void generation it broke because of that.
         Err(_) if link.void() => Outcome::Voided,
         Err(TrainError::Void(_)) => Outcome::Voided,
         Err(error) => Outcome::Fault {
@@ -75,21 +91,23 @@ pub fn train(mut job: Job, place: &Place, build: &str, kept: &mut Option<Kept>) 
             message: chain(&error),
         },
     };
-    if !goes_on(&outcome) {
+    if !goes_on(&outcome, rank) {
         *kept = None;
     }
     kept.iter().for_each(|kept| link.held(kept.held()));
     outcome
 }
 
-/// Whether another generation may go on from where this one ended.
-fn goes_on(outcome: &Outcome) -> bool {
+/// Whether another generation may go on from where this one ended, by what this rank has. What is in the memory of a broken
+/// device is not to be trusted.
+fn goes_on(outcome: &Outcome, rank: u32) -> bool {
     match outcome {
         Outcome::Regrouped | Outcome::Voided => true,
         Outcome::Finished | Outcome::Stopped => false,
         Outcome::Fault { kind, .. } => {
             matches!(kind, FaultKind::Transient | FaultKind::Peer)
         }
+        Outcome::Hardware { culprit, .. } => *culprit != Some(rank),
     }
 }
 
@@ -101,6 +119,7 @@ struct Trainer<'a> {
     // Before the replica, whose memory it works on until it is dropped.
     exchange: Exchange,
     plan: Plan,
+    layout: Layout,
     batches: Prefetch<Result<HostBatch, LayoutError>>,
     dataset: DatasetFacts,
     config: ModelConfig,
@@ -131,6 +150,7 @@ impl<'a> Trainer<'a> {
         place: &Place,
         build: &str,
         kept: &mut Option<Kept>,
+        wrap: impl FnOnce(Rc<dyn Kernels>) -> Rc<dyn Kernels>,
     ) -> Result<Trainer<'a>, TrainError> {
         job.link.phase(Phase::Forming, 0);
         let mut host = job.connect()?;
@@ -155,6 +175,7 @@ impl<'a> Trainer<'a> {
         if job.rank == 0 {
             notes.iter().for_each(|note| job.link.log("WARN", note));
         }
+        let kernels = wrap(kernels);
         let manifest = reader.manifest();
         let dataset = DatasetFacts {
             hash: blake3::Hash::from_bytes(manifest.hash())
@@ -189,6 +210,7 @@ impl<'a> Trainer<'a> {
             environment,
             exchange,
             plan,
+            layout,
             dataset,
             squared: replica.gradient_of(Part::of_rank(job.rank, job.world)),
             replica,
@@ -227,6 +249,9 @@ impl<'a> Trainer<'a> {
             let waiting = Instant::now();
             let all = mine.gather(self.exchange.host())?;
             let mut exposed = waiting.elapsed() + self.exchange.stalled()?;
+            if !all.is_finite() {
+                self.witness(&batch, &mine, step)?;
+            }
 
             let mut report = self.update(step, &batch, &all)?;
             exposed += self.exchange.stalled()?;
@@ -315,23 +340,17 @@ impl<'a> Trainer<'a> {
             if link.void() {
                 return Err(Voided.into());
             }
-            self.passes
-                .accumulate(
-                    self.replica.params(),
-                    self.replica.gradients(),
-                    &input,
-                    recipe.optimizer.z_loss,
-                    &mut Beside {
-                        link,
-                        exchange: &mut self.exchange,
-                        last: micro_batches.len() == 0,
-                    },
-                )
-                .map_err(|error| match error {
-                    StepError::Stopped => Voided.into(),
-                    StepError::Exchange(error) => TrainError::Devices(error),
-                    StepError::Kernel(error) => TrainError::Kernel(error),
-                })?;
+            self.passes.accumulate(
+                self.replica.params(),
+                self.replica.gradients(),
+                &input,
+                recipe.optimizer.z_loss,
+                &mut Beside {
+                    link,
+                    exchange: &mut self.exchange,
+                    last: micro_batches.len() == 0,
+                },
+            )?;
             if self.job.until == Some(self.step + 1) {
                 let loss = MicroLoss::after(&self.passes, &input);
                 self.micro_losses.push(loss);
@@ -351,8 +370,8 @@ impl<'a> Trainer<'a> {
         all: &Tally,
     ) -> Result<StepReport, TrainError> {
         let scale = 1.0 / all.targets as f64;
-        let grad_norm = all.squares.sqrt() * scale;
-        let skip = !(all.loss_sum * scale).is_finite() || !grad_norm.is_finite();
+        let grad_norm = all.grad_norm();
+        let skip = !all.is_finite();
         let learning_rate = self.plan.learning_rate(step);
         self.torn = true;
         if skip {
@@ -373,10 +392,11 @@ impl<'a> Trainer<'a> {
         self.step = step;
         self.torn = false;
         let samples = self.plan.step_samples(step);
-        let replica_hash = if self.plan.replica_check_due(step) {
-            self.hash()?.to_vec()
+        let (replica_hash, bucket_hashes) = if self.plan.replica_check_due(step) {
+            let Prints { whole, buckets } = self.prints()?;
+            (whole.to_vec(), buckets)
         } else {
-            Vec::new()
+            Default::default()
         };
         Ok(StepReport {
             step,
@@ -391,6 +411,7 @@ impl<'a> Trainer<'a> {
             learning_rate,
             skipped: skip,
             replica_hash,
+            bucket_hashes,
             ..StepReport::default()
         })
     }
@@ -410,17 +431,17 @@ impl<'a> Trainer<'a> {
         })
     }
 
-    /// [`Replica::hash`] of what the step just done left.
-    fn hash(&mut self) -> Result<[u8; 32], TrainError> {
+    /// [`Replica::prints`] of what the step just done left.
+    fn prints(&mut self) -> Result<Prints, TrainError> {
         self.exchange.all_gathered()?;
         let (kernels, host) = (self.kernels.as_ref(), self.exchange.host());
-        Ok(self.replica.hash(kernels, host)?)
+        Ok(self.replica.prints(kernels, host)?)
     }
 
     /// Writes a checkpoint of the step just done. With `wait`, returns when it is published, on all ranks.
     fn checkpoint(&mut self, wait: bool) -> Result<(), TrainError> {
         self.job.link.phase(Phase::Checkpointing, self.step);
-        let replica_hash = self.hash()?;
+        let replica_hash = self.prints()?.whole;
         if self.job.rank == 0 {
             self.sweep();
             self.write_checkpoint(replica_hash)?;

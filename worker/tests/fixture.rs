@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File},
     path::{Path, PathBuf},
+    rc::Rc,
     sync::Arc,
     thread,
 };
@@ -23,6 +24,7 @@ use supra_data::{Auto3, IndexOptions};
 use supra_recipes::{Recipe, schema::Attention};
 use supra_worker::{
     device::{self, DeviceName},
+    kernels::Kernels,
     trainer::{self, Kept},
 };
 use tempfile::TempDir;
@@ -190,6 +192,8 @@ pub struct Generation<'a> {
     pub device: DeviceName,
     /// Memory that the device is said to have, instead of its own.
     pub free_memory: Option<u64>,
+    /// What computes on a rank in place of the device's own kernels.
+    pub kernels: fn(u32, Rc<dyn Kernels>) -> Rc<dyn Kernels>,
 }
 
 impl<'a> Generation<'a> {
@@ -205,6 +209,7 @@ impl<'a> Generation<'a> {
             regroup_after: None,
             device: DeviceName::Cpu,
             free_memory: None,
+            kernels: |_, own| own,
         }
     }
 
@@ -280,10 +285,12 @@ impl<'a> Generation<'a> {
             control.request_regroup();
         }
         let (device, free_memory) = (self.device, self.free_memory);
+        let (kernels, rank) = (self.kernels, job.rank);
         let compute = thread::spawn(move || {
             let mut place = device::open(device, 1).unwrap();
             place.free_memory = free_memory.or(place.free_memory);
-            let outcome = trainer::train(job, &place, BUILD, &mut kept);
+            let wrap = |own| kernels(rank, own);
+            let outcome = trainer::train_with(job, &place, BUILD, &mut kept, wrap);
             (outcome, kept)
         });
         let mut rank = Rank {
@@ -350,7 +357,7 @@ pub fn losses(steps: &[StepReport]) -> Vec<f64> {
 /// The message of a fault.
 pub fn fault(rank: &Rank) -> &str {
     match &rank.outcome {
-        Outcome::Fault { message, .. } => message,
+        Outcome::Fault { message, .. } | Outcome::Hardware { message, .. } => message,
         other => panic!("no fault: {other:?}"),
     }
 }

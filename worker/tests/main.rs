@@ -3,6 +3,7 @@
 // Clippy allows this in test functions, but not in their helpers.
 #![allow(clippy::unwrap_used)]
 
+mod broken;
 mod checkpoint;
 mod cli;
 mod fixture;
@@ -16,3 +17,4 @@ mod padding;
 mod replay;
 mod step;
 mod train;
+mod witness;

@@ -13,6 +13,7 @@ fn formed() -> Fact {
         generation: 1,
         members: vec!["a".into()],
         from_step: 0,
+        circumstances: [0; 32],
     }
 }
 

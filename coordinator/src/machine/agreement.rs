@@ -6,6 +6,7 @@ use std::fmt::Display;
 use supra_proto::v1::{Formed, Held, StepReport};
 use supra_recipes::plan::{Digest, Plan};
 
+use super::replicas;
 use crate::ledger::{self, Hash, Open};
 
 /// What a rank said, with the name of its worker; several are in rank order.
@@ -123,9 +124,7 @@ fn global(said: &[Said<StepReport>], step: u64, plan: &Plan) -> Result<(), Strin
             "the ranks applied learning rate {rate}, the plan says {expected}"
         ));
     }
-    let hash = same(said, "the hash of their parameters", |report| {
-        ledger::hex(&report.replica_hash)
-    })?;
+    let hash = replicas::same(said)?;
     if plan.replica_check_due(step) && hash.is_empty() {
         return Err("a hash of the parameters is due and no rank sent one".into());
     }

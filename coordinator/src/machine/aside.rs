@@ -21,6 +21,9 @@ const REMEMBERED: usize = 10;
 /// that rule decides first: a step that fails everywhere is not the fault of the worker that says so.
 const TOO_MANY: usize = 3;
 
+/// So many of them in which its device computed wrong are too many: that seldom passes.
+const TOO_MANY_OF_HARDWARE: usize = 2;
+
 /// How long after the end of a generation a lost worker still counts as its cause: the others often notice that its
 /// sockets are gone before the coordinator does, and report that as a fault of their own.
 const ECHO: Duration = Duration::from_secs(2);
@@ -28,6 +31,8 @@ const ECHO: Duration = Duration::from_secs(2);
 /// What a worker did to its generation, the more telling first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Blame {
+    /// Its device computes wrong.
+    Hardware,
     /// It died or fell silent.
     Lost,
     /// It reported a fault, or stood still.
@@ -44,6 +49,13 @@ struct Accusation {
     cause: String,
 }
 
+/// The worker that broke a generation.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Culprit {
+    name: String,
+    blame: Blame,
+}
+
 const DRAINED: &str = "drained by a user";
 
 /// What is remembered of the workers' conduct.
@@ -52,18 +64,23 @@ pub(crate) struct Conduct {
     /// In the generation in hand.
     accused: Vec<Accusation>,
     /// The last generations, newest last: the worker that broke it while others survived, if one did.
-    ended: VecDeque<Option<String>>,
+    ended: VecDeque<Option<Culprit>>,
 }
 
 impl Conduct {
     /// A generation is over. How many of those remembered `culprit` has broken, when that is too many.
-    fn end(&mut self, culprit: Option<String>) -> Option<usize> {
+    fn end(&mut self, culprit: Option<Culprit>) -> Option<usize> {
         self.ended.push_back(culprit.clone());
         if self.ended.len() > REMEMBERED {
             self.ended.pop_front();
         }
-        let broken = self.ended.iter().filter(|ended| **ended == culprit).count();
-        (culprit.is_some() && broken >= TOO_MANY).then_some(broken)
+        let name = culprit?.name;
+        let its = || self.ended.iter().flatten().filter(|it| it.name == name);
+        let (broken, of_hardware) = (
+            its().count(),
+            its().filter(|it| it.blame == Blame::Hardware).count(),
+        );
+        (broken >= TOO_MANY || of_hardware >= TOO_MANY_OF_HARDWARE).then_some(broken)
     }
 
     /// Of the last generations, those that a worker is to blame for.
@@ -89,7 +106,9 @@ impl Machine {
             {
                 return;
             }
-            Stage::Leaving { since, .. } if self.moment.now.saturating_sub(since) > ECHO => {
+            Stage::Leaving { since, .. }
+                if blame != Blame::Hardware && self.moment.now.saturating_sub(since) > ECHO =>
+            {
                 Blame::Late
             }
             _ => blame,
@@ -120,8 +139,11 @@ impl Machine {
                 let mut others = generation.members.iter();
                 others.any(|member| member.name != culprit.name && !member.lost)
             });
-        let name = culprit.as_ref().map(|culprit| culprit.name.clone());
-        let (Some(broken), Some(culprit)) = (self.conduct.end(name), culprit) else {
+        let ended = culprit.as_ref().map(|culprit| Culprit {
+            name: culprit.name.clone(),
+            blame: culprit.blame,
+        });
+        let (Some(broken), Some(culprit)) = (self.conduct.end(ended), culprit) else {
             return;
         };
         let Accusation {
@@ -133,7 +155,7 @@ impl Machine {
         let last = self.conduct.ended.len();
         // It begins with a clean record when it is back.
         self.conduct.ended.iter_mut().for_each(|ended| {
-            ended.take_if(|ended| *ended == name);
+            ended.take_if(|ended| ended.name == name);
         });
         let known = |worker: &&Worker| worker.hello.name == name;
         let attached = self.workers.values().find(known);
@@ -277,14 +299,19 @@ mod tests {
     #[test]
     fn three_of_the_last_ten_are_too_many() {
         let mut conduct = Conduct::default();
-        let b = || Some("b".to_owned());
+        let by = |name: &str, blame| {
+            let name = name.to_owned();
+            Some(Culprit { name, blame })
+        };
+        let b = || by("b", Blame::Failed);
         assert_eq!((conduct.end(b()), conduct.end(b())), (None, None));
         for _ in 0..7 {
             assert_eq!(conduct.end(None), None);
         }
         assert_eq!(conduct.end(b()), Some(3));
-        assert_eq!(conduct.end(Some("a".into())), None);
+        assert_eq!(conduct.end(by("a", Blame::Hardware)), None);
         assert_eq!(conduct.end(b()), None, "the first two are forgotten");
         assert_eq!(conduct.end(b()), Some(3));
+        assert_eq!(conduct.end(by("a", Blame::Hardware)), Some(2));
     }
 }

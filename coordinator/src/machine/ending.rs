@@ -157,7 +157,12 @@ impl Machine {
         let Some(known) = self.state.run(run).filter(goes_on) else {
             return;
         };
-        match generation.unapplied(known.step) {
+        let unapplied = generation.unapplied(known.step).and_then(|unapplied| {
+            let mut steps = unapplied.steps.iter();
+            steps.try_for_each(|accounted| self.verify(run, accounted))?;
+            Ok(unapplied)
+        });
+        match unapplied {
             Ok(unapplied) => self.unapplied = Some(unapplied),
             Err(cause) => self.end_run(run, Outcome::Failed, cause),
         }

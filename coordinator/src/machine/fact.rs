@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::state::{Checkpoint, RunNumber, Workers};
+use super::verify::Logged;
 use crate::chaos;
-use crate::ledger::{Body, Record};
+use crate::ledger::{Body, Hash, Record, hex32};
 
 /// Something that was decided. Replaying facts applies them and decides nothing, so a newer build reads an older
 /// journal; for the same reason a variant or field, once written, keeps its meaning.
@@ -58,6 +59,9 @@ pub enum Fact {
         members: Vec<String>,
         /// Step that it starts from: that of the newest checkpoint, or of what its workers still hold.
         from_step: u64,
+        /// What has to be the same for another generation to give the same bits; zero in journals that are older.
+        #[serde(default, with = "hex32")]
+        circumstances: Hash,
     },
     /// A generation that outlived its coordinator goes on: all its workers are back.
     TakenUp {
@@ -88,6 +92,13 @@ pub enum Fact {
         run: RunNumber,
         /// The record.
         record: Record,
+    },
+    /// What one of the first steps after the newest checkpoint came to.
+    Logged {
+        /// Run.
+        run: RunNumber,
+        /// What it came to; it takes the place of an earlier result, and of those of later steps.
+        result: Logged,
     },
     /// Rank 0 has written a checkpoint of an applied step.
     Written {
@@ -210,6 +221,7 @@ impl Fact {
             | Fact::TakenUp { run, .. }
             | Fact::Broke { run, .. }
             | Fact::Recorded { run, .. }
+            | Fact::Logged { run, .. }
             | Fact::Written { run, .. }
             | Fact::Published { run, .. }
             | Fact::Retired { run, .. }
@@ -224,9 +236,13 @@ impl Fact {
         }
     }
 
-    /// It has to be on disk before anyone is told. Only applied steps may follow later: nobody acts on them, and
-    /// a lost one is trained again.
+    /// It has to be on disk before anyone is told. Only applied steps, and what they came to, may follow later: nobody
+    /// acts on them, and a lost one is trained again.
     pub fn urgent(&self) -> bool {
-        !matches!(self, Fact::Recorded { record, .. } if matches!(record.body, Body::Step(_)))
+        match self {
+            Fact::Recorded { record, .. } => !matches!(record.body, Body::Step(_)),
+            Fact::Logged { .. } => false,
+            _ => true,
+        }
     }
 }

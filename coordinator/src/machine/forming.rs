@@ -8,7 +8,7 @@ use super::fact::{Fact, Outcome};
 use super::generation::{Generation, Member, Stage};
 use super::state::RunNumber;
 use super::worker::Conn;
-use super::{Machine, recovery};
+use super::{Machine, recovery, verify};
 
 /// A worker that is to have a place.
 struct Chosen {
@@ -75,9 +75,10 @@ impl Machine {
             let reason = self.state.run(number).map(|run| run.reason.clone());
             return self.roll_back(number, &reason.unwrap_or_default());
         };
-        let steps = unapplied.into_iter().flat_map(|unapplied| unapplied.steps);
+        let Some(unapplied) = unapplied else { return };
+        let steps = unapplied.steps.into_iter();
         for accounted in steps.take_while(|(entry, _)| entry.step <= held.step) {
-            self.apply(number, accounted);
+            self.apply(number, accounted, unapplied.verify_steps);
         }
     }
 
@@ -117,11 +118,15 @@ impl Machine {
             members.join(", ")
         );
         self.log(Some(number), "INFO", text);
+        let workers = chosen.iter();
+        let workers = workers.filter_map(|chosen| self.workers.get(&chosen.conn));
+        let circumstances = verify::circumstances(&self.identity, workers);
         self.decide(Fact::Formed {
             run: number,
             generation,
             members,
             from_step,
+            circumstances,
         });
         let addresses: Vec<String> = chosen
             .iter()
@@ -139,6 +144,7 @@ impl Machine {
             from_held: held,
             plan: None,
             whole: false,
+            verify_steps: 0,
             regroup: None,
             pacing: None,
             chaos: None,

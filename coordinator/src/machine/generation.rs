@@ -34,6 +34,8 @@ pub(crate) struct Generation {
     pub plan: Option<Plan>,
     /// Every rank has all of the state, so that any of them can keep it.
     pub whole: bool,
+    /// Steps after a checkpoint whose results are logged.
+    pub verify_steps: u64,
     /// Why its members were asked to regroup, once they were.
     pub regroup: Option<String>,
     /// How its checkpoints are asked for; none when the recipe says when they are due, and before all have formed.

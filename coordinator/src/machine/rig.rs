@@ -73,6 +73,7 @@ pub(crate) fn report(plan: &Plan, step: u64, rank: u32, world: u32) -> v1::StepR
         data_seconds: 0.01,
         exposed_comm_ms: 20.0,
         step_digest: digest(all).as_bytes().to_vec(),
+        bucket_hashes: Vec::new(),
     }
 }
 
@@ -126,6 +127,7 @@ pub(crate) struct Rig {
     pub sent: Vec<(Conn, u64, Down)>,
     pub closed: Vec<Conn>,
     pub deleted: Vec<String>,
+    pub logs: Vec<String>,
     pub exited: bool,
 }
 
@@ -146,6 +148,7 @@ impl Rig {
             sent: Vec::new(),
             closed: Vec::new(),
             deleted: Vec::new(),
+            logs: Vec::new(),
             exited: false,
         }
     }
@@ -185,7 +188,8 @@ impl Rig {
                 Action::Close(conn) => self.closed.push(conn),
                 Action::Delete { path, .. } => self.deleted.push(path),
                 Action::Exit => self.exited = true,
-                Action::Measured { .. } | Action::Log { .. } | Action::Sync => {}
+                Action::Log { entry, .. } => self.logs.push(entry.text),
+                Action::Measured { .. } | Action::Sync => {}
             }
         }
     }
@@ -213,7 +217,16 @@ impl Rig {
     }
 
     pub fn submit(&mut self, id: &str) {
-        self.event(Event::Submit(submission(id))).unwrap();
+        self.submit_with(id, "");
+    }
+
+    /// Submits the rig's recipe with more YAML at its end.
+    pub fn submit_with(&mut self, id: &str, more: &str) {
+        let submission = Submission {
+            recipe: format!("{RECIPE}{more}"),
+            ..submission(id)
+        };
+        self.event(Event::Submit(submission)).unwrap();
     }
 
     pub fn attach(&mut self, conn: Conn, name: &str) {
@@ -346,6 +359,7 @@ impl Rig {
             message: message.into(),
             phase,
             step: 1,
+            culprit: None,
         };
         self.say(conn, generation, Up::Fault(fault));
     }

@@ -7,9 +7,10 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::fact::{Fact, Outcome};
+use super::verify::Logged;
 use crate::chaos::Ordeal;
 use crate::interval::Experience;
-use crate::ledger::{Body, Hash, Open, Tail};
+use crate::ledger::{Body, Hash, Open, Tail, hex32};
 
 /// Number of a run in the order of submission, from 1. Short, since every ledger row carries it.
 pub type RunNumber = u32;
@@ -86,6 +87,16 @@ pub struct Run {
     pub closed: bool,
     /// Applied steps whose update was skipped.
     pub skipped: BTreeSet<u64>,
+    /// What the first steps after the newest checkpoint came to, ascending. Those after `step` are void, and are compared
+    /// when they are trained again.
+    #[serde(default)]
+    pub logged: Vec<Logged>,
+    /// What has to be the same for another generation to give the same bits as the last one.
+    #[serde(default, with = "hex32")]
+    pub circumstances: Hash,
+    /// All steps after the newest checkpoint were trained in them.
+    #[serde(default)]
+    pub uniform: bool,
     /// Journalled checkpoints, oldest first.
     pub checkpoints: Vec<Checkpoint>,
     /// Retired checkpoints whose directories may still exist, relative to the root.
@@ -248,6 +259,9 @@ impl State {
             durable: 0,
             closed: false,
             skipped: BTreeSet::new(),
+            logged: Vec::new(),
+            circumstances: Hash::default(),
+            uniform: false,
             checkpoints: Vec::new(),
             doomed: Vec::new(),
             experience: Experience::default(),
@@ -308,10 +322,15 @@ impl Run {
                 generation,
                 members,
                 from_step,
+                circumstances,
                 ..
             } => {
                 self.generation = *generation;
                 self.from_step = *from_step;
+                let others_before = *from_step > self.recovery_step()
+                    && !(self.uniform && self.circumstances == *circumstances);
+                self.uniform = !others_before;
+                self.circumstances = *circumstances;
                 self.members.clone_from(members);
                 self.alive = true;
             }
@@ -325,7 +344,13 @@ impl Run {
                 self.ledger.advance(record);
                 self.record(&record.body);
             }
+            Fact::Logged { result, .. } => {
+                self.logged.retain(|known| known.step < result.step);
+                self.logged.push(result.clone());
+            }
             Fact::Written { checkpoint, .. } => {
+                self.logged.retain(|known| known.step > checkpoint.step);
+                self.uniform = true;
                 self.checkpoints
                     .retain(|known| known.path != checkpoint.path);
                 self.checkpoints.push(checkpoint.clone());

@@ -22,6 +22,8 @@ pub(crate) struct Unapplied {
     pub generation: u64,
     /// From the one after the last applied step, without a gap.
     pub steps: Vec<Accounted>,
+    /// As of the generation.
+    pub verify_steps: u64,
 }
 
 impl Machine {
@@ -52,13 +54,20 @@ impl Machine {
     /// Applies the steps that all ranks have reported, in order.
     pub(super) fn apply_steps(&mut self, number: RunNumber) {
         while let Some((step, result)) = self.next_step(number) {
-            let accounted = match result {
-                Ok(accounted) => accounted,
-                Err(cause) => {
-                    return self.break_up(format!("step {step}: {cause}"), Severity::Fatal, None);
-                }
+            let Some(generation) = &self.generation else {
+                return;
             };
-            self.apply(number, accounted);
+            let verify_steps = generation.verify_steps;
+            let verified = result
+                .map_err(|cause| format!("step {step}: {cause}"))
+                .and_then(|accounted| {
+                    self.verify(number, &accounted)?;
+                    Ok(accounted)
+                });
+            match verified {
+                Ok(accounted) => self.apply(number, accounted, verify_steps),
+                Err(cause) => return self.break_up(cause, Severity::Fatal, None),
+            }
             let Some(generation) = &mut self.generation else {
                 return;
             };
@@ -67,7 +76,9 @@ impl Machine {
         }
     }
 
-    pub(super) fn apply(&mut self, number: RunNumber, (entry, metrics): Accounted) {
+    /// Puts a step into the ledger; `verify_steps` is how many after a checkpoint are logged.
+    pub(super) fn apply(&mut self, number: RunNumber, accounted: Accounted, verify_steps: u64) {
+        let (entry, metrics) = &accounted;
         if entry.skipped {
             self.log(
                 Some(number),
@@ -78,12 +89,13 @@ impl Machine {
                 ),
             );
         }
-        self.record(number, Body::Step(entry));
+        self.record(number, Body::Step(entry.clone()));
         self.step_took(metrics.seconds);
+        self.log_result(number, &accounted, verify_steps);
         self.recovering(number);
         self.out.push(Action::Measured {
             run: number,
-            metrics,
+            metrics: accounted.1,
         });
     }
 
@@ -120,6 +132,7 @@ impl Generation {
             run: self.run,
             generation: self.number,
             steps,
+            verify_steps: self.verify_steps,
         })
     }
 

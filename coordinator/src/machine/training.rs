@@ -25,6 +25,7 @@ struct Ground {
     sharding: Sharding,
     interval: CheckpointInterval,
     chaos: Option<Chaos>,
+    verify_steps: u64,
 }
 
 impl Machine {
@@ -90,6 +91,7 @@ impl Machine {
                 sharding: recipe.optimizer.sharding,
                 interval: recipe.checkpoint.every_tokens,
                 chaos: recipe.chaos,
+                verify_steps: recipe.resume.verify_steps.into(),
             })
         };
         Some(plan())
@@ -106,12 +108,14 @@ impl Machine {
         let world = generation.members.len();
         generation.stage = Stage::Training;
         generation.plan = Some(ground.plan);
+        generation.verify_steps = ground.verify_steps;
         generation.whole = ground.sharding == Sharding::None || world == 1;
         generation.pacing = (ground.interval == CheckpointInterval::Auto).then_some(Pacing {
             since: now,
             asked: false,
         });
         generation.chaos = ground.chaos;
+        let from_memory = generation.from_held.is_some();
         let generation = generation.number;
         self.begin_chaos(number);
         self.log(
@@ -119,6 +123,9 @@ impl Machine {
             "INFO",
             format!("generation {generation} trains with {world} workers"),
         );
+        if ground.verify_steps > 0 {
+            self.announce_verification(number, from_memory);
+        }
         let unpublished = self
             .state
             .run(number)
@@ -288,6 +295,9 @@ impl Machine {
     }
 
     pub(super) fn fault(&mut self, rank: usize, fault: &Fault) {
+        if fault.kind() == FaultKind::Hardware {
+            return self.hardware_fault(rank, fault);
+        }
         let Some(generation) = &self.generation else {
             return;
         };
@@ -307,7 +317,10 @@ impl Machine {
             fault.message
         );
         let severity = match fault.kind() {
-            FaultKind::Unspecified | FaultKind::Transient | FaultKind::Peer => Severity::Transient,
+            FaultKind::Unspecified
+            | FaultKind::Transient
+            | FaultKind::Peer
+            | FaultKind::Hardware => Severity::Transient,
             FaultKind::Input | FaultKind::Diverged => Severity::Fatal,
         };
         if generation.away() && fault.kind() == FaultKind::Peer {
@@ -318,6 +331,27 @@ impl Machine {
             self.accuse(rank, Blame::Failed, &cause);
         }
         self.break_up(cause, severity, Some(rank));
+    }
+
+    /// A device computes wrong: all ranks say so, and the first to be heard ends the generation.
+    fn hardware_fault(&mut self, rank: usize, fault: &Fault) {
+        let Some(generation) = &self.generation else {
+            return;
+        };
+        let culprit = fault.culprit.map(|rank| rank as usize);
+        let culprit = culprit.and_then(|rank| Some((rank, generation.members.get(rank)?)));
+        let (who, culprit) = match culprit {
+            Some((rank, member)) => (format!(" of rank {rank} ({})", member.name), Some(rank)),
+            None => (String::new(), None),
+        };
+        let cause = format!(
+            "hardware fault{who} in step {}: {}",
+            fault.step, fault.message
+        );
+        if let Some(culprit) = culprit {
+            self.accuse(culprit, Blame::Hardware, &cause);
+        }
+        self.break_up(cause, Severity::Transient, Some(rank));
     }
 
     pub(super) fn left(&mut self, rank: usize, left: Left) {

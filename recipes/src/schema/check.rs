@@ -9,7 +9,7 @@ use super::report::Finding;
 /// The first contradiction in `recipe`, which was read from `text`.
 pub(super) fn check(recipe: &Recipe, text: &str) -> Result<(), Finding> {
     let checks = [
-        budget, batch, schedule, workers, coordinator, chaos, attention,
+        budget, batch, schedule, workers, coordinator, chaos, attention, resume,
     ];
     checks
         .iter()
@@ -192,6 +192,19 @@ fn chaos(recipe: &Recipe, text: &str) -> Option<Finding> {
         return found("kinds", message, "raise `workers.max`, or name other kinds");
     }
     None
+}
+
+/// The most steps that are compared after a restore: the journal keeps what they came to.
+const MAX_VERIFY_STEPS: u32 = 1000;
+
+fn resume(recipe: &Recipe, text: &str) -> Option<Finding> {
+    let steps = recipe.resume.verify_steps;
+    if steps <= MAX_VERIFY_STEPS {
+        return None;
+    }
+    let message = format!("`resume.verify_steps` = {steps} is above {MAX_VERIFY_STEPS}");
+    let help = "two steps show a wrong restore; `replica_check.every_steps` compares replicas while they train";
+    at(text, &[&["resume", "verify_steps"]], message, help.into())
 }
 
 /// Keys of `model` that only linear attention reads.

@@ -60,6 +60,9 @@ pub struct Recipe {
     /// How often replicas compare their parameters.
     #[serde(default)]
     pub replica_check: ReplicaCheck,
+    /// What is compared after a restore.
+    #[serde(default)]
+    pub resume: Resume,
     /// Faults that the run inflicts on its own workers; none unless said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chaos: Option<Chaos>,
@@ -446,6 +449,23 @@ pub struct ReplicaCheck {
 impl Default for ReplicaCheck {
     fn default() -> Self {
         ReplicaCheck { every_steps: 50 }
+    }
+}
+
+/// What is compared after a restore.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Resume {
+    /// Steps after a checkpoint that, when they have to be trained again, must come to what they came to before; 0 compares
+    /// none, at most 1000.
+    #[schemars(range(max = 1000))]
+    pub verify_steps: u32,
+}
+
+impl Default for Resume {
+    fn default() -> Self {
+        // Loss and gradient of the first show the parameters that were restored, those of the second the moments.
+        Resume { verify_steps: 2 }
     }
 }
 

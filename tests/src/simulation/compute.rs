@@ -36,7 +36,10 @@ pub(super) enum Work {
     Passed {
         wish: Wish,
         skipped: bool,
+        drifted: bool,
     },
+    /// The ranks have found that a device computes wrong: that of this rank, if they know.
+    Hardware(Option<u32>),
     /// The ring says that a rank is gone.
     RingBroke,
     Saved,
@@ -231,7 +234,18 @@ impl World {
                 self.enter(worker, Stage::Reducing);
                 self.arrive(worker);
             }
-            (_, Work::Passed { wish, skipped }) => self.passed(worker, wish, skipped),
+            (
+                _,
+                Work::Passed {
+                    wish,
+                    skipped,
+                    drifted,
+                },
+            ) => self.passed(worker, wish, skipped, drifted),
+            (_, Work::Hardware(culprit)) => {
+                let message = "a device computes wrong".to_owned();
+                self.done(worker, Outcome::Hardware { culprit, message });
+            }
             (_, Work::RingBroke) => self.breaks(worker, FaultKind::Peer, "a peer vanished"),
             (Stage::Saving, Work::Saved) => self.saved(worker),
             (Stage::AwaitingPublished, Work::ToldPublished(step)) if step >= job.model.step => {
@@ -278,6 +292,8 @@ impl World {
                 kind: FaultKind::Transient | FaultKind::Peer,
                 ..
             } => {}
+            // What is in the memory of a broken device is not kept.
+            Outcome::Hardware { culprit, .. } if culprit != Some(job.place.rank) => {}
             _ => *memory = None,
         }
         if let Some(held) = memory.as_ref().map(Memory::held) {
@@ -337,13 +353,30 @@ impl World {
         ring.arrived.fill(false);
         let wish = std::mem::take(&mut ring.wish);
         let members: Vec<usize> = ring.members.iter().flatten().copied().collect();
-        let skipped = reducing && std::mem::take(&mut self.nonfinite);
-        if reducing {
-            self.watch.trained(&key.0, key.1, step, members.len());
-        }
+        let work = if !reducing {
+            Work::Passed {
+                wish,
+                skipped: false,
+                drifted: false,
+            }
+        } else if members.len() > 1 && std::mem::take(&mut self.hardware) {
+            let culprit = self.random.random_range(0..members.len() as u32);
+            Work::Hardware(self.random.random_bool(0.8).then_some(culprit))
+        } else {
+            let fresh = self.skips.entry((key.0.clone(), step));
+            let skipped = *fresh.or_insert_with(|| std::mem::take(&mut self.nonfinite));
+            let drifted = !skipped && std::mem::take(&mut self.drift);
+            self.watch
+                .trained(&key.0, key.1, step, members.len(), drifted);
+            Work::Passed {
+                wish,
+                skipped,
+                drifted,
+            }
+        };
         for member in members {
             let after = self.random.random_range(MS..15 * MS);
-            self.work(member, after, Work::Passed { wish, skipped });
+            self.work(member, after, work.clone());
         }
     }
 
@@ -369,7 +402,7 @@ impl World {
         }
     }
 
-    fn passed(&mut self, worker: usize, wish: Wish, skipped: bool) {
+    fn passed(&mut self, worker: usize, wish: Wish, skipped: bool, drifted: bool) {
         let Some(job) = &mut self.workers[worker].job else {
             return;
         };
@@ -393,7 +426,10 @@ impl World {
                 job.stepped = true;
                 let (rank, world) = (job.place.rank, job.place.world);
                 let model = job.model;
-                let report = ground().report(&model, rank, world, skipped);
+                let mut report = ground().report(&model, rank, world, skipped);
+                if drifted {
+                    report.loss_sum *= 2.0;
+                }
                 self.report(worker, Report::Step(report));
                 self.after_step(worker, model.step, wish, rank);
             }

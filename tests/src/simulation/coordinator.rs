@@ -319,7 +319,10 @@ impl World {
         let Some(conn) = self.streams[stream].conn else {
             return;
         };
-        if let Some(Up::Step(report)) = &message.body {
+        if let Some(Up::Step(report)) = &mut message.body {
+            if self.mutant == Some(Mutant::HideDrift) {
+                report.loss_sum = ground::loss_sum(report.samples);
+            }
             let (run, generation) = (&message.run, message.generation);
             self.watch.reported(run, generation, report.step, stream);
             if self.mutant == Some(Mutant::TakeOldReports)

@@ -70,6 +70,10 @@ pub enum Kind {
     Fatal,
     /// Loss or gradient is not finite.
     Nonfinite,
+    /// Loss or gradient is not finite on one rank, and finite where another feeds the same samples.
+    Hardware,
+    /// A step comes to something else than it would if it were trained again.
+    Drift,
     /// The training loop does not come back from a void in time.
     SlowAbort,
     /// The training loop stands still in mid step, and its process lives on.
@@ -109,6 +113,8 @@ impl Kind {
         Kind::Transient,
         Kind::Fatal,
         Kind::Nonfinite,
+        Kind::Hardware,
+        Kind::Drift,
         Kind::SlowAbort,
         Kind::Hang,
         Kind::Join,
@@ -129,7 +135,7 @@ impl Kind {
             Kind::Transient | Kind::Fatal | Kind::SlowAbort => {
                 matches!(phase, Forming | Loading | Training | Checkpointing)
             }
-            Kind::Nonfinite | Kind::Hang => phase == Training,
+            Kind::Nonfinite | Kind::Hardware | Kind::Drift | Kind::Hang => phase == Training,
             _ => true,
         }
     }
@@ -277,6 +283,8 @@ impl World {
             Kind::Transient => self.work(number, MS, Work::Breaks(FaultKind::Transient)),
             Kind::Fatal => self.work(number, MS, Work::Breaks(FaultKind::Input)),
             Kind::Nonfinite => self.nonfinite = true,
+            Kind::Hardware => self.hardware = true,
+            Kind::Drift => self.drift = true,
             Kind::SlowAbort => {
                 self.workers[number].slow_abort = true;
                 self.break_streams(number);
@@ -348,6 +356,8 @@ impl World {
         self.calm = true;
         self.faults.forget();
         self.nonfinite = false;
+        self.hardware = false;
+        self.drift = false;
         self.coordinator.armed = None;
         self.coordinator.paused_until = 0;
         for number in 0..self.workers.len() {

@@ -78,7 +78,7 @@ impl Ground {
             samples: all.end - all.start,
             fed_samples: mine.end - mine.start,
             fed_digest: self.digest(mine).as_bytes().to_vec(),
-            loss_sum: 3.5 * (all.end - all.start) as f64,
+            loss_sum: loss_sum(all.end - all.start),
             targets: (all.end - all.start) * plan.sequence_length,
             grad_norm: 1.0,
             learning_rate: plan.learning_rate(step),
@@ -92,8 +92,14 @@ impl Ground {
             data_seconds: 0.01,
             exposed_comm_ms: 5.0,
             step_digest: self.digest(all).as_bytes().to_vec(),
+            bucket_hashes: Vec::new(),
         }
     }
+}
+
+/// Sum of the loss over so many samples, where nothing is wrong.
+pub(super) fn loss_sum(samples: u64) -> f64 {
+    3.5 * samples as f64
 }
 
 /// Parameters and moments of a rank, as far as they matter here: which generation trained which step, in a hash.

@@ -17,6 +17,8 @@ pub enum Mutant {
     HideWaits,
     /// Workers are told before the facts behind it are on disk.
     TellEarly,
+    /// Every step is said to come to what it should.
+    HideDrift,
 }
 
 impl Mutant {
@@ -29,5 +31,6 @@ impl Mutant {
         Mutant::TakeOldReports,
         Mutant::HideWaits,
         Mutant::TellEarly,
+        Mutant::HideDrift,
     ];
 }

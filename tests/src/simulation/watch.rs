@@ -10,8 +10,12 @@ use super::disk::Checkpoints;
 use super::ground::{Model, ground};
 use super::queue::Time;
 
-/// Why a run may fail: its input is wrong, or nothing goes right any more.
-const GROUNDS: [&str; 2] = [super::compute::BROKEN, "generations in a row failed"];
+/// Why a run may fail: its input is wrong, nothing goes right any more, or a step does not come to what it came to before.
+const GROUNDS: [&str; 3] = [
+    super::compute::BROKEN,
+    "generations in a row failed",
+    "is not what it was",
+];
 
 /// A run as its journalled facts tell it.
 #[derive(Clone, Debug, Default)]
@@ -25,6 +29,8 @@ pub(super) struct Account {
     durable: u64,
     /// Step of the newest journalled checkpoint.
     recovery: u64,
+    /// Steps behind it whose results are logged, and the generations that these are from.
+    logged: BTreeMap<u64, u64>,
     closed: bool,
     pub outcome: Option<Outcome>,
 }
@@ -57,8 +63,8 @@ pub(super) struct Watch {
     /// What was told outlives every crash: keys of assignments, and steps of checkpoints that were to be published.
     keys: BTreeMap<(String, u64), Vec<u8>>,
     promised: BTreeMap<String, u64>,
-    /// How many ranks trained a step, and the streams over which the coordinator has heard of it.
-    trained: BTreeMap<Place, usize>,
+    /// How many ranks trained a step, whether to a wrong result, and the streams over which the coordinator has heard of it.
+    trained: BTreeMap<Place, (usize, bool)>,
     reported: BTreeMap<Place, BTreeSet<usize>>,
 }
 
@@ -125,9 +131,9 @@ impl Watch {
     }
 
     /// All ranks of a generation have trained a step.
-    pub fn trained(&mut self, run: &str, generation: u64, step: u64, world: usize) {
+    pub fn trained(&mut self, run: &str, generation: u64, step: u64, world: usize, drifted: bool) {
         self.trained
-            .insert((run.to_owned(), generation, step), world);
+            .insert((run.to_owned(), generation, step), (world, drifted));
     }
 
     /// The report of a rank has arrived.
@@ -201,11 +207,22 @@ impl Watch {
                     return Err(format!("{id}: {of} is applied, a generation too late"));
                 }
                 let place = (id.clone(), step.generation, step.step);
-                let Some(world) = self.trained.get(&place).copied() else {
+                let Some((world, drifted)) = self.trained.get(&place).copied() else {
                     return Err(format!(
                         "{id}: {of} is applied before all ranks have trained it"
                     ));
                 };
+                let account = self.account(fact.run());
+                let logged = account.and_then(|account| account.logged.get(&step.step));
+                if let Some(generation) = logged.copied()
+                    && let before = (id.clone(), generation, step.step)
+                    && let Some((_, then)) = self.trained.get(&before)
+                    && *then != drifted
+                {
+                    return Err(format!(
+                        "{id}: {of} is applied, and did not come to what generation {generation} logged"
+                    ));
+                }
                 // Once it is over, one rank that lived is enough: the ranks have told each other what they fed.
                 let live = self.live == Some((fact.run(), step.generation));
                 let needed = if live { world } else { 1 };
@@ -295,6 +312,11 @@ impl Watch {
                     ));
                 }
                 account.recovery = account.recovery.max(checkpoint.step);
+                account.logged.retain(|step, _| *step > checkpoint.step);
+            }
+            Fact::Logged { result, .. } => {
+                account.logged.retain(|step, _| *step < result.step);
+                account.logged.insert(result.step, result.generation);
             }
             Fact::Recorded { record, .. } => return account.record(record),
             _ => {}

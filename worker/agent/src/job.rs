@@ -82,6 +82,13 @@ pub enum Outcome {
         /// One line: what, where, why, what to do.
         message: String,
     },
+    /// A device computes wrong.
+    Hardware {
+        /// Rank that it belongs to; none when that is not known.
+        culprit: Option<u32>,
+        /// As of a fault.
+        message: String,
+    },
 }
 
 impl Job {

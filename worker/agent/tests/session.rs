@@ -156,6 +156,9 @@ fn show_body(body: &Up) -> String {
         Up::CheckpointBegun(begun) => format!("begun {}", begun.step),
         Up::CheckpointWritten(written) => format!("written {}", written.path),
         Up::CheckpointPublished(published) => format!("published {}", published.step),
+        Up::Fault(fault) if fault.kind() == FaultKind::Hardware => {
+            format!("Hardware fault {:?} by {:?}", fault.message, fault.culprit)
+        }
         Up::Fault(fault) => format!("{:?} fault {:?}", fault.kind(), fault.message),
         Up::Left(left) => {
             let held = left.held.as_ref().map(|held| {
@@ -275,6 +278,27 @@ fn a_generation_from_assignment_to_end() {
     assert_eq!(bench.hears(1, step(1)), ["step 1 of run/1"]);
     assert_eq!(bench.done(1, Outcome::Finished), ["left Finished of run/1"]);
     assert_eq!(bench.says(2, assignment()), ["start job 2"]);
+}
+
+#[test]
+fn a_hardware_fault_names_its_culprit_unless_the_generation_is_void_already() {
+    for culprit in [Some(1), None] {
+        let mut bench = Bench::working();
+        let outcome = || Outcome::Hardware {
+            culprit,
+            message: "no two ranks agree".to_owned(),
+        };
+        assert_eq!(
+            bench.done(1, outcome()),
+            [
+                format!("Hardware fault \"no two ranks agree\" by {culprit:?} of run/1"),
+                "left Fault of run/1".to_owned()
+            ]
+        );
+        let mut bench = Bench::working();
+        bench.says(1, void());
+        assert_eq!(bench.done(1, outcome()), ["left Void of run/1"]);
+    }
 }
 
 #[test]

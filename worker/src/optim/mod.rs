@@ -13,7 +13,7 @@ pub mod replica;
 pub use adamw::AdamW;
 pub use exchange::Exchange;
 pub use layout::{Bucket, Layout, Part, Piece, Slot};
-pub use replica::{Kinds, Replica, Section};
+pub use replica::{Kinds, Prints, Replica, Section};
 
 /// Elements that one of libtorch's vector operations on flat buffers touches: small enough for its temporaries to stay in
 /// cache on the processor and small beside the model on a GPU. Elementwise work does not depend on it.

@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 use super::{Layout, Part};
 use crate::{
     collective::{DeviceCollective, DeviceCollectiveError, Operation},
-    kernels::{KernelError, Kernels, Shard, twin},
+    kernels::{Kernels, Shard, twin},
     model::Params,
 };
 
@@ -41,6 +41,19 @@ impl Section {
     /// All of them.
     pub const ALL: [Section; 3] = [Section::Masters, Section::ExpAvg, Section::ExpAvgSq];
 }
+
+/// What tells replicas apart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Prints {
+    /// BLAKE3 over fingerprints of all parameters and of the optimizer's state, and the number of updates.
+    pub whole: [u8; 32],
+    /// For each bucket the first 8 bytes, little-endian, of BLAKE3 over the fingerprints of its parameters and state.
+    pub buckets: Vec<u64>,
+}
+
+/// Numbers of a fingerprint, and of those of what a replica keeps of a bucket beside its parameters: remainder and moments.
+const PRINT: usize = 4;
+const STATE: usize = 3 * PRINT;
 
 /// Parameters, gradient and optimizer state of one rank.
 pub struct Replica {
@@ -197,58 +210,69 @@ impl Replica {
         });
     }
 
-    /// BLAKE3 over fingerprints of all parameters and of the optimizer's state, and the number of updates: equal on two
-    /// ranks, whichever parts they keep, exactly when they will go on alike. Where ranks keep parts, all of them have to
-    /// call it.
+    /// [`Prints::whole`] of this replica: equal on two ranks, whichever parts they keep, exactly when they will go on alike.
+    /// Where ranks keep parts, all of them have to call it.
     pub fn hash(
         &self,
         kernels: &dyn Kernels,
         host: &mut dyn Collective,
     ) -> Result<[u8; 32], DeviceCollectiveError> {
-        let mut parameters = [0; 4];
-        for piece in Part::WHOLE.pieces(&self.layout) {
-            let flat = piece.of_all(&self.parameters);
-            add(
-                &mut parameters,
-                &kernels.fingerprint(&flat, piece.index, KEY)?,
-            );
-        }
-        let mut state = Vec::new();
-        for flat in [
+        Ok(self.prints(kernels, host)?.whole)
+    }
+
+    /// What tells this replica apart, as a whole and bucket by bucket. Where ranks keep parts, all of them have to call it.
+    pub fn prints(
+        &self,
+        kernels: &dyn Kernels,
+        host: &mut dyn Collective,
+    ) -> Result<Prints, DeviceCollectiveError> {
+        let buckets = self.layout.buckets();
+        let state = [
             self.remainder.as_ref(),
             Some(&self.exp_avg),
             Some(&self.exp_avg_sq),
-        ] {
-            state.extend(self.own_fingerprint(kernels, flat)?);
+        ];
+        // Of the state, bucket by bucket; a section that is not there has fingerprints of zero.
+        let mut own = Vec::with_capacity(buckets.len() * STATE);
+        for piece in self.part.pieces(&self.layout) {
+            for flat in state {
+                let print = match flat {
+                    Some(flat) => kernels.fingerprint(&piece.of_part(flat), piece.index, KEY)?,
+                    None => [0; PRINT],
+                };
+                own.extend(print);
+            }
         }
         if self.part != Part::WHOLE {
-            state = sum_over_ranks(&state, host)?;
+            own = sum_over_ranks(&own, host)?;
         }
-        let mut hasher = blake3::Hasher::new();
-        for number in parameters.iter().chain(&state).chain([&self.updates]) {
-            hasher.update(&number.to_le_bytes());
+        let mut sum = [0; PRINT + STATE];
+        let mut short = Vec::with_capacity(buckets.len());
+        let whole = Part::WHOLE.pieces(&self.layout);
+        for (piece, own) in whole.zip(own.chunks_exact(STATE)) {
+            let mut prints = [0; PRINT + STATE];
+            let flat = piece.of_all(&self.parameters);
+            prints[..PRINT].copy_from_slice(&kernels.fingerprint(&flat, piece.index, KEY)?);
+            prints[PRINT..].copy_from_slice(own);
+            add(&mut sum, &prints);
+            let hash = hash_of(&prints);
+            let head = hash.first_chunk().expect("invariant: a hash is longer");
+            short.push(u64::from_le_bytes(*head));
         }
-        Ok(*hasher.finalize().as_bytes())
+        Ok(Prints {
+            whole: hash_of(sum.iter().chain([&self.updates])),
+            buckets: short,
+        })
     }
+}
 
-    /// The fingerprint of this rank's part of a section of the state, which may not be there.
-    fn own_fingerprint(
-        &self,
-        kernels: &dyn Kernels,
-        flat: Option<&Tensor>,
-    ) -> Result<[u64; 4], KernelError> {
-        let mut sum = [0; 4];
-        let pieces = flat.map(|flat| {
-            self.part
-                .pieces(&self.layout)
-                .map(move |piece| (flat, piece))
-        });
-        for (flat, piece) in pieces.into_iter().flatten() {
-            let print = kernels.fingerprint(&piece.of_part(flat), piece.index, KEY)?;
-            add(&mut sum, &print);
-        }
-        Ok(sum)
+/// BLAKE3 of numbers, little-endian.
+fn hash_of<'a>(numbers: impl IntoIterator<Item = &'a u64>) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new();
+    for number in numbers {
+        hasher.update(&number.to_le_bytes());
     }
+    *hasher.finalize().as_bytes()
 }
 
 fn add(sum: &mut [u64], more: &[u64]) {
@@ -398,5 +422,31 @@ mod tests {
         seen.sort_unstable();
         seen.dedup();
         assert_eq!(seen.len(), 6);
+    }
+
+    #[test]
+    fn a_flipped_bit_shows_in_the_print_of_its_bucket_alone_whoever_keeps_it() {
+        for part in [Part::WHOLE, Part { index: 1, of: 2 }] {
+            let replica = replica(Kind::BFloat16, part);
+            let prints = || replica.prints(&twin::Twin, &mut Solo).unwrap();
+            let before = prints();
+            let flip = |flat: &Tensor, at: i64| {
+                let mut number = flat.narrow(0, at, 1).view_dtype(Kind::Int16);
+                let _ = number.bitwise_xor_tensor_(&Tensor::from(1i16));
+            };
+            assert_eq!((before.whole, before.buckets.len()), (hash(&replica), 2));
+            let second = replica.layout().buckets()[1].start;
+            flip(&replica.parameters, second);
+            let after = prints();
+            assert_ne!(after.whole, before.whole);
+            assert_eq!(after.buckets[0], before.buckets[0]);
+            assert_ne!(after.buckets[1], before.buckets[1]);
+            flip(&replica.parameters, second);
+            assert_eq!(prints(), before);
+            flip(&replica.exp_avg, 0);
+            let after = prints();
+            assert_ne!(after.buckets[0], before.buckets[0]);
+            assert_eq!(after.buckets[1], before.buckets[1]);
+        }
     }
 }

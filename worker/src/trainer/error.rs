@@ -14,6 +14,7 @@ use crate::{
     collective::DeviceCollectiveError,
     kernels::KernelError,
     model::ModelError,
+    step::StepError,
 };
 
 /// Anything that ends a generation from inside the training loop.
@@ -94,6 +95,13 @@ pub enum TrainError {
         /// Its gradient norm.
         grad_norm: f64,
     },
+    /// A device computes wrong.
+    #[error("{}", hardware(.culprits))]
+    Hardware {
+        /// Ranks whose results were not finite where another rank had finite ones from the same samples; none when the fault
+        /// did not show again.
+        culprits: Vec<u32>,
+    },
     /// The thread that reads samples ahead is gone.
     #[error("the reader of the training data ended before step {step}")]
     NoBatch {
@@ -103,6 +111,17 @@ pub enum TrainError {
 }
 
 impl TrainError {
+    /// The one rank whose device is at fault.
+    pub fn culprit(&self) -> Option<u32> {
+        match self {
+            TrainError::Hardware { culprits } => match culprits[..] {
+                [rank] => Some(rank),
+                _ => None,
+            },
+            _ => None,
+        }
+    }
+
     /// Who has to act.
     pub fn fault_kind(&self) -> FaultKind {
         match self {
@@ -115,6 +134,7 @@ impl TrainError {
             | TrainError::Layout(LayoutError::Memory(_))
             | TrainError::NotKept { .. }
             | TrainError::NoBatch { .. } => FaultKind::Transient,
+            TrainError::Hardware { .. } => FaultKind::Hardware,
             TrainError::Checkpoint(error) => error.fault_kind(),
             TrainError::Data(_)
             | TrainError::Plan(_)
@@ -127,6 +147,25 @@ impl TrainError {
     }
 }
 
+/// What a device that computes wrong did.
+fn hardware(culprits: &[u32]) -> String {
+    let check = "check the GPU's error counters (`nvidia-smi -q -d ECC`), temperature and memory before it trains again";
+    match culprits {
+        [] => "loss or gradient was not finite, and is finite when the same samples are fed again, by the same ranks and by \
+               others: a device or a link erred once, and nobody knows which"
+            .to_owned(),
+        [rank] => format!(
+            "rank {rank} computed a loss or gradient that is not finite, and another rank finite ones from the same samples: \
+             its device is at fault; {check}"
+        ),
+        ranks => format!(
+            "ranks {ranks:?} computed losses or gradients that are not finite, and other ranks finite ones from the same \
+             samples: more than one device is at fault; {check}"
+        ),
+    }
+}
+
+/// What a rank has in memory.
 fn holds(found: Option<&Held>) -> String {
     let Some(Held {
         run,
@@ -151,6 +190,16 @@ fn remedy(policy: Policy) -> &'static str {
     match policy {
         Policy::Recompute => "",
         Policy::Lean | Policy::Save => ", write batch.activations: auto",
+    }
+}
+
+impl From<StepError> for TrainError {
+    fn from(error: StepError) -> TrainError {
+        match error {
+            StepError::Stopped => Voided.into(),
+            StepError::Exchange(error) => TrainError::Devices(error),
+            StepError::Kernel(error) => TrainError::Kernel(error),
+        }
     }
 }
 

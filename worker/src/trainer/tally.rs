@@ -76,6 +76,17 @@ impl Tally {
         Ok(sum)
     }
 
+    /// L2 norm of the gradient of the mean loss, of a whole step.
+    pub fn grad_norm(&self) -> f64 {
+        self.squares.sqrt() * (1.0 / self.targets as f64)
+    }
+
+    /// Whether the mean loss and the gradient's norm are finite, of a whole step; without targets they are not.
+    pub fn is_finite(&self) -> bool {
+        let loss = self.loss_sum * (1.0 / self.targets as f64);
+        loss.is_finite() && self.grad_norm().is_finite()
+    }
+
     fn to_bytes(self) -> [u8; BYTES] {
         let mut bytes = [0; BYTES];
         bytes[..8].copy_from_slice(&self.loss_sum.to_le_bytes());

@@ -1,6 +1,9 @@
 //! Workers that are drained, or put aside because they break their generations.
 
-use supra_proto::v1::{FaultKind, LeftReason, RunState, coordinator_message::Body as Down};
+use supra_proto::v1::{
+    self, FaultKind, LeftReason, RunState, coordinator_message::Body as Down,
+    worker_message::Body as Up,
+};
 
 use super::super::rig::{Rig, hello};
 use super::super::{Event, Fact, State};
@@ -68,6 +71,53 @@ fn a_worker_that_breaks_three_generations_is_put_aside_and_the_others_go_on() {
             && why.contains("xid 79"),
         "{why}"
     );
+}
+
+/// Both ranks say that the device of `culprit` computes wrong, and leave.
+fn hardware(rig: &mut Rig, generation: u64, culprit: Option<u32>) {
+    for conn in [1, 2] {
+        let fault = v1::Fault {
+            kind: FaultKind::Hardware.into(),
+            message: "rank 1 computed a loss that is not finite".into(),
+            step: 1,
+            culprit,
+            ..v1::Fault::default()
+        };
+        rig.say(conn, generation, Up::Fault(fault));
+    }
+    rig.left(1, generation, LeftReason::Fault);
+    rig.left(2, generation, LeftReason::Fault);
+    rig.wait(1.1);
+}
+
+#[test]
+fn the_second_hardware_fault_of_a_worker_puts_it_aside_whoever_says_so_first() {
+    let mut rig = training();
+    hardware(&mut rig, 1, Some(1));
+    assert_eq!((rig.status().generation, rig.status().world), (2, 2));
+    assert_eq!(aside(&rig, "b"), "");
+    hardware(&mut rig, 2, Some(1));
+    assert_eq!((rig.status().generation, rig.status().world), (3, 1));
+    assert_eq!(aside(&rig, "a"), "");
+    let why = aside(&rig, "b");
+    assert!(
+        why.starts_with(
+            "broke 2 of the last 2 generations; the last time hardware fault of rank 1 (b) in step 1: rank 1 computed"
+        ),
+        "{why}"
+    );
+}
+
+#[test]
+fn a_hardware_fault_of_nobody_knows_whom_blames_nobody_and_ends_the_generation() {
+    let mut rig = training();
+    for generation in 1..=2 {
+        hardware(&mut rig, generation, None);
+    }
+    assert_eq!((rig.status().generation, rig.status().world), (3, 2));
+    assert_eq!((aside(&rig, "a"), aside(&rig, "b")), Default::default());
+    hardware(&mut rig, 3, Some(9));
+    assert_eq!(rig.status().state(), RunState::Failed, "always step 1");
 }
 
 #[test]

@@ -348,6 +348,7 @@ impl Told {
             },
             seconds: 1.0,
             step_digest: number(world),
+            bucket_hashes: Vec::new(),
             ..StepReport::default()
         };
         self.say(seat, Up::Step(report));

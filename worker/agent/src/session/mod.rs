@@ -397,17 +397,20 @@ impl Session {
         message: String,
         actions: &mut Actions,
     ) {
-        self.send(run, generation, self.fault_body(kind, message), actions);
+        let fault = self.fault_here(kind, message);
+        self.send(run, generation, Up::Fault(fault), actions);
     }
 
-    fn fault_body(&self, kind: FaultKind, message: String) -> Up {
+    /// A fault in the phase and step in hand.
+    fn fault_here(&self, kind: FaultKind, message: String) -> Fault {
         let (phase, step) = self.phase;
-        Up::Fault(Fault {
+        Fault {
             kind: kind.into(),
             message,
             phase: phase.into(),
             step,
-        })
+            culprit: None,
+        }
     }
 
     fn left(&self, run: &str, generation: u64, reason: LeftReason, actions: &mut Actions) {

@@ -127,7 +127,14 @@ impl Session {
             (_, Outcome::Regrouped) => Some(LeftReason::Regrouped),
             (_, Outcome::Voided) => Some(LeftReason::Void),
             (_, Outcome::Fault { kind, message }) => {
-                farewell.push(self.fault_body(kind, message));
+                farewell.push(Up::Fault(self.fault_here(kind, message)));
+                Some(LeftReason::Fault)
+            }
+            (_, Outcome::Hardware { culprit, message }) => {
+                farewell.push(Up::Fault(Fault {
+                    culprit,
+                    ..self.fault_here(FaultKind::Hardware, message)
+                }));
                 Some(LeftReason::Fault)
             }
         };
