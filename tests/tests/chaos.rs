@@ -35,24 +35,24 @@ fn a_run_that_stands_its_chaos_passes_and_says_what_it_stood() -> Result<()> {
     let stage = Stage::new()?;
     let recipe = TinyRecipe {
         name: "chaos".to_owned(),
-        batch: 1024,
-        budget: 1024 * 2500,
-        checkpoint_every: 1024 * 100,
+        // Long enough for the first fault on a fast machine; the others come as soon as the run has recovered.
+        budget: 512 * 600,
+        checkpoint_every: 512 * 100,
         workers: (1, 2),
         repeat: true,
-        more: "chaos: { faults: 5, every: 1 s, kinds: [kill, disconnect, reset, drain, stop], seed: 3 }\n"
+        more: "chaos: { faults: 4, every: 1 s, kinds: [kill, drain, stop], seed: 3 }\n"
             .to_owned(),
         ..TinyRecipe::default()
     };
     let (output, receipt) = up(&stage, &recipe)?;
     output.expect_code(0)?.expect_words(&[
         "breaks its own workers on purpose",
-        "Chaos passed: 5 faults survived",
+        "Chaos passed: 4 faults survived",
     ])?;
     let chaos = &receipt["chaos"];
     assert_eq!(chaos["mark"]["passed"], true, "{chaos}");
     let faults = chaos["faults"].as_array().map(Vec::len);
-    assert_eq!(faults, Some(5), "{chaos}");
+    assert_eq!(faults, Some(4), "{chaos}");
     Ok(())
 }
 

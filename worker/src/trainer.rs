@@ -268,8 +268,8 @@ impl<'a> Trainer<'a> {
                 Wish::Regroup => Some(Outcome::Regrouped),
                 Wish::GoOn | Wish::Checkpoint => None,
             };
-            let due = matches!(all.wish, Wish::Stop | Wish::Checkpoint)
-                || self.plan.checkpoint_due(step);
+            let due =
+                matches!(all.wish, Wish::Stop | Wish::Checkpoint) || self.plan.checkpoint_due(step);
             if due && self.job.until.is_none() {
                 self.checkpoint(end.is_some())?;
             }

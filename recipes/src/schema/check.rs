@@ -9,7 +9,14 @@ use super::report::Finding;
 /// The first contradiction in `recipe`, which was read from `text`.
 pub(super) fn check(recipe: &Recipe, text: &str) -> Result<(), Finding> {
     let checks = [
-        budget, batch, schedule, workers, coordinator, chaos, attention, resume,
+        budget,
+        batch,
+        schedule,
+        workers,
+        coordinator,
+        chaos,
+        attention,
+        resume,
     ];
     checks
         .iter()

@@ -100,7 +100,7 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 23] = [
+    pub const ALL: [Kind; 25] = [
         Kind::Crash,
         Kind::Replace,
         Kind::Pause,

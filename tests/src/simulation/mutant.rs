@@ -23,7 +23,7 @@ pub enum Mutant {
 
 impl Mutant {
     /// All of them.
-    pub const ALL: [Mutant; 7] = [
+    pub const ALL: [Mutant; 8] = [
         Mutant::SkipVoid,
         Mutant::CommitTwice,
         Mutant::LoseReconnect,

@@ -122,7 +122,7 @@ pub fn replay(
 }
 
 fn train(mut job: Job, place: &Place, build: &str) -> Result<Vec<MicroBatch>, TrainError> {
-    let mut trainer = Trainer::form(&mut job, place, build, &mut None)?;
+    let mut trainer = Trainer::form(&mut job, place, build, &mut None, |kernels| kernels)?;
     let Trainer { plan, job, .. } = &trainer;
     let until = job.until.unwrap_or(plan.steps);
     if until > plan.steps {

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use supra_proto::v1::worker_message::Body as Up;
 use supra_proto::v1::{
-    CheckpointBegun, CheckpointPublished, CheckpointWritten, FaultKind, LeftReason, Phase,
+    CheckpointBegun, CheckpointPublished, CheckpointWritten, Fault, FaultKind, LeftReason, Phase,
 };
 
 use super::{Action, Actions, Session, Stage};
