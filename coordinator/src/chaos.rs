@@ -62,7 +62,7 @@ pub struct Fault {
     pub kind: ChaosKind,
     /// Name of the worker that it happened to.
     pub worker: String,
-    /// Generation that trained then, and its last applied step.
+    /// Generation that trained then.
     pub generation: u64,
     /// Last applied step.
     pub step: u64,

@@ -184,6 +184,8 @@ mod tests {
         fn longer_for_dear_checkpoints_and_for_rare_failures(
             cost in 0.001f64..1e4, more in 1.0f64..100.0, between in 1.0f64..1e7,
         ) {
+            // Where a checkpoint takes longer than it takes to fail, there is no good interval.
+            prop_assume!(cost < between);
             prop_assert!(optimum(cost, between * more) >= optimum(cost, between) * (1.0 - 1e-12));
             if cost * more < between / 4.0 {
                 prop_assert!(optimum(cost * more, between) >= optimum(cost, between) * (1.0 - 1e-12));
@@ -216,7 +218,7 @@ mod tests {
         }
 
         #[test]
-        fn shorter_for_more_failures_and_for_more_workers(cost in 1u64..1_000_000, failures in 0u64..100, world in 1u32..1000) {
+        fn shorter_for_more_failures_and_for_more_workers(cost in 1u64..30_000, failures in 0u64..100, world in 1u32..1000) {
             let bounds = Bounds { least: Duration::ZERO, most: Duration::MAX };
             let mut run = Experience::default();
             run.trained(3_600_000, world, Some(cost));

@@ -34,6 +34,7 @@ mod regroup;
 mod replicas;
 #[cfg(test)]
 mod rig;
+mod snapshots;
 mod state;
 mod steps;
 mod stuck;
@@ -378,6 +379,7 @@ impl Machine {
             Up::Step(report) => self.reported(rank, run, report),
             Up::CheckpointBegun(begun) => self.begun(rank, run, begun),
             Up::CheckpointWritten(written) => self.written(rank, run, written),
+            Up::SnapshotTaken(taken) => self.snapshot_taken(rank, run, taken),
             Up::CheckpointPublished(published) => self.published(run, &published),
             Up::Fault(fault) => self.fault(rank, &fault),
             Up::Left(left) => self.left(rank, left),

@@ -10,6 +10,7 @@ mod policy;
 mod probe;
 mod shape;
 mod sizes;
+pub mod snapshots;
 
 use std::ops::Range;
 
@@ -20,6 +21,7 @@ pub use order::Pool;
 pub use policy::Policy;
 pub use probe::probe;
 pub use shape::{ModelShape, ShapeError};
+pub use snapshots::Snapshots;
 
 use crate::schema::Recipe;
 use order::Order;

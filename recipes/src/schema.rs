@@ -21,8 +21,8 @@ pub use interval::CheckpointInterval;
 pub use period::Period;
 pub use recipe::{
     Activations, Attention, Batch, Budget, Checkpoint, Coordinator, Data, Decay, Model, NonFinite,
-    Optimizer, Precision, Recipe, Reduction, ReplicaCheck, RopeFrequencies, Sharding, Workers,
-    json_schema,
+    Optimizer, Precision, Recipe, Recovery, Reduction, ReplicaCheck, RopeFrequencies, Sharding,
+    Workers, json_schema,
 };
 pub use report::RecipeError;
 pub use units::{Fraction, RunName, Tokens, UnitError, Warmup};

@@ -100,6 +100,8 @@ struct World {
     skips: std::collections::BTreeMap<(String, u64), bool>,
     /// Workers that runs need and may have.
     room: (u32, u32),
+    /// They divide the state.
+    divided: bool,
     faults: Faults,
     calm: bool,
     calm_at: Time,
@@ -115,6 +117,7 @@ impl World {
         let calm_at = random.random_range(40 * SECOND..80 * SECOND);
         let rooms = [(1, 8), (2, 8), (4, 6), (8, 8), (3, 3)];
         let room = rooms[random.random_range(0..rooms.len())];
+        let divided = random.random_bool(0.5);
         let mut world = World {
             now: 0,
             birth: Instant::now(),
@@ -133,6 +136,7 @@ impl World {
             drift: false,
             skips: std::collections::BTreeMap::new(),
             room,
+            divided,
             calm: false,
             calm_at,
             watch: Watch::default(),
@@ -264,7 +268,8 @@ impl World {
         let count = self.watch.accounts.len();
         let busy = self.watch.unfinished().next().is_some();
         if count == 0 || (!busy && !self.calm && count < RUNS) {
-            let submission = ground::submission(count + 1, self.room, &mut self.random);
+            let submission =
+                ground::submission(count + 1, self.room, self.divided, &mut self.random);
             self.happen(machine::Event::Submit(submission));
         }
         let stopped: Vec<_> = (1..)
@@ -393,12 +398,25 @@ fn kind_of_up(body: &Up) -> String {
         Up::Heartbeat(_) => "heartbeat".into(),
         Up::Log(line) => format!("log: {}", line.text),
         Up::CheckpointBegun(begun) => format!("begun step {}", begun.step),
+        Up::SnapshotTaken(taken) => format!("has a snapshot of step {}", taken.step),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn generations_start_from_whole_states_and_from_parts() {
+        let lines: Vec<String> = (0..40)
+            .flat_map(|seed| simulate(seed, None, true).trace)
+            .collect();
+        for start in [", which w", ", whose parts w"] {
+            let starts = |line: &&String| line.contains("forms from step") && line.contains(start);
+            let count = lines.iter().filter(starts).count();
+            assert!(count >= 10, "{start}: {count}");
+        }
+    }
 
     #[test]
     fn a_seed_always_says_the_same() {

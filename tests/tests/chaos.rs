@@ -40,8 +40,7 @@ fn a_run_that_stands_its_chaos_passes_and_says_what_it_stood() -> Result<()> {
         checkpoint_every: 512 * 100,
         workers: (1, 2),
         repeat: true,
-        more: "chaos: { faults: 4, every: 1 s, kinds: [kill, drain, stop], seed: 3 }\n"
-            .to_owned(),
+        more: "chaos: { faults: 4, every: 1 s, kinds: [kill, drain, stop], seed: 3 }\n".to_owned(),
         ..TinyRecipe::default()
     };
     let (output, receipt) = up(&stage, &recipe)?;

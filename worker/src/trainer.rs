@@ -8,10 +8,12 @@
 mod beside;
 mod environment;
 mod error;
+mod host_memory;
 mod kept;
 mod micro;
 mod policy;
 mod replay;
+mod snapshots;
 mod start;
 mod tally;
 mod witness;
@@ -22,7 +24,7 @@ use supra_agent::{FaultKind, Formed, Job, Outcome, Phase, StepReport, Unfinished
 use supra_data::{Batch, Loader, Prefetch};
 use supra_recipes::{
     Plan,
-    plan::{VERSION, memory::gib},
+    plan::{VERSION, memory::gib, snapshots::every},
 };
 use tch::Tensor;
 
@@ -33,6 +35,7 @@ pub use kept::Kept;
 pub use micro::{HostBatch, Layout, LayoutError};
 use replay::MicroLoss;
 pub use replay::{MicroBatch, Replayed, replay};
+use snapshots::Snapshots;
 use start::Start;
 pub use start::check_data;
 use tally::{Tally, Wish};
@@ -118,6 +121,8 @@ struct Trainer<'a> {
     environment: Environment,
     // Before the replica, whose memory it works on until it is dropped.
     exchange: Exchange,
+    /// Copies of the parts of the state; none where every rank has all of it.
+    snapshots: Option<Snapshots>,
     plan: Plan,
     layout: Layout,
     batches: Prefetch<Result<HostBatch, LayoutError>>,
@@ -154,6 +159,10 @@ impl<'a> Trainer<'a> {
     ) -> Result<Trainer<'a>, TrainError> {
         job.link.phase(Phase::Forming, 0);
         let mut host = job.connect()?;
+        let aside = match every(&job.recipe, job.world) {
+            0 => None,
+            _ => job.connect_aside(host.as_mut())?,
+        };
         let job: &Job = job;
         if job.until.is_none() {
             store::probe(&job.checkpoint_root, job.generation, host.as_mut())?;
@@ -190,6 +199,8 @@ impl<'a> Trainer<'a> {
             windows: plan.windows,
             manifest_hash: manifest.hash().to_vec(),
         });
+        let before = kept.take().map(Kept::into_snapshots).unwrap_or_default();
+        let snapshots = Snapshots::start(job, aside, step, before)?;
         let loader = Loader::new(reader, plan.clone());
         let layout = Layout {
             vocabulary: config.vocab,
@@ -209,6 +220,7 @@ impl<'a> Trainer<'a> {
             place: place.clone(),
             environment,
             exchange,
+            snapshots,
             plan,
             layout,
             dataset,
@@ -228,6 +240,10 @@ impl<'a> Trainer<'a> {
     /// Trains to the end of the budget, or to the step at which a stop or another membership is agreed on.
     fn train(&mut self) -> Result<Outcome, TrainError> {
         self.catch_up()?;
+        if self.job.donation.is_some() {
+            // What it starts from is nowhere as often as it should be.
+            self.snapshot()?;
+        }
         let last = self.job.until.unwrap_or(self.plan.steps);
         while self.step < last {
             let step = self.step + 1;
@@ -245,6 +261,7 @@ impl<'a> Trainer<'a> {
                 squares: self.kernels.squared_norm(&self.squared),
                 digest: batch.digest,
                 wish: Wish::of(&self.job.link),
+                unsettled: !self.settled()?,
             };
             let waiting = Instant::now();
             let all = mine.gather(self.exchange.host())?;
@@ -268,6 +285,11 @@ impl<'a> Trainer<'a> {
                 Wish::Regroup => Some(Outcome::Regrouped),
                 Wish::GoOn | Wish::Checkpoint => None,
             };
+            if end == Some(Outcome::Regrouped) {
+                self.snapshot_for_the_next()?;
+            } else if end.is_none() && !all.unsettled && self.snapshot_due() {
+                self.snapshot()?;
+            }
             let due =
                 matches!(all.wish, Wish::Stop | Wish::Checkpoint) || self.plan.checkpoint_due(step);
             if due && self.job.until.is_none() {
@@ -288,6 +310,39 @@ impl<'a> Trainer<'a> {
         let there = restore.as_ref().map_or(0, |restore| restore.step);
         if donation.is_some() && there < self.step && self.plan.checkpoint_due(self.step) {
             self.checkpoint(self.step == self.plan.steps)?;
+        }
+        Ok(())
+    }
+
+    /// Whether the snapshot that this rank has begun last is whole.
+    fn settled(&mut self) -> Result<bool, TrainError> {
+        self.snapshots.as_mut().map_or(Ok(true), Snapshots::settled)
+    }
+
+    fn snapshot_due(&self) -> bool {
+        let snapshots = self.snapshots.as_ref();
+        snapshots.is_some_and(|snapshots| snapshots.due(self.step))
+    }
+
+    /// Begins a snapshot of the step just done; all ranks have the last one whole.
+    fn snapshot(&mut self) -> Result<(), TrainError> {
+        if let Some(snapshots) = &mut self.snapshots {
+            self.exchange.all_gathered()?;
+            snapshots.begin(&self.replica, self.step);
+        }
+        Ok(())
+    }
+
+    /// Leaves a snapshot of the step just done, whole on all ranks, for another membership to go on from.
+    fn snapshot_for_the_next(&mut self) -> Result<(), TrainError> {
+        for begins in [true, false] {
+            if let Some(snapshots) = &mut self.snapshots {
+                snapshots.wait()?;
+                self.exchange.host().barrier()?;
+            }
+            if begins {
+                self.snapshot()?;
+            }
         }
         Ok(())
     }
@@ -315,9 +370,18 @@ impl<'a> Trainer<'a> {
                 Err(error)
             }
         };
+        if ended.is_err() {
+            // Nobody waits for what other ranks may never send.
+            self.job.link.abort_handle().abort();
+        }
+        let snapshots = self.snapshots.map(Snapshots::finish).unwrap_or_default();
         let spent = matches!(ended, Ok(Outcome::Finished | Outcome::Stopped));
+        if !spent {
+            *kept = Kept::parts(self.job, snapshots);
+        }
         if !self.torn && !spent {
-            *kept = Kept::new(self.job, self.step, self.replica, self.kernels.as_ref());
+            let whole = Kept::whole(self.job, self.step, self.replica, self.kernels.as_ref());
+            *kept = whole.or(kept.take());
         }
         ended
     }

@@ -193,10 +193,10 @@ impl Kernels for Broken {
     }
 
     fn adamw(&self, shard: Shard<'_>, update: &Update) {
-        let parameters = shard.param_m.narrow(0, 0, 1);
+        let parameters = shard.param_m.shallow_clone();
         self.inner.adamw(shard, update);
         if (self.spoilt.parameter)(next(&self.parameters)) {
-            let mut bits = parameters.view_dtype(Kind::Int);
+            let mut bits = parameters.narrow(0, 0, 1).view_dtype(Kind::Int);
             let _ = bits.bitwise_xor_tensor_(&Tensor::from(1i32));
         }
     }

@@ -15,7 +15,8 @@ use arrow::{
 use parquet::arrow::ArrowWriter;
 use serde_json::json;
 use supra_agent::{
-    CheckpointWritten, Donation, Formed, Held, Job, Outcome, Restore, StepReport,
+    CheckpointWritten, CollectiveError, Donation, Formed, Held, Job, Outcome, PartHolder, Restore,
+    SnapshotTaken, StepReport,
     collective::{Collective, InProcess},
     link::{self, Report},
     publish,
@@ -160,12 +161,74 @@ fn write_tokens(path: &Path, documents: u32) {
     writer.close().unwrap();
 }
 
+/// A rank that dies in the middle of something: its collective is gone after so many operations.
+struct Mortal {
+    rank: u32,
+    world: u32,
+    alive: Option<InProcess>,
+    operations: u64,
+}
+
+impl Mortal {
+    fn new(collective: InProcess, operations: u64) -> Mortal {
+        Mortal {
+            rank: collective.rank(),
+            world: collective.world(),
+            alive: Some(collective),
+            operations,
+        }
+    }
+
+    fn next(&mut self) -> Result<&mut InProcess, CollectiveError> {
+        if self.operations == 0 {
+            self.alive = None;
+        }
+        self.operations = self.operations.saturating_sub(1);
+        self.alive.as_mut().ok_or(CollectiveError::Aborted)
+    }
+}
+
+impl Collective for Mortal {
+    fn rank(&self) -> u32 {
+        self.rank
+    }
+
+    fn world(&self) -> u32 {
+        self.world
+    }
+
+    fn all_reduce_f32(&mut self, buffer: &mut [f32]) -> Result<(), CollectiveError> {
+        self.next()?.all_reduce_f32(buffer)
+    }
+
+    fn all_reduce_bf16(&mut self, buffer: &mut [half::bf16]) -> Result<(), CollectiveError> {
+        self.next()?.all_reduce_bf16(buffer)
+    }
+
+    fn all_gather(&mut self, mine: &[u8]) -> Result<Vec<Vec<u8>>, CollectiveError> {
+        self.next()?.all_gather(mine)
+    }
+
+    fn broadcast(&mut self, root: u32, buffer: &mut Vec<u8>) -> Result<(), CollectiveError> {
+        self.next()?.broadcast(root, buffer)
+    }
+
+    fn pass(&mut self, mine: &[u8], theirs: &mut [u8]) -> Result<(), CollectiveError> {
+        self.next()?.pass(mine, theirs)
+    }
+
+    fn barrier(&mut self) -> Result<(), CollectiveError> {
+        self.next()?.barrier()
+    }
+}
+
 /// What one rank said and how it ended.
 pub struct Rank {
     pub outcome: Outcome,
     pub formed: Option<Formed>,
     pub steps: Vec<StepReport>,
     pub checkpoints: Vec<CheckpointWritten>,
+    pub snapshots: Vec<SnapshotTaken>,
     /// Log lines of level WARN.
     pub warnings: Vec<String>,
     /// Log lines of level INFO.
@@ -189,6 +252,8 @@ pub struct Generation<'a> {
     pub void_after: Option<u64>,
     /// Another membership is asked for, of the last rank, when it reports this step; 0: before it begins.
     pub regroup_after: Option<u64>,
+    /// A rank, and after how many operations of its collective it dies.
+    pub dies: Option<(u32, u64)>,
     pub device: DeviceName,
     /// Memory that the device is said to have, instead of its own.
     pub free_memory: Option<u64>,
@@ -207,6 +272,7 @@ impl<'a> Generation<'a> {
             stop_after: None,
             void_after: None,
             regroup_after: None,
+            dies: None,
             device: DeviceName::Cpu,
             free_memory: None,
             kernels: |_, own| own,
@@ -225,12 +291,52 @@ impl<'a> Generation<'a> {
         let donation = Donation {
             state: state.clone(),
             holders: holders.to_vec(),
+            parts: Vec::new(),
         };
         Generation {
             number: 2,
             donation: Some(donation),
             ..self
         }
+    }
+
+    /// Generation 2, from the newest state whose every part somebody holds; none where there is no such state.
+    pub fn starting_from_parts(self, held: &[Option<Held>]) -> Option<Generation<'a>> {
+        let each = held.iter().flatten().flat_map(|held| &held.snapshots);
+        let mut names: Vec<_> = each.map(|it| (it.step, it.generation, it.of)).collect();
+        names.sort_unstable();
+        let donation = names.iter().rev().find_map(|&(step, generation, of)| {
+            let holder = |index: u32| {
+                let ranks = (0..).zip(held).filter_map(|(rank, held)| {
+                    let snapshots = &held.as_ref()?.snapshots;
+                    let named = snapshots
+                        .iter()
+                        .find(|it| (it.step, it.generation, it.of) == (step, generation, of))?;
+                    let part = named.parts.iter().find(|part| part.index == index)?;
+                    let hash = part.hash.as_slice().try_into().unwrap();
+                    Some(PartHolder { rank, hash })
+                });
+                // Of several the last, which has it of its neighbour as often as not.
+                ranks.last()
+            };
+            let state = Held {
+                run: "run-1".to_owned(),
+                generation,
+                step,
+                ..Held::default()
+            };
+            let parts: Option<Vec<PartHolder>> = (0..of).map(holder).collect();
+            Some(Donation {
+                state,
+                holders: Vec::new(),
+                parts: parts?,
+            })
+        });
+        Some(Generation {
+            number: 2,
+            donation: Some(donation?),
+            ..self
+        })
     }
 
     /// Runs all ranks as threads, with checkpoint roots that may differ.
@@ -245,14 +351,14 @@ impl<'a> Generation<'a> {
     }
 
     fn run_ranks(&self, each: Vec<(&Path, Option<Kept>)>) -> Vec<Rank> {
-        let ranks = InProcess::group(each.len() as u32);
+        let world = each.len() as u32;
+        let ranks = InProcess::group(world)
+            .into_iter()
+            .zip(InProcess::group(world));
         thread::scope(|scope| {
             let running: Vec<_> = ranks
-                .into_iter()
                 .zip(each)
-                .map(|(collective, (root, kept))| {
-                    scope.spawn(move || self.run_rank(collective, root, kept))
-                })
+                .map(|(rank, (root, kept))| scope.spawn(move || self.run_rank(rank, root, kept)))
                 .collect();
             running
                 .into_iter()
@@ -267,18 +373,29 @@ impl<'a> Generation<'a> {
     }
 
     /// The training loop in one thread, its coordinator in this one.
-    fn run_rank(&self, collective: InProcess, root: &Path, mut kept: Option<Kept>) -> Rank {
+    fn run_rank(
+        &self,
+        (collective, aside): (InProcess, InProcess),
+        root: &Path,
+        mut kept: Option<Kept>,
+    ) -> Rank {
         let (link, control, mut reports) = link::pair();
         let first = collective.rank() == 0;
         let last = collective.rank() + 1 == collective.world();
+        let dies = self.dies.filter(|(rank, _)| *rank == collective.rank());
+        let collective: Box<dyn Collective> = match dies {
+            Some((_, operations)) => Box::new(Mortal::new(collective, operations)),
+            None => Box::new(collective),
+        };
         let mut job = Job::local(
             "run-1",
             self.recipe.clone(),
             self.restore.clone(),
             root.to_owned(),
             link,
-            Box::new(collective),
-        );
+            collective,
+        )
+        .with_aside(Box::new(aside));
         job.generation = self.number;
         job.donation = self.donation.clone();
         if last && self.regroup_after == Some(0) {
@@ -298,6 +415,7 @@ impl<'a> Generation<'a> {
             formed: None,
             steps: vec![],
             checkpoints: vec![],
+            snapshots: vec![],
             warnings: vec![],
             notes: vec![],
             held: None,
@@ -325,6 +443,7 @@ impl<'a> Generation<'a> {
                     control.published(written.step);
                     rank.checkpoints.push(written);
                 }
+                Report::SnapshotTaken(taken) => rank.snapshots.push(taken),
                 Report::Held(held) => rank.held = Some(held),
                 Report::Log(line) if line.level == "INFO" => rank.notes.push(line.text),
                 Report::Log(line) => rank.warnings.push(line.text),

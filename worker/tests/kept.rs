@@ -170,10 +170,11 @@ fn a_run_that_ends_with_the_step_does_not_regroup() {
 }
 
 #[test]
-fn a_part_is_not_kept_and_a_whole_becomes_parts() {
+fn without_snapshots_no_part_is_kept_and_a_whole_becomes_parts() {
     let world = World::new(120);
     let mut recipe = recipe(&world);
     recipe.optimizer.sharding = Sharding::Zero1;
+    recipe.recovery.snapshot_every = 0;
     let root = world.checkpoints("a");
     let regroup = || Generation {
         regroup_after: Some(0),

@@ -15,6 +15,7 @@ mod kept;
 mod network;
 mod padding;
 mod replay;
+mod snapshots;
 mod step;
 mod train;
 mod witness;

@@ -228,6 +228,9 @@ impl Preview {
         if let Some(needs) = &self.needs {
             text.push_str(&format!("\nNeeds\n{}", needs_table(needs).render()));
             text.push_str(&format!("\n{}", memory_table(&needs.rank).render()));
+            if needs.rank.snapshots_per_rank.every > 0 {
+                text.push_str(&format!("\n{}", snapshots_table(&needs.rank).render()));
+            }
             text.push_str(&format!("\n{}", workers_table(needs).render()));
         }
         if !self.notes.is_empty() {
@@ -382,6 +385,20 @@ fn memory_table(rank: &Rank) -> Table {
         let size = format::bytes(fit.card.bytes);
         row(format!("card of {} ({size})", fit.card.name), verdicts, "");
     }
+    table
+}
+
+/// What snapshots take of a worker's host memory, by item.
+fn snapshots_table(rank: &Rank) -> Table {
+    let snapshots = &rank.snapshots_per_rank;
+    let mut table = Table::new(&["Host memory per GPU", ">SNAPSHOTS"]);
+    for component in &snapshots.components {
+        table.row([
+            format!("  {}", component.name),
+            format::bytes(component.bytes),
+        ]);
+    }
+    table.row(["  in all".to_owned(), format::bytes(snapshots.bytes)]);
     table
 }
 

@@ -38,7 +38,9 @@ pub(crate) fn formed(
     let hash = same(said, "the hash of their parameters", |formed| {
         ledger::hex(&formed.replica_hash)
     })?;
-    if let Some(held) = from_held.map(|held| ledger::hex(&held.replica_hash))
+    // Of a state in parts, the parts have hashes.
+    let whole = from_held.filter(|held| !held.replica_hash.is_empty());
+    if let Some(held) = whole.map(|held| ledger::hex(&held.replica_hash))
         && held != hash
     {
         return Err(format!(

@@ -59,6 +59,7 @@ impl Machine {
             plan,
             whole: false,
             verify_steps: recipe.resume.verify_steps.into(),
+            snapshots: Default::default(),
             regroup: None,
             pacing: None,
             chaos: None,

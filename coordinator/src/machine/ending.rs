@@ -100,10 +100,16 @@ impl Machine {
 
     /// Steps after the newest checkpoint are void.
     pub(super) fn roll_back(&mut self, number: RunNumber, reason: &str) {
+        if let Some(after_step) = self.state.run(number).map(Run::recovery_step) {
+            self.roll_back_to(number, after_step, reason);
+        }
+    }
+
+    /// Steps after `after_step` are void.
+    pub(super) fn roll_back_to(&mut self, number: RunNumber, after_step: u64, reason: &str) {
         let Some(run) = self.state.run(number) else {
             return;
         };
-        let after_step = run.recovery_step();
         if run.step > after_step {
             let body = Body::Void {
                 generation: run.generation,

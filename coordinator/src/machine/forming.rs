@@ -1,21 +1,20 @@
 //! How the next generation forms: who gets a place, and where it starts.
 
-use supra_proto::v1::{
-    Assignment, Held, RestoreFrom, StartFromHeld, coordinator_message::Body as Down,
-};
+use supra_proto::v1::{Assignment, RestoreFrom, coordinator_message::Body as Down};
 
 use super::fact::{Fact, Outcome};
 use super::generation::{Generation, Member, Stage};
+use super::recovery::{self, Start};
 use super::state::RunNumber;
 use super::worker::Conn;
-use super::{Machine, recovery, verify};
+use super::{Machine, verify};
 
 /// A worker that is to have a place.
 struct Chosen {
     conn: Conn,
     name: String,
     data_address: String,
-    /// It holds the state that the generation starts from.
+    /// It holds the state that the generation starts from, or a part of it.
     holds: bool,
 }
 
@@ -36,12 +35,11 @@ impl Machine {
             .idle()
             .filter_map(|(_, worker)| Some((worker.hello.name.as_str(), worker.held.as_ref()?)))
             .collect();
-        match recovery::newest(run, self.unapplied.as_ref(), &holders) {
-            Ok(held) => {
-                let held = held.cloned();
-                let chosen = self.choose(world as usize, held.as_ref());
-                self.recover_to(number, held.as_ref());
-                self.assign(number, chosen, held);
+        match recovery::start(run, self.unapplied.as_ref(), &holders) {
+            Ok(start) => {
+                let chosen = self.choose(world as usize, &start);
+                self.recover_to(number, &start);
+                self.assign(number, chosen, &start);
             }
             Err(cause) => self.end_run(number, Outcome::Failed, cause),
         }
@@ -49,14 +47,14 @@ impl Machine {
 
     /// The workers that get a place, in rank order, which is that of their names. Those that hold the state to start from
     /// go before others.
-    fn choose(&self, world: usize, held: Option<&Held>) -> Vec<Chosen> {
+    fn choose(&self, world: usize, start: &Start) -> Vec<Chosen> {
         let idle = self.idle();
         let mut chosen: Vec<Chosen> = idle
             .map(|(conn, worker)| Chosen {
                 conn,
                 name: worker.hello.name.clone(),
                 data_address: worker.hello.data_address.clone(),
-                holds: held.is_some() && worker.held.as_ref() == held,
+                holds: start.needs(&worker.hello.name, worker.held.as_ref()),
             })
             .collect();
         chosen.sort_by(|left, right| {
@@ -69,21 +67,24 @@ impl Machine {
     }
 
     /// Brings the ledger to where the next generation starts: what survivors hold is applied, what nobody holds is void.
-    fn recover_to(&mut self, number: RunNumber, held: Option<&Held>) {
+    fn recover_to(&mut self, number: RunNumber, start: &Start) {
         let unapplied = self.unapplied.take();
-        let Some(held) = held else {
-            let reason = self.state.run(number).map(|run| run.reason.clone());
-            return self.roll_back(number, &reason.unwrap_or_default());
+        let reason = self.state.run(number).map(|run| run.reason.clone());
+        let reason = reason.unwrap_or_default();
+        let Some(there) = start.step() else {
+            return self.roll_back(number, &reason);
         };
-        let Some(unapplied) = unapplied else { return };
-        let steps = unapplied.steps.into_iter();
-        for accounted in steps.take_while(|(entry, _)| entry.step <= held.step) {
-            self.apply(number, accounted, unapplied.verify_steps);
+        if let Some(unapplied) = unapplied {
+            let steps = unapplied.steps.into_iter();
+            for accounted in steps.take_while(|(entry, _)| entry.step <= there) {
+                self.apply(number, accounted, unapplied.verify_steps);
+            }
         }
+        self.roll_back_to(number, there, &reason);
     }
 
     /// Gives the chosen workers their ranks, in order.
-    fn assign(&mut self, number: RunNumber, chosen: Vec<Chosen>, held: Option<Held>) {
+    fn assign(&mut self, number: RunNumber, chosen: Vec<Chosen>, start: &Start) {
         let Some(run) = self.state.run(number) else {
             return;
         };
@@ -93,8 +94,8 @@ impl Machine {
             path: checkpoint.path.clone(),
             manifest_hash: checkpoint.manifest_hash.to_vec(),
         });
-        let holders = (0..).zip(&chosen).filter(|(_, chosen)| chosen.holds);
-        let holders: Vec<u32> = holders.map(|(rank, _)| rank).collect();
+        let held = start.state(run);
+        let members: Vec<String> = chosen.iter().map(|chosen| chosen.name.clone()).collect();
         let template = Assignment {
             recipe: run.recipe.clone(),
             rank: 0,
@@ -103,15 +104,20 @@ impl Machine {
             data_key: self.moment.key.to_vec(),
             restore,
             checkpoint_root: run.checkpoint_root.display().to_string(),
-            held: held.clone().map(|state| StartFromHeld {
-                state: Some(state),
-                holders: holders.clone(),
+            held: held.clone().map(|state| {
+                let holders = (0..).zip(&chosen).filter(|(_, chosen)| chosen.holds);
+                start.assigned(state, holders.map(|(rank, _)| rank).collect(), &members)
             }),
         };
-        let members: Vec<String> = chosen.iter().map(|chosen| chosen.name.clone()).collect();
-        let from = match holders.first().and_then(|rank| members.get(*rank as usize)) {
-            Some(holder) => format!("step {from_step}, which {holder} holds"),
-            None => format!("step {from_step}"),
+        let first = chosen.iter().find(|chosen| chosen.holds);
+        let from = match (start, first) {
+            (Start::Divided(parts), _) => {
+                format!("step {from_step}, whose parts {} hold", parts.names())
+            }
+            (Start::Whole(_), Some(holder)) => {
+                format!("step {from_step}, which {} holds", holder.name)
+            }
+            _ => format!("step {from_step}"),
         };
         let text = format!(
             "generation {generation} forms from {from}: {}",
@@ -145,6 +151,7 @@ impl Machine {
             plan: None,
             whole: false,
             verify_steps: 0,
+            snapshots: Default::default(),
             regroup: None,
             pacing: None,
             chaos: None,

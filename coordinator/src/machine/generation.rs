@@ -9,6 +9,7 @@ use supra_recipes::schema::Chaos;
 
 use super::agreement::Said;
 use super::pacing::Pacing;
+use super::snapshots::Told;
 use super::state::RunNumber;
 use super::worker::Conn;
 
@@ -32,10 +33,12 @@ pub(crate) struct Generation {
     pub from_held: Option<Held>,
     /// Known once all have formed.
     pub plan: Option<Plan>,
-    /// Every rank has all of the state, so that any of them can keep it.
+    /// What it leaves in memory when it regroups is all of the state: every rank has that, or they take snapshots of it.
     pub whole: bool,
     /// Steps after a checkpoint whose results are logged.
     pub verify_steps: u64,
+    /// What its ranks have told of snapshots.
+    pub snapshots: Told,
     /// Why its members were asked to regroup, once they were.
     pub regroup: Option<String>,
     /// How its checkpoints are asked for; none when the recipe says when they are due, and before all have formed.

@@ -390,6 +390,7 @@ pub(crate) fn held(generation: u64, step: u64) -> v1::Held {
         generation,
         step,
         replica_hash: vec![1; 32],
+        ..v1::Held::default()
     }
 }
 

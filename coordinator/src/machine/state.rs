@@ -81,6 +81,10 @@ pub struct Run {
     /// Oldest generation whose state behind `step` is the one that the ledger accounts for: what older ones left in the
     /// memory of workers was voided and trained again, or may have been.
     pub lineage: u64,
+    /// Which generation trained the steps that stand: the first step and the generation, in order, from the newest durable
+    /// step on.
+    #[serde(default)]
+    pub trained: Vec<(u64, u64)>,
     /// Last step that the ledger calls durable.
     pub durable: u64,
     /// The ledger is closed.
@@ -256,6 +260,7 @@ impl State {
             open: None,
             step: 0,
             lineage: 0,
+            trained: Vec::new(),
             durable: 0,
             closed: false,
             skipped: BTreeSet::new(),
@@ -292,6 +297,13 @@ impl Run {
                 .min(open.samples)
                 * open.sequence_length
         })
+    }
+
+    /// The generation that trained a step which stands; none when that is long ago.
+    pub fn trained_by(&self, step: u64) -> Option<u64> {
+        let newest = self.trained.iter().rev();
+        let mut since = newest.skip_while(|(first, _)| *first > step);
+        since.next().map(|(_, generation)| *generation)
     }
 
     /// It has stopped, in one way or another.
@@ -432,6 +444,9 @@ impl Run {
             Body::Step(step) => {
                 self.step = step.step;
                 self.lineage = step.generation;
+                if self.trained.last().map(|(_, last)| *last) != Some(step.generation) {
+                    self.trained.push((step.step, step.generation));
+                }
                 if step.skipped {
                     self.skipped.insert(step.step);
                 }
@@ -445,8 +460,13 @@ impl Run {
                 self.experience.failed();
                 self.lineage = generation + 1;
                 self.skipped.split_off(&(after_step + 1));
+                self.trained.retain(|(first, _)| first <= after_step);
             }
-            Body::Durable { step, .. } => self.durable = *step,
+            Body::Durable { step, .. } => {
+                self.durable = *step;
+                let at = self.trained.partition_point(|(first, _)| first <= step);
+                self.trained.drain(..at.saturating_sub(1));
+            }
             Body::Close { .. } => self.closed = true,
         }
     }

@@ -15,6 +15,7 @@ use crate::ledger::Body;
 mod aside;
 mod away;
 mod recovery;
+mod snapshots;
 mod stuck;
 
 /// A rig whose run trains on workers a (stream 1) and b (stream 2), generation 1.

@@ -7,6 +7,7 @@ use supra_proto::v1::{
     Left, LeftReason, PublishCheckpoint, coordinator_message::Body as Down,
 };
 use supra_recipes::plan::Plan;
+use supra_recipes::plan::snapshots;
 use supra_recipes::schema::{Chaos, CheckpointInterval, Recipe, Sharding};
 
 use super::aside::Blame;
@@ -22,10 +23,11 @@ use crate::ledger::{Body, Hash, Open};
 struct Ground {
     plan: Plan,
     open: Open,
-    sharding: Sharding,
     interval: CheckpointInterval,
     chaos: Option<Chaos>,
     verify_steps: u64,
+    /// Its ranks can leave all of the state in memory.
+    whole: bool,
 }
 
 impl Machine {
@@ -68,6 +70,7 @@ impl Machine {
         let generation = self.generation.as_ref()?;
         let run = self.state.run(generation.run)?;
         let said = generation.all_formed()?;
+        let world = said.len() as u32;
         let plan = || {
             let from_held = generation.from_held.as_ref();
             let (from_step, open) = (generation.from_step, run.open.as_ref());
@@ -88,10 +91,12 @@ impl Machine {
             Ok(Ground {
                 plan,
                 open,
-                sharding: recipe.optimizer.sharding,
+                whole: recipe.optimizer.sharding == Sharding::None
+                    || world == 1
+                    || snapshots::every(&recipe, world) > 0,
                 interval: recipe.checkpoint.every_tokens,
-                chaos: recipe.chaos,
                 verify_steps: recipe.resume.verify_steps.into(),
+                chaos: recipe.chaos,
             })
         };
         Some(plan())
@@ -109,7 +114,7 @@ impl Machine {
         generation.stage = Stage::Training;
         generation.plan = Some(ground.plan);
         generation.verify_steps = ground.verify_steps;
-        generation.whole = ground.sharding == Sharding::None || world == 1;
+        generation.whole = ground.whole;
         generation.pacing = (ground.interval == CheckpointInterval::Auto).then_some(Pacing {
             since: now,
             asked: false,

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::memory::{self, CARDS, Card, Memory};
 use super::sizes::element;
-use super::{ModelShape, Plan, PlanError, Policy};
+use super::{ModelShape, Plan, PlanError, Policy, Snapshots};
 use crate::schema::{Attention, Recipe, Sharding};
 
 const FP32: u64 = 4;
@@ -69,6 +69,8 @@ pub struct Rank {
     pub world: u32,
     /// Memory of one rank, for every policy.
     pub memory_per_rank: [Memory; 3],
+    /// Host memory of one rank that snapshots take.
+    pub snapshots_per_rank: Snapshots,
     /// What the recipe's choice of activations comes to on GPUs of usual sizes.
     pub cards: [Fit; 2],
 }
@@ -83,6 +85,7 @@ impl Rank {
         Rank {
             world,
             memory_per_rank,
+            snapshots_per_rank: Snapshots::new(recipe, shape, world),
             cards,
         }
     }

@@ -66,6 +66,9 @@ pub struct Recipe {
     /// Faults that the run inflicts on its own workers; none unless said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chaos: Option<Chaos>,
+    /// What ranks keep in host memory to go on from when one of them dies.
+    #[serde(default)]
+    pub recovery: Recovery,
 }
 
 fn default_seed() -> u64 {
@@ -466,6 +469,21 @@ impl Default for Resume {
     fn default() -> Self {
         // Loss and gradient of the first show the parameters that were restored, those of the second the moments.
         Resume { verify_steps: 2 }
+    }
+}
+
+/// What ranks keep in host memory to go on from when one of them dies.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields, default)]
+pub struct Recovery {
+    /// With `optimizer.sharding: zero1`, steps from one copy of each rank's part of the state, in its own host memory and
+    /// in another rank's, to the next; 0 keeps none. Without sharding every rank has all of the state anyway.
+    pub snapshot_every: u32,
+}
+
+impl Default for Recovery {
+    fn default() -> Self {
+        Recovery { snapshot_every: 8 }
     }
 }
 

@@ -6,14 +6,14 @@ use std::collections::BTreeMap;
 use rand::RngExt;
 use supra_agent::link::{Report, Tagged};
 use supra_agent::session::Input;
-use supra_agent::{Outcome, Place, Unfinished};
+use supra_agent::{Outcome, Place, SnapshotTaken, Unfinished};
 use supra_proto::v1::{CheckpointWritten, FaultKind, Phase as Said};
 
 use super::World;
 use super::disk::Saved;
 use super::fault::Phase;
 use super::ground::{Model, ground};
-use super::held::{Memory, Start};
+use super::held::{Memory, Snapshots, Start, has_all};
 use super::queue::{Event, MS, SECOND, Time};
 use super::worker::Worker;
 
@@ -37,9 +37,13 @@ pub(super) enum Work {
         wish: Wish,
         skipped: bool,
         drifted: bool,
+        /// Every rank has its last snapshot whole.
+        settled: bool,
     },
     /// The ranks have found that a device computes wrong: that of this rank, if they know.
     Hardware(Option<u32>),
+    /// The neighbour's part of a snapshot is here.
+    SnapshotPassed,
     /// The ring says that a rank is gone.
     RingBroke,
     Saved,
@@ -58,6 +62,10 @@ pub(super) enum Stage {
     /// Its gradients are on the ring.
     Reducing,
     Saving,
+    /// Waits for its last snapshot, then for the one that it leaves for the next membership.
+    Settling {
+        begun: bool,
+    },
     AwaitingPublished,
     /// Waits for rank 0's checkpoint.
     AwaitingRelease,
@@ -101,6 +109,7 @@ pub(super) struct Job {
     start: Option<Start>,
     /// What is in the files of its checkpoints.
     saved: BTreeMap<u64, Model>,
+    snapshots: Option<Snapshots>,
 }
 
 impl Job {
@@ -126,6 +135,7 @@ impl Job {
             agreed: Wish::Nothing,
             start,
             saved: BTreeMap::new(),
+            snapshots: None,
         }
     }
 
@@ -133,7 +143,7 @@ impl Job {
         match self.stage {
             Stage::Connecting => Phase::Forming,
             Stage::Loading => Phase::Loading,
-            Stage::Computing | Stage::Reducing => Phase::Training,
+            Stage::Computing | Stage::Reducing | Stage::Settling { .. } => Phase::Training,
             Stage::Saving | Stage::AwaitingPublished | Stage::AwaitingRelease => {
                 Phase::Checkpointing
             }
@@ -156,6 +166,11 @@ impl Job {
         })
     }
 
+    fn unsettled(&self) -> bool {
+        let snapshots = self.snapshots.as_ref();
+        snapshots.is_some_and(|snapshots| snapshots.under_way.is_some())
+    }
+
     fn key(&self) -> (String, u64) {
         (self.place.run.clone(), self.place.generation)
     }
@@ -168,8 +183,11 @@ pub(super) struct Ring {
     arrived: Vec<bool>,
     wish: Wish,
     broken: bool,
+    unsettled: bool,
     /// State that a holder gives to the others.
     held: Option<Model>,
+    /// The same in parts: whose part of which state.
+    parts: BTreeMap<u32, Model>,
 }
 
 impl World {
@@ -240,8 +258,10 @@ impl World {
                     wish,
                     skipped,
                     drifted,
+                    settled,
                 },
-            ) => self.passed(worker, wish, skipped, drifted),
+            ) => self.passed(worker, wish, skipped, drifted, settled),
+            (_, Work::SnapshotPassed) => self.snapshot_passed(worker),
             (_, Work::Hardware(culprit)) => {
                 let message = "a device computes wrong".to_owned();
                 self.done(worker, Outcome::Hardware { culprit, message });
@@ -280,11 +300,16 @@ impl World {
         };
         let memory = &mut self.workers[worker].memory;
         if job.loaded {
-            *memory = Some(Memory {
+            let all = has_all(&job.place).then_some((job.place.generation, job.model));
+            let kept = Memory {
                 run: job.place.run.clone(),
-                generation: job.place.generation,
-                model: job.model,
-            });
+                whole: all,
+                parts: job
+                    .snapshots
+                    .map_or(Vec::new(), |snapshots| snapshots.whole),
+            };
+            let empty = kept.whole.is_none() && kept.parts.is_empty();
+            *memory = (!empty).then_some(kept);
         }
         match outcome {
             Outcome::Voided | Outcome::Regrouped => {}
@@ -346,18 +371,21 @@ impl World {
         ring.arrived[job.place.rank as usize] = true;
         if reducing {
             ring.wish = ring.wish.max(job.wishes());
+            ring.unsettled |= job.unsettled();
         }
         if ring.broken || ring.arrived.contains(&false) {
             return;
         }
         ring.arrived.fill(false);
         let wish = std::mem::take(&mut ring.wish);
+        let settled = !std::mem::take(&mut ring.unsettled);
         let members: Vec<usize> = ring.members.iter().flatten().copied().collect();
         let work = if !reducing {
             Work::Passed {
                 wish,
                 skipped: false,
                 drifted: false,
+                settled,
             }
         } else if members.len() > 1 && std::mem::take(&mut self.hardware) {
             let culprit = self.random.random_range(0..members.len() as u32);
@@ -372,6 +400,7 @@ impl World {
                 wish,
                 skipped,
                 drifted,
+                settled,
             }
         };
         for member in members {
@@ -402,7 +431,7 @@ impl World {
         }
     }
 
-    fn passed(&mut self, worker: usize, wish: Wish, skipped: bool, drifted: bool) {
+    fn passed(&mut self, worker: usize, wish: Wish, skipped: bool, drifted: bool, settled: bool) {
         let Some(job) = &mut self.workers[worker].job else {
             return;
         };
@@ -410,12 +439,7 @@ impl World {
         match job.stage {
             Stage::Connecting => {
                 job.stage = Stage::Loading;
-                if job.start.as_ref().is_some_and(|start| start.holder) {
-                    self.offer(worker);
-                } else {
-                    // There is no room for two.
-                    self.workers[worker].memory = None;
-                }
+                self.offer(worker);
                 self.report(worker, Report::Phase(Said::Loading, 0));
                 let after = self.random.random_range(50 * MS..700 * MS);
                 self.work(worker, after, Work::Loaded);
@@ -431,7 +455,15 @@ impl World {
                     report.loss_sum *= 2.0;
                 }
                 self.report(worker, Report::Step(report));
-                self.after_step(worker, model.step, wish, rank);
+                self.snapshot_after(worker, wish, settled);
+            }
+            Stage::Settling { begun: false } => {
+                self.begin_snapshot(worker);
+                self.enter(worker, Stage::Settling { begun: true });
+            }
+            Stage::Settling { begun: true } => {
+                let (step, rank, wish) = (job.model.step, job.place.rank, job.agreed);
+                self.after_step(worker, step, wish, rank);
             }
             Stage::AwaitingRelease => {
                 let step = job.model.step;
@@ -492,30 +524,130 @@ impl World {
         let (Some(job), Some(memory)) = (job, memory) else {
             return;
         };
-        if job
-            .start
-            .as_ref()
-            .is_some_and(|start| memory.is(&start.state))
+        if let Some(start) = &job.start
+            && let Some(model) = memory.whole(&start.state)
         {
-            memory.generation = job.place.generation;
+            memory.whole = Some((job.place.generation, model));
         }
     }
 
-    /// A holder gives its state to the ring.
+    /// A holder gives its state, or the parts that it was asked for, to the ring. Of anything else there is no room for two.
     fn offer(&mut self, worker: usize) {
+        let Worker { job, memory, .. } = &mut self.workers[worker];
+        let Some(job) = job else { return };
+        let Some(Start {
+            state,
+            holder,
+            parts,
+        }) = &job.start
+        else {
+            return *memory = None;
+        };
+        let Some(ring) = self.rings.get_mut(&job.key()) else {
+            return;
+        };
+        if *holder {
+            let held = memory.as_ref().and_then(|memory| memory.whole(state));
+            ring.held = ring.held.or(held);
+        } else if parts.is_empty() || memory.as_ref().is_some_and(|it| it.whole.is_some()) {
+            *memory = None;
+        }
+        let asked = (0..)
+            .zip(parts)
+            .filter(|(_, part)| part.rank == job.place.rank);
+        for (index, part) in asked {
+            let held = memory.as_ref();
+            if let Some(model) = held.and_then(|it| it.part(state, index, &part.hash)) {
+                ring.parts.insert(index, model);
+            }
+        }
+    }
+
+    /// What a rank gets of the state that a generation is to start from.
+    fn given(&self, job: &Job, start: &Start) -> Option<Model> {
+        let ring = self.rings.get(&job.key())?;
+        if start.parts.is_empty() {
+            return ring.held;
+        }
+        let mut parts = ring.parts.values().copied();
+        let first = parts.next()?;
+        let all = ring.parts.len() == start.parts.len() && parts.all(|part| part == first);
+        all.then_some(first)
+    }
+
+    /// A step is done: takes a snapshot where one is due, or leaves one for the next membership.
+    fn snapshot_after(&mut self, worker: usize, wish: Wish, settled: bool) {
         let Some(job) = &self.workers[worker].job else {
             return;
         };
-        let memory = self.workers[worker].memory.as_ref();
-        let held = memory
-            .filter(|memory| {
-                job.start
-                    .as_ref()
-                    .is_some_and(|start| memory.is(&start.state))
-            })
-            .map(|memory| memory.model);
-        if let Some(ring) = self.rings.get_mut(&job.key()) {
-            ring.held = ring.held.or(held);
+        let (step, rank) = (job.model.step, job.place.rank);
+        let ends = wish == Wish::Stop || step == ground().plan.steps;
+        if let Some(snapshots) = job.snapshots.as_ref().filter(|_| !ends) {
+            if wish == Wish::Regroup {
+                let waits = snapshots.under_way.is_some();
+                self.enter(worker, Stage::Settling { begun: false });
+                if !waits {
+                    self.arrive(worker);
+                }
+                return;
+            }
+            if settled && snapshots.due(step) {
+                self.begin_snapshot(worker);
+            }
+        }
+        self.after_step(worker, step, wish, rank);
+    }
+
+    fn begin_snapshot(&mut self, worker: usize) {
+        let Some(job) = &mut self.workers[worker].job else {
+            return;
+        };
+        if let Some(snapshots) = &mut job.snapshots {
+            snapshots.begin(&job.place, job.model);
+            let after = self.random.random_range(20 * MS..900 * MS);
+            self.work(worker, after, Work::SnapshotPassed);
+        }
+    }
+
+    /// The neighbour's part has arrived, unless the neighbour is gone.
+    fn snapshot_passed(&mut self, worker: usize) {
+        let Some(job) = &self.workers[worker].job else {
+            return;
+        };
+        let before = (job.place.rank + job.place.world - 1) % job.place.world;
+        let ring = self.rings.get(&job.key());
+        let Some(neighbour) = ring.and_then(|ring| ring.members[before as usize]) else {
+            return;
+        };
+        let last = |worker: usize| {
+            let job = self.workers[worker].job.as_ref()?;
+            Some(job.snapshots.as_ref()?.last)
+        };
+        if last(neighbour) < last(worker) {
+            // It has not come so far.
+            return self.work(worker, 50 * MS, Work::SnapshotPassed);
+        }
+        let Some(job) = &mut self.workers[worker].job else {
+            return;
+        };
+        let Some(snapshots) = &mut job.snapshots else {
+            return;
+        };
+        let Some(parts) = snapshots.under_way.take() else {
+            return;
+        };
+        let name = parts.name();
+        snapshots.whole.push(parts);
+        let waits = matches!(job.stage, Stage::Settling { .. });
+        let [own, kept] = [0, 1].map(|place| name.parts.get(place).cloned());
+        let taken = SnapshotTaken {
+            step: name.step,
+            own,
+            kept,
+        };
+        self.report(worker, Report::SnapshotTaken(taken));
+        if waits {
+            self.arrive(worker);
         }
     }
 
@@ -524,7 +656,7 @@ impl World {
             return;
         };
         let model = match (&job.start, &job.place.restore) {
-            (Some(_), _) => self.rings.get(&job.key()).and_then(|ring| ring.held),
+            (Some(start), _) => self.given(job, start),
             (None, Some(restore)) => self
                 .checkpoints
                 .read(&job.place.run, &restore.relative, restore.manifest_hash)
@@ -544,10 +676,19 @@ impl World {
         let (run, generation) = (&job.place.run, job.place.generation);
         self.watch.started(run, generation, model);
         (job.model, job.loaded) = (model, true);
+        let before = self.workers[worker].memory.take();
+        let Some(job) = &mut self.workers[worker].job else {
+            return;
+        };
+        job.snapshots = Snapshots::of(&job.place, model.step, before);
+        let from_memory = job.start.is_some();
         let written = job.place.restore.as_ref().map_or(0, |restore| restore.step);
         let rank = job.place.rank;
         let due = ground().due(&job.place.recipe, model.step);
         self.report(worker, Report::Formed(model.formed()));
+        if from_memory {
+            self.begin_snapshot(worker);
+        }
         if due && written != model.step {
             // The generation that trained it did not come to write its checkpoint.
             return self.after_step(worker, model.step, Wish::Nothing, rank);

@@ -27,6 +27,12 @@ replica_check: { every_steps: 3 }
 coordinator: { away: 8 s }
 ";
 
+/// The same where ranks divide the state.
+pub(super) const DIVIDED: &str = "\
+optimizer: { warmup: 2 steps, sharding: zero1 }
+recovery: { snapshot_every: 2 }
+";
+
 const WINDOWS: u64 = 500;
 const MANIFEST: [u8; 32] = [2; 32];
 
@@ -145,14 +151,19 @@ pub(super) fn identity() -> Identity {
     }
 }
 
-/// A run for between `workers.0` and `workers.1` workers. Some leave checkpoints to the coordinator, some break their workers.
+/// A run for between `workers.0` and `workers.1` workers, which divide the state, or each of which has all of it. Some leave
+/// checkpoints to the coordinator, some break their workers.
 pub(super) fn submission(
     number: usize,
     workers: (u32, u32),
+    divided: bool,
     random: &mut impl RngExt,
 ) -> Submission {
     let plan = &ground().plan;
-    let mut recipe = RECIPE.to_owned();
+    let mut recipe = match divided {
+        true => RECIPE.replace("optimizer: { warmup: 2 steps }\n", DIVIDED),
+        false => RECIPE.to_owned(),
+    };
     if random.random_bool(0.5) {
         recipe = recipe.replace(AUTO.0, AUTO.1);
     }

@@ -259,7 +259,7 @@ impl World {
                 run,
                 generation,
                 body,
-            } => self.send_up(number, run, generation, body),
+            } => self.send_up(number, run, generation, *body),
             Action::Start { job, place } => {
                 self.workers[number].job = Some(Job::new(job, *place));
                 self.work(number, MS, Work::Begin);

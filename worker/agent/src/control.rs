@@ -151,7 +151,7 @@ impl Controller {
                         body,
                     } => {
                         if let Stream::Up(line) = &mut self.stream
-                            && !line.send(run, generation, body)
+                            && !line.send(run, generation, *body)
                         {
                             inputs.extend(
                                 self.on_broken(
@@ -252,7 +252,9 @@ impl Controller {
             checkpoint_root: place.checkpoint_root,
             until: None,
             link,
-            plane: DataPlane::Ring(self.data.listener(), ring),
+            plane: DataPlane::Ring(self.data.listener(), ring.clone()),
+            aside: DataPlane::Ring(self.data.listener(), ring),
+            address: self.data.advertised().to_string(),
         };
         self.current = Some(control);
         // The training loop is idle, so that there is room; it is gone only after this thread.

@@ -31,9 +31,11 @@ mod worker;
 
 pub use collective::{Collective, CollectiveError};
 pub use error::AgentError;
-pub use job::{Donation, Job, Outcome, Restore};
+pub use job::{Donation, Job, Outcome, PartHolder, Restore};
 pub use link::{Link, Voided};
 pub use place::Place;
-pub use supra_proto::v1::{CheckpointWritten, FaultKind, Formed, Held, Phase, StepReport};
+pub use supra_proto::v1::{
+    CheckpointWritten, FaultKind, Formed, Held, Part, Phase, Snapshot, SnapshotTaken, StepReport,
+};
 pub use unfinished::Unfinished;
 pub use worker::{Exit, Timing, WorkerOptions, run_worker};

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use supra_proto::v1::{Formed, Held, LogLine, Phase, StepReport};
+use supra_proto::v1::{Formed, Held, LogLine, Phase, SnapshotTaken, StepReport};
 use tokio::sync::mpsc;
 
 use crate::collective::{AbortHandle, Waiting};
@@ -33,6 +33,8 @@ pub enum Report {
     Step(StepReport),
     /// A checkpoint is on disk and lacks its manifest.
     CheckpointFilled(Unfinished),
+    /// A snapshot is whole, with the neighbour's part.
+    SnapshotTaken(SnapshotTaken),
     /// A line for `supra logs`.
     Log(LogLine),
     /// The loop is about to return, and this state stays in memory until it gets the next job.
@@ -143,6 +145,11 @@ impl Link {
     pub fn checkpoint_filled(&self, checkpoint: Unfinished) {
         self.shared.checkpoints().begun = Some(checkpoint.step);
         self.send(Report::CheckpointFilled(checkpoint));
+    }
+
+    /// Reports a snapshot that is whole, with the neighbour's part.
+    pub fn snapshot_taken(&self, taken: SnapshotTaken) {
+        self.send(Report::SnapshotTaken(taken));
     }
 
     /// Says which state stays in memory when the loop has returned. Only the last thing before that.

@@ -2,10 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
-use supra_proto::v1::{Assignment, RestoreFrom, StartFromHeld};
+use supra_proto::v1::{self, Assignment, RestoreFrom, StartFromHeld};
 use supra_recipes::schema::Recipe;
 
-use crate::job::{Donation, Restore};
+use crate::job::{Donation, PartHolder, Restore};
 use crate::publish;
 
 /// A place in a generation, as the coordinator assigned it.
@@ -102,13 +102,25 @@ fn parse_restore(restore: RestoreFrom, root: &Path) -> Result<Restore, String> {
 }
 
 fn parse_donation(held: StartFromHeld, run: &str, world: u32) -> Result<Donation, String> {
-    let StartFromHeld { state, holders } = held;
+    let StartFromHeld {
+        state,
+        holders,
+        parts,
+    } = held;
     let state = state.ok_or("the assignment names ranks that hold a state, but no state")?;
     if state.run != run {
         let other = &state.run;
         return Err(format!(
             "assigned a state of the run {other}, which is another one"
         ));
+    }
+    if !parts.is_empty() {
+        let parts = parse_parts(parts, world)?;
+        return Ok(Donation {
+            state,
+            holders: Vec::new(),
+            parts,
+        });
     }
     bytes32(&state.replica_hash, "replica_hash")?;
     let ascending = holders.is_sorted_by(|a, b| a < b);
@@ -117,7 +129,24 @@ fn parse_donation(held: StartFromHeld, run: &str, world: u32) -> Result<Donation
             "the ranks {holders:?} that hold the state are not some of {world} ranks in order"
         ));
     }
-    Ok(Donation { state, holders })
+    Ok(Donation {
+        state,
+        holders,
+        parts: Vec::new(),
+    })
+}
+
+fn parse_parts(parts: Vec<v1::PartHolder>, world: u32) -> Result<Vec<PartHolder>, String> {
+    let parse = |v1::PartHolder { rank, hash }| {
+        if rank >= world {
+            return Err(format!(
+                "rank {rank} is to hand over a part of the state, but there are {world} ranks"
+            ));
+        }
+        let hash = bytes32(&hash, "part's hash")?;
+        Ok(PartHolder { rank, hash })
+    };
+    parts.into_iter().map(parse).collect()
 }
 
 fn bytes32(bytes: &[u8], field: &str) -> Result<[u8; 32], String> {

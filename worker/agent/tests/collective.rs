@@ -192,9 +192,12 @@ proptest! {
                     buffer = vec![9; len];
                 }
                 rank.broadcast(root, &mut buffer).unwrap();
-                (gathered, buffer)
+                let mut before = vec![0; len];
+                rank.pass(&vec![rank.rank() as u8; len], &mut before).unwrap();
+                (gathered, buffer, before)
             });
-            for (gathered, buffer) in results {
+            for ((gathered, buffer, before), rank) in results.into_iter().zip(0..) {
+                prop_assert_eq!(before, vec![((rank + world - 1) % world) as u8; len]);
                 prop_assert_eq!(&gathered, &expected);
                 prop_assert_eq!(&buffer, &vec![9; len]);
             }

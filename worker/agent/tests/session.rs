@@ -9,8 +9,8 @@ use supra_proto::v1::coordinator_message::Body as Down;
 use supra_proto::v1::worker_message::Body as Up;
 use supra_proto::v1::{
     Assignment, CheckpointAfterStep, CheckpointWritten, CoordinatorMessage, Goodbye, Held,
-    LedgerHead, OrderedFault, OrderedFaultKind, PublishCheckpoint, Refusal, Regroup, RestoreFrom,
-    StartFromHeld, StepReport, StopAfterStep, Void, Welcome,
+    LedgerHead, OrderedFault, OrderedFaultKind, PartHolder, PublishCheckpoint, Refusal, Regroup,
+    RestoreFrom, StartFromHeld, StepReport, StopAfterStep, Void, Welcome,
 };
 
 use crate::coordinator::RECIPE;
@@ -154,6 +154,7 @@ fn show_body(body: &Up) -> String {
         Up::Formed(_) => "formed".to_owned(),
         Up::Step(step) => format!("step {}", step.step),
         Up::CheckpointBegun(begun) => format!("begun {}", begun.step),
+        Up::SnapshotTaken(taken) => format!("snapshot of step {}", taken.step),
         Up::CheckpointWritten(written) => format!("written {}", written.path),
         Up::CheckpointPublished(published) => format!("published {}", published.step),
         Up::Fault(fault) if fault.kind() == FaultKind::Hardware => {
@@ -229,6 +230,7 @@ fn held() -> Held {
         generation: 1,
         step: 7,
         replica_hash: HASH.to_vec(),
+        ..Held::default()
     }
 }
 
@@ -512,6 +514,7 @@ fn an_assignment_to_start_from_memory_names_the_state_and_who_holds_it() {
             held: Some(StartFromHeld {
                 state,
                 holders: holders.to_vec(),
+                parts: Vec::new(),
             }),
             ..place()
         })
@@ -558,6 +561,49 @@ fn an_assignment_to_start_from_memory_names_the_state_and_who_holds_it() {
             actions[0].starts_with("Input fault") && actions[0].contains(why),
             "{actions:?}"
         );
+    }
+}
+
+#[test]
+fn an_assignment_to_start_from_parts_names_who_hands_over_each() {
+    let from = |parts: &[(u32, usize)]| {
+        let part = |(rank, bytes): &(u32, usize)| PartHolder {
+            rank: *rank,
+            hash: vec![4; *bytes],
+        };
+        Down::Assignment(Assignment {
+            held: Some(StartFromHeld {
+                state: Some(Held {
+                    replica_hash: Vec::new(),
+                    ..held()
+                }),
+                holders: Vec::new(),
+                parts: parts.iter().map(part).collect(),
+            }),
+            ..place()
+        })
+    };
+    let mut bench = Bench::attached();
+    let actions = bench.session.handle(
+        Input::Message(CoordinatorMessage {
+            run: "run".to_owned(),
+            generation: 1,
+            sequence: 0,
+            body: Some(from(&[(1, 32), (0, 32), (1, 32)])),
+        }),
+        bench.now,
+    );
+    let [Action::Start { place, .. }] = actions.as_slice() else {
+        panic!("{actions:?}")
+    };
+    let donation = place.donation.as_ref().unwrap();
+    let ranks: Vec<u32> = donation.parts.iter().map(|part| part.rank).collect();
+    assert_eq!((ranks, donation.holders.len()), (vec![1, 0, 1], 0));
+    for (generation, (part, why)) in
+        (1..).zip([((2, 32), "there are 2 ranks"), ((0, 31), "31 bytes")])
+    {
+        let actions = Bench::attached().says(generation, from(&[(0, 32), part]));
+        assert!(actions[0].contains(why), "{actions:?}");
     }
 }
 
@@ -701,14 +747,11 @@ fn heartbeats_tell_how_long_the_training_loop_waits_for_others() {
         assert_eq!(bench.feed(Input::Waited(waited)), [""; 0]);
         bench.now += Duration::from_secs(1);
         let actions = bench.session.handle(Input::Tick, bench.now);
-        let [
-            Action::Send {
-                body: Up::Heartbeat(beat),
-                ..
-            },
-        ] = actions.as_slice()
-        else {
+        let [Action::Send { body, .. }] = actions.as_slice() else {
             panic!("one heartbeat, not {actions:?}");
+        };
+        let Up::Heartbeat(beat) = body.as_ref() else {
+            panic!("one heartbeat, not {body:?}");
         };
         assert_eq!(u128::from(beat.waiting_ms), waited.as_millis());
     }

@@ -376,6 +376,7 @@ fn a_worker_that_lost_its_coordinator_says_in_its_next_hello_what_it_keeps() {
         generation: 1,
         step: 7,
         replica_hash: vec![3; 32],
+        ..Held::default()
     };
     let kept = held.clone();
     let thread = start(options(&coordinator.url), move |job| {

@@ -108,21 +108,12 @@ impl Replica {
         }
         let mut bytes = Vec::new();
         collective.host().broadcast(root, &mut bytes)?;
-        let Some((updates, skipped)) = from_counters(&bytes) else {
-            let cause = format!("sent counters of {} bytes where 12 were due", bytes.len());
-            return Err(CollectiveError::Peer {
-                rank: root,
-                address: "in this generation".to_owned(),
-                cause,
-            }
-            .into());
-        };
-        (self.updates, self.skipped) = (updates, skipped);
+        (self.updates, self.skipped) = from_counters(root, &bytes)?;
         Ok(())
     }
 
     /// All state, each flat tensor with the part of it that is here.
-    fn flats(&self) -> impl Iterator<Item = (&Tensor, Part)> {
+    pub(super) fn flats(&self) -> impl Iterator<Item = (&Tensor, Part)> {
         let own = [
             self.remainder.as_ref(),
             Some(&self.exp_avg),
@@ -143,21 +134,28 @@ fn pieces(layout: &Layout) -> impl Iterator<Item = (i64, i64)> {
 }
 
 /// The counters of a replica as they travel.
-fn counters(updates: u64, skipped: u32) -> [u8; 12] {
+pub(super) fn counters(updates: u64, skipped: u32) -> [u8; 12] {
     let mut bytes = [0; 12];
     bytes[..8].copy_from_slice(&updates.to_le_bytes());
     bytes[8..].copy_from_slice(&skipped.to_le_bytes());
     bytes
 }
 
-fn from_counters(bytes: &[u8]) -> Option<(u64, u32)> {
-    let (updates, skipped) = bytes.split_first_chunk()?;
-    let skipped = skipped.try_into().ok()?;
-    Some((u64::from_le_bytes(*updates), u32::from_le_bytes(skipped)))
+/// Reads those that rank `root` sent.
+pub(super) fn from_counters(root: u32, bytes: &[u8]) -> Result<(u64, u32), CollectiveError> {
+    let split = bytes.split_first_chunk().and_then(|(updates, skipped)| {
+        let skipped = u32::from_le_bytes(skipped.try_into().ok()?);
+        Some((u64::from_le_bytes(*updates), skipped))
+    });
+    split.ok_or_else(|| CollectiveError::Peer {
+        rank: root,
+        address: "in this generation".to_owned(),
+        cause: format!("sent counters of {} bytes where 12 were due", bytes.len()),
+    })
 }
 
 /// Replaces `piece` by that of rank `root`, to the bit.
-fn broadcast(
+pub(super) fn broadcast(
     root: u32,
     piece: &Tensor,
     collective: &mut dyn DeviceCollective,

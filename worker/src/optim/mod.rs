@@ -7,11 +7,13 @@ pub mod adamw;
 pub mod clip;
 pub mod exchange;
 mod handover;
+mod host_part;
 pub mod layout;
 pub mod replica;
 
 pub use adamw::AdamW;
 pub use exchange::Exchange;
+pub use host_part::HostPart;
 pub use layout::{Bucket, Layout, Part, Piece, Slot};
 pub use replica::{Kinds, Prints, Replica, Section};
 

@@ -102,6 +102,24 @@ pub enum TrainError {
         /// did not show again.
         culprits: Vec<u32>,
     },
+    /// Parts of the state do not get from rank to rank any more.
+    #[error("while a snapshot was passed on: {0}")]
+    Snapshot(#[source] CollectiveError),
+    /// This host has not as much memory as snapshots take. Nothing has been allocated.
+    #[error(
+        "snapshots take {} of this host's memory for each worker, and {} are available. Write \
+         recovery.snapshot_every: 0 (then a death costs the steps since the last checkpoint), or train with more workers; \
+         `supra plan` shows what they take", gib(*.planned), gib(*.available)
+    )]
+    NoHostRoom {
+        /// Bytes that snapshots take.
+        planned: u64,
+        /// Bytes that are available.
+        available: u64,
+    },
+    /// The system has no thread for snapshots.
+    #[error("cannot start the thread that passes snapshots on: {0}")]
+    Thread(std::io::Error),
     /// The thread that reads samples ahead is gone.
     #[error("the reader of the training data ended before step {step}")]
     NoBatch {
@@ -125,14 +143,15 @@ impl TrainError {
     /// Who has to act.
     pub fn fault_kind(&self) -> FaultKind {
         match self {
-            TrainError::Collective(_) | TrainError::Devices(DeviceCollectiveError::Host(_)) => {
-                FaultKind::Peer
-            }
+            TrainError::Collective(_)
+            | TrainError::Snapshot(_)
+            | TrainError::Devices(DeviceCollectiveError::Host(_)) => FaultKind::Peer,
             TrainError::Void(_)
             | TrainError::Devices(_)
             | TrainError::Kernel(_)
             | TrainError::Layout(LayoutError::Memory(_))
             | TrainError::NotKept { .. }
+            | TrainError::Thread(_)
             | TrainError::NoBatch { .. } => FaultKind::Transient,
             TrainError::Hardware { .. } => FaultKind::Hardware,
             TrainError::Checkpoint(error) => error.fault_kind(),
@@ -141,6 +160,7 @@ impl TrainError {
             | TrainError::Model(_)
             | TrainError::Layout(LayoutError::Token { .. })
             | TrainError::NoRoom { .. }
+            | TrainError::NoHostRoom { .. }
             | TrainError::Mismatch(_) => FaultKind::Input,
             TrainError::Diverged { .. } => FaultKind::Diverged,
         }
@@ -172,10 +192,28 @@ fn holds(found: Option<&Held>) -> String {
         generation,
         step,
         replica_hash,
+        snapshots,
     }) = found
     else {
         return "nothing".to_owned();
     };
+    if !snapshots.is_empty() {
+        let each = snapshots.iter().map(|snapshot| {
+            let parts: Vec<String> = snapshot
+                .parts
+                .iter()
+                .map(|part| part.index.to_string())
+                .collect();
+            format!(
+                "parts {} of {} of step {} of generation {}",
+                parts.join(" and "),
+                snapshot.of,
+                snapshot.step,
+                snapshot.generation
+            )
+        });
+        return each.collect::<Vec<_>>().join(", ");
+    }
     let hash: String = replica_hash[..4]
         .iter()
         .map(|byte| format!("{byte:02x}"))

@@ -11,7 +11,7 @@ use supra_recipes::{
 };
 use tch::{Device, Kind, Tensor};
 
-use super::{Kept, TrainError, kept, policy};
+use super::{Kept, TrainError, host_memory, kept, policy};
 use crate::{
     checkpoint::{self, CheckpointError, Environment},
     collective::DeviceCollective,
@@ -65,12 +65,20 @@ impl Start {
         // Before anything is on the device.
         let (policy, why) = policy::choose(recipe, &config.shape(), job.world, place.free_memory)?;
         job.link.log("INFO", why);
+        if kept.is_none() {
+            // Later ones take the place of those that are there.
+            host_memory::check(recipe, &config.shape(), job.world)?;
+        }
         let room = Room::of(job, place, &config);
         let Choice { kernels, note } = kernels::on(place.device, room.kinds.parameters, &config)?;
         let mut notes = Vec::new();
         let (replica, step) = match (&job.donation, &job.restore) {
             (Some(donation), _) => {
-                let replica = kept::start(job, donation, kept, room, collective)?;
+                let before = |world| {
+                    let decay_all = recipe.optimizer.decay_norms_and_biases;
+                    Layout::new(&config.params(), decay_all, world)
+                };
+                let replica = kept::start(job, donation, kept, room, before, collective)?;
                 (replica, donation.state.step)
             }
             (None, None) => {

@@ -16,6 +16,8 @@ pub struct Tally {
     pub digest: Digest,
     /// What this rank was asked for.
     pub wish: Wish,
+    /// A snapshot that it has begun is not whole yet.
+    pub unsettled: bool,
 }
 
 /// What is to come after the step. Of what ranks were asked for, the greatest.
@@ -49,7 +51,7 @@ impl Wish {
     }
 }
 
-const BYTES: usize = 57;
+const BYTES: usize = 58;
 
 impl Tally {
     /// Sums the tallies of all ranks, in rank order; equal on all of them.
@@ -72,6 +74,7 @@ impl Tally {
             sum.squares += tally.squares;
             sum.digest += tally.digest;
             sum.wish = sum.wish.max(tally.wish);
+            sum.unsettled |= tally.unsettled;
         }
         Ok(sum)
     }
@@ -94,6 +97,7 @@ impl Tally {
         bytes[16..24].copy_from_slice(&self.squares.to_le_bytes());
         bytes[24..56].copy_from_slice(self.digest.as_bytes());
         bytes[56] = self.wish as u8;
+        bytes[57] = self.unsettled.into();
         bytes
     }
 
@@ -110,6 +114,7 @@ impl Tally {
             squares: f64::from_le_bytes(word(16)),
             digest: Digest::from_bytes(*bytes[24..].first_chunk()?),
             wish: *Wish::ALL.get(usize::from(bytes[56]))?,
+            unsettled: bytes[57] != 0,
         })
     }
 }
@@ -152,11 +157,12 @@ mod tests {
             squares: f64::INFINITY,
             digest: Digest::of_sample(7, &[1, 2]),
             wish: Wish::Stop,
+            unsettled: true,
         };
         let bytes = tally.to_bytes();
         assert_eq!(Tally::from_bytes(&bytes), Some(tally));
         let mut unknown = bytes;
-        unknown[BYTES - 1] = Wish::ALL.len() as u8;
+        unknown[BYTES - 2] = Wish::ALL.len() as u8;
         assert_eq!(Tally::from_bytes(&unknown), None);
         assert_eq!(Tally::from_bytes(&[0; 3]), None);
     }

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use super::apart::apart;
 use super::handshake::{self, Edge};
 use super::{AbortHandle, CollectiveError};
 
@@ -49,6 +50,22 @@ impl RingPlan {
     /// The rank that this one receives from.
     pub fn previous(&self) -> u32 {
         (self.rank + self.world - 1) % self.world
+    }
+
+    /// The plan of a second ring of the same ranks, in the order of [`apart`]. `addresses` is where each rank is reached, by
+    /// rank.
+    pub(crate) fn apart(&self, addresses: &[String]) -> RingPlan {
+        let order = apart(addresses);
+        let place = order.iter().position(|rank| *rank == self.rank);
+        let place = place.expect("invariant: every rank has a place");
+        let next = order[(place + 1) % order.len()];
+        RingPlan {
+            rank: place as u32,
+            next_address: addresses[next as usize].clone(),
+            // Nobody takes a connection of one ring for one of the other.
+            key: blake3::derive_key("supra second ring", &self.key),
+            ..self.clone()
+        }
     }
 
     fn edge(&self, from: u32, to: u32) -> Edge {

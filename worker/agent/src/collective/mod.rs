@@ -4,6 +4,7 @@
 //! ([`chunk`]), so every rank gets the same bits, and a repeat gets them again.
 
 mod abort;
+mod apart;
 mod connect;
 mod handshake;
 mod in_process;
@@ -12,6 +13,7 @@ mod solo;
 mod waiting;
 
 pub use abort::AbortHandle;
+pub use apart::apart;
 pub use in_process::InProcess;
 pub use ring::{RingPlan, TcpRing};
 pub use solo::Solo;
@@ -41,6 +43,10 @@ pub trait Collective: Send {
 
     /// Replaces `buffer` by that of rank `root`.
     fn broadcast(&mut self, root: u32, buffer: &mut Vec<u8>) -> Result<(), CollectiveError>;
+
+    /// Sends `mine` to the next rank, modulo the number of ranks, and fills `theirs` with what the rank before sends: as
+    /// many bytes on every rank.
+    fn pass(&mut self, mine: &[u8], theirs: &mut [u8]) -> Result<(), CollectiveError>;
 
     /// Returns after every rank has called it.
     fn barrier(&mut self) -> Result<(), CollectiveError>;

@@ -90,6 +90,7 @@ const ALL_REDUCE_BF16: u64 = 2;
 const ALL_GATHER: u64 = 3;
 const BROADCAST: u64 = 4;
 const BARRIER: u64 = 5;
+const PASS: u64 = 6;
 
 impl TcpRing {
     /// Connects the ranks of a generation. Returns when the whole ring stands.
@@ -328,6 +329,11 @@ impl Collective for TcpRing {
             }
         }
         Ok(())
+    }
+
+    fn pass(&mut self, mine: &[u8], theirs: &mut [u8]) -> Result<(), CollectiveError> {
+        self.begin(PASS, mine.len() as u64)?;
+        self.exchange(mine, theirs)
     }
 
     fn barrier(&mut self) -> Result<(), CollectiveError> {

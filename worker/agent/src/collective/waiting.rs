@@ -107,6 +107,11 @@ impl<C: Collective> Collective for Watched<C> {
         self.collective.broadcast(root, buffer)
     }
 
+    fn pass(&mut self, mine: &[u8], theirs: &mut [u8]) -> Result<(), CollectiveError> {
+        let _wait = self.waiting.begin();
+        self.collective.pass(mine, theirs)
+    }
+
     fn barrier(&mut self) -> Result<(), CollectiveError> {
         let _wait = self.waiting.begin();
         self.collective.barrier()

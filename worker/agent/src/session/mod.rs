@@ -74,7 +74,7 @@ pub enum Action {
         /// Generation that it speaks of.
         generation: u64,
         /// What it says.
-        body: Up,
+        body: Box<Up>,
     },
     /// Hand this place to the training loop, which is idle.
     Start {
@@ -446,7 +446,7 @@ impl Session {
             actions.push(Action::Send {
                 run: run.to_owned(),
                 generation,
-                body,
+                body: Box::new(body),
             });
         }
     }

@@ -36,6 +36,9 @@ impl Session {
                 }
                 self.send_for_current(Up::Formed(formed), actions);
             }
+            Report::SnapshotTaken(taken) => {
+                self.send_for_current(Up::SnapshotTaken(taken), actions);
+            }
             Report::CheckpointFilled(unfinished) => {
                 let step = unfinished.step;
                 current.unfinished.push(unfinished);
