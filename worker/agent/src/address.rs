@@ -1,34 +1,49 @@
 //! Where the other ranks reach this worker.
 
+use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, ToSocketAddrs, UdpSocket};
 use std::sync::Arc;
 
 use supra_proto::ClientError;
 
+use crate::advertise::Advertise;
 use crate::error::AgentError;
 
 /// The listening socket of the data plane, bound once per process, and the address that goes into
 /// Hello.
 pub(crate) struct DataAddress {
     listener: Arc<TcpListener>,
-    advertised: SocketAddr,
+    advertised: String,
 }
 
 impl DataAddress {
-    /// Listens on `advertise`, or on the local address of the route to the coordinator, on any port.
-    pub fn bind(coordinator: &str, advertise: Option<IpAddr>) -> Result<DataAddress, AgentError> {
-        let ip = match advertise {
-            Some(ip) => ip,
-            None => route_to(coordinator)?,
+    /// Listens on `listen`; else on what `advertise` names, or on the local address of the route to the coordinator,
+    /// at the advertised port or at any.
+    pub fn bind(
+        coordinator: &str,
+        listen: Option<SocketAddr>,
+        advertise: Option<&Advertise>,
+    ) -> Result<DataAddress, AgentError> {
+        let advertise = match (advertise, listen) {
+            (Some(advertise), _) => advertise.clone(),
+            (None, Some(listen)) if !listen.ip().is_unspecified() => listen.ip().into(),
+            (None, _) => route_to(coordinator)?.into(),
         };
-        let listener = listen(ip)?;
+        let listener = match listen {
+            Some(listen) => TcpListener::bind(listen).map_err(|cause| AgentError::Data {
+                address: listen.to_string(),
+                cause,
+                remedy: "give an address of this machine, and a port of it that is free: --listen IP:PORT",
+            })?,
+            None => listen_as(&advertise)?,
+        };
         let port = listener
             .local_addr()
-            .map_err(|cause| failed(ip, cause))?
+            .map_err(|cause| failed(&advertise, cause))?
             .port();
         Ok(DataAddress {
             listener: Arc::new(listener),
-            advertised: SocketAddr::new(ip, port),
+            advertised: advertise.with_port(port),
         })
     }
 
@@ -37,37 +52,41 @@ impl DataAddress {
         Arc::clone(&self.listener)
     }
 
-    /// Address for the other ranks.
-    pub fn advertised(&self) -> SocketAddr {
-        self.advertised
+    /// Address for the other ranks, `host:port`.
+    pub fn advertised(&self) -> &str {
+        &self.advertised
     }
 }
 
-/// Listens on `ip` only. Where it is not an address of this machine (it stands behind a translating
-/// router), listens on all.
-fn listen(ip: IpAddr) -> Result<TcpListener, AgentError> {
-    let error = match TcpListener::bind((ip, 0)) {
-        Ok(listener) => return Ok(listener),
-        Err(error) => error,
-    };
-    if error.kind() != std::io::ErrorKind::AddrNotAvailable {
-        return Err(failed(ip, error));
+/// Listens on the advertised address only. Where it is not one of this machine (it stands behind a translating router),
+/// listens on all, at the same port; so it does for a name: to the others it may mean another address than here.
+fn listen_as(advertise: &Advertise) -> Result<TcpListener, AgentError> {
+    let port = advertise.port.unwrap_or(0);
+    if let Ok(ip) = advertise.host.parse::<IpAddr>() {
+        match TcpListener::bind((ip, port)) {
+            Ok(listener) => return Ok(listener),
+            Err(error) if error.kind() != ErrorKind::AddrNotAvailable => {
+                return Err(failed(advertise, error));
+            }
+            Err(_) => tracing::warn!(
+                "the advertised address {advertise} is not one of this machine: listening on all of its addresses"
+            ),
+        }
     }
-    tracing::warn!(
-        "the advertised address {ip} is not one of this machine: listening on all of its addresses"
-    );
-    let any = match ip {
-        IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-        IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-    };
-    TcpListener::bind((any, 0)).map_err(|cause| failed(any, cause))
+    let all: [SocketAddr; 2] = [
+        (Ipv6Addr::UNSPECIFIED, port).into(),
+        (Ipv4Addr::UNSPECIFIED, port).into(),
+    ];
+    // The first takes IPv4, too, where there is IPv6 at all.
+    TcpListener::bind(&all[..]).map_err(|cause| failed(advertise, cause))
 }
 
-fn failed(ip: IpAddr, cause: std::io::Error) -> AgentError {
+fn failed(advertise: &Advertise, cause: std::io::Error) -> AgentError {
     AgentError::Data {
-        address: ip.to_string(),
+        address: advertise.to_string(),
         cause,
-        remedy: "give an address of this machine that the other workers reach: --advertise ADDRESS",
+        remedy: "give an address of this machine that the other workers reach: --advertise HOST; \
+                 where they reach it at another port than its own, --listen IP:PORT, too",
     }
 }
 
@@ -77,7 +96,7 @@ fn route_to(coordinator: &str) -> Result<IpAddr, AgentError> {
         AgentError::Client(ClientError::Unreachable {
             url: coordinator.to_owned(),
             cause,
-            remedy: "check the host name; without a route to it, give --advertise ADDRESS",
+            remedy: "check the host name; without a route to it, give --advertise HOST",
         })
     };
     let (host, port) = host_and_port(coordinator).ok_or_else(|| {
@@ -131,26 +150,67 @@ fn host_and_port(url: &str) -> Option<(&str, u16)> {
 mod tests {
     use super::*;
 
+    const HEAD: &str = "http://127.0.0.1:7070";
+
     #[test]
     fn the_route_to_loopback_is_loopback() {
-        let data = DataAddress::bind("http://127.0.0.1:7070", None).unwrap();
-        assert!(data.advertised().ip().is_loopback());
-        assert_eq!(data.advertised(), data.listener().local_addr().unwrap());
+        let data = DataAddress::bind(HEAD, None, None).unwrap();
+        let listens = data.listener().local_addr().unwrap();
+        assert!(listens.ip().is_loopback());
+        assert_eq!(data.advertised(), listens.to_string());
     }
 
     #[test]
     fn a_foreign_address_is_advertised_all_the_same() {
-        // TEST-NET-1 belongs to no machine.
-        let foreign: IpAddr = "192.0.2.1".parse().unwrap();
-        let data = DataAddress::bind("http://127.0.0.1:7070", Some(foreign)).unwrap();
-        assert_eq!(data.advertised().ip(), foreign);
-        assert!(data.listener().local_addr().unwrap().ip().is_unspecified());
+        // TEST-NET-1 belongs to no machine, and .invalid is no name.
+        for foreign in ["192.0.2.1", "worker.invalid"] {
+            let advertise = foreign.parse().unwrap();
+            let data = DataAddress::bind(HEAD, None, Some(&advertise)).unwrap();
+            let listens = data.listener().local_addr().unwrap();
+            assert!(listens.ip().is_unspecified());
+            assert_eq!(data.advertised(), format!("{foreign}:{}", listens.port()));
+        }
+    }
+
+    #[test]
+    fn a_mapped_port_is_advertised_while_the_worker_listens_on_its_own() {
+        let free = DataAddress::bind(HEAD, None, None).unwrap();
+        let listen = free.listener().local_addr().unwrap();
+        drop(free);
+        let advertise = "192.0.2.1:7100".parse().unwrap();
+        let data = DataAddress::bind(HEAD, Some(listen), Some(&advertise)).unwrap();
+        assert_eq!(data.advertised(), "192.0.2.1:7100");
+        assert_eq!(data.listener().local_addr().unwrap(), listen);
+
+        let taken = DataAddress::bind(HEAD, Some(listen), None).err().unwrap();
+        assert_eq!(taken.exit_code(), 2);
+        for part in [listen.to_string(), "--listen".to_owned()] {
+            assert!(taken.to_string().contains(&part), "{taken}");
+        }
+    }
+
+    #[test]
+    fn a_port_that_is_advertised_alone_is_the_one_to_listen_on() {
+        let free = DataAddress::bind(HEAD, None, None).unwrap();
+        let listen = free.listener().local_addr().unwrap();
+        drop(free);
+        let advertise = listen.to_string().parse().unwrap();
+        let data = DataAddress::bind(HEAD, None, Some(&advertise)).unwrap();
+        assert_eq!(data.listener().local_addr().unwrap(), listen);
+    }
+
+    #[test]
+    fn who_listens_on_all_addresses_advertises_that_of_the_route() {
+        let listen = "0.0.0.0:0".parse().unwrap();
+        let data = DataAddress::bind(HEAD, Some(listen), None).unwrap();
+        let port = data.listener().local_addr().unwrap().port();
+        assert_eq!(data.advertised(), format!("127.0.0.1:{port}"));
     }
 
     #[test]
     fn addresses_without_a_port_are_bad_input() {
         for url in ["head", "http://head", "http://:1", "http://head:port"] {
-            let error = DataAddress::bind(url, None).err().unwrap();
+            let error = DataAddress::bind(url, None, None).err().unwrap();
             assert_eq!(error.exit_code(), 2, "{url}: {error}");
         }
     }

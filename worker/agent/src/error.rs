@@ -1,5 +1,7 @@
 //! Why a worker could not run.
 
+use std::io;
+
 use supra_proto::ClientError;
 
 /// An error that ends the worker.
@@ -15,7 +17,7 @@ pub enum AgentError {
         /// Address that was tried.
         address: String,
         /// What the system said.
-        cause: std::io::Error,
+        cause: io::Error,
         /// What to do.
         remedy: &'static str,
     },
@@ -35,11 +37,20 @@ pub enum AgentError {
         /// What it wanted to do.
         what: String,
         /// What the system said.
-        cause: std::io::Error,
+        cause: io::Error,
     },
 }
 
 impl AgentError {
+    /// Whether the same may work a moment later.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            AgentError::Client(error) => error.is_transient(),
+            AgentError::Data { cause, .. } => cause.kind() == io::ErrorKind::AddrInUse,
+            AgentError::Control { .. } | AgentError::Supervisor { .. } => false,
+        }
+    }
+
     /// Exit code of a program that ends with this error: 3 = unreachable, 2 = bad input, else 1.
     pub fn exit_code(&self) -> u8 {
         match self {

@@ -14,6 +14,7 @@
 
 mod address;
 mod chaos;
+mod advertise;
 pub mod collective;
 mod control;
 mod error;
@@ -29,6 +30,7 @@ pub mod supervisor;
 mod unfinished;
 mod worker;
 
+pub use advertise::{Advertise, BadAdvertise};
 pub use collective::{Collective, CollectiveError};
 pub use error::AgentError;
 pub use job::{Donation, Job, Outcome, PartHolder, Restore};

@@ -1,6 +1,6 @@
 //! The worker's process: one thread computes, one keeps the line to the coordinator.
 
-use std::net::IpAddr;
+use std::net::SocketAddr;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
@@ -9,6 +9,7 @@ use supra_proto::v1::FaultKind;
 use tokio::sync::mpsc;
 
 use crate::address::DataAddress;
+use crate::advertise::Advertise;
 use crate::control::{self, Controller};
 use crate::error::AgentError;
 use crate::job::{Job, Outcome};
@@ -25,9 +26,10 @@ pub struct WorkerOptions {
     pub coordinator: String,
     /// Name for people; host name and device when none is given.
     pub name: Option<String>,
-    /// Address under which the other ranks reach this one; that of the route to the coordinator
-    /// when none is given.
-    pub advertise: Option<IpAddr>,
+    /// Where the other ranks reach this one; at the address of the route to the coordinator when nothing is given.
+    pub advertise: Option<Advertise>,
+    /// Where to listen for them; on the advertised address when nothing is given.
+    pub listen: Option<SocketAddr>,
     /// Secret of the coordinator, if it has one.
     pub token: Option<Token>,
     /// "cpu" or "cuda:N", for people.
@@ -51,6 +53,7 @@ impl WorkerOptions {
             coordinator: coordinator.into(),
             name: None,
             advertise: None,
+            listen: None,
             token: None,
             device: device.into(),
             build: build.into(),
@@ -145,20 +148,26 @@ pub fn run_worker(
     }
 }
 
-/// Sets up the data plane. The coordinator's name may take as long to appear as the coordinator.
+/// Sets up the data plane. The coordinator's name may take as long to appear as the coordinator, and a predecessor that is
+/// just ending may hold the port.
 fn bind(options: &WorkerOptions) -> Result<DataAddress, AgentError> {
     let start = Instant::now();
     let mut pauses = Pauses::new();
     loop {
-        let error = match DataAddress::bind(&options.coordinator, options.advertise) {
-            Err(AgentError::Client(error)) if error.is_transient() => error,
+        let bound = DataAddress::bind(
+            &options.coordinator,
+            options.listen,
+            options.advertise.as_ref(),
+        );
+        match bound {
+            Err(error)
+                if error.is_transient() && start.elapsed() < options.timing.first_contact =>
+            {
+                tracing::warn!("{error}; trying again");
+                std::thread::sleep(pauses.next());
+            }
             result => return result,
-        };
-        if start.elapsed() >= options.timing.first_contact {
-            return Err(error.into());
         }
-        tracing::warn!("{error}; trying again");
-        std::thread::sleep(pauses.next());
     }
 }
 

@@ -1,6 +1,6 @@
 //! `supra-worker run`: a supervisor and the child that trains.
 
-use std::{io, net::IpAddr, path::PathBuf, process::ExitCode, thread};
+use std::{io, net::SocketAddr, path::PathBuf, process::ExitCode, thread};
 
 use clap::Args;
 use nix::{
@@ -8,7 +8,7 @@ use nix::{
     unistd::Pid,
 };
 use supra_agent::{
-    Exit, WorkerOptions, run_worker,
+    Advertise, Exit, WorkerOptions, run_worker,
     supervisor::{self, Role},
 };
 use supra_proto::{BUILD, Token};
@@ -37,9 +37,13 @@ pub struct Run {
     /// Name for people [default: host name and device]
     #[arg(long)]
     name: Option<String>,
-    /// Address at which the other workers reach this one [default: that of the route to the coordinator]
-    #[arg(long, value_name = "IP")]
-    advertise: Option<IpAddr>,
+    /// Name or address at which the other workers reach this one, and the port if it is not the one on which it listens
+    /// [default: the address of the route to the coordinator]
+    #[arg(long, value_name = "HOST[:PORT]")]
+    advertise: Option<Advertise>,
+    /// Address and port on which to listen for the other workers [default: the advertised ones, any port if there is none]
+    #[arg(long, value_name = "IP:PORT")]
+    listen: Option<SocketAddr>,
     /// File that holds the coordinator's token
     #[arg(long, env = "SUPRA_TOKEN_FILE", value_name = "FILE")]
     token_file: Option<PathBuf>,
@@ -77,6 +81,7 @@ impl Run {
         let options = WorkerOptions {
             name: self.name,
             advertise: self.advertise,
+            listen: self.listen,
             token,
             birth,
             ..WorkerOptions::new(self.coordinator, device.to_string(), BUILD)
