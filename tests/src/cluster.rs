@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, TcpListener};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -24,6 +25,10 @@ pub const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 
 /// How long workers may take to open their devices.
 const ATTACH_LIMIT: Duration = Duration::from_secs(90);
+
+/// The ports of [`free_port`].
+const LOWEST_PORT: u16 = 10_000;
+const PORTS: u32 = 20_000;
 
 /// Where the workers of a cluster compute.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -395,9 +400,19 @@ impl Cluster {
     }
 }
 
-/// A port of the loopback that nobody listens on now.
+/// A port of the loopback that nobody listens on now. It lies below those that systems give to whoever asks for any: they
+/// would give it to somebody else meanwhile. Not the same twice within a process.
 pub fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let first = std::process::id().wrapping_mul(101);
+    for _ in 0..PORTS {
+        let number = first.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % PORTS;
+        let port = LOWEST_PORT + number as u16;
+        if TcpListener::bind((Ipv4Addr::LOCALHOST, port)).is_ok() {
+            return Ok(port);
+        }
+    }
+    Err(Failure::new("no port of the loopback is free"))
 }
 
 /// Runs one exchange with the coordinator to its end.

@@ -1,6 +1,6 @@
 //! The promise "every sample exactly once", checked from the ledger without any code of the programs.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use supra_proto::v1::LedgerRecord;
 use supra_proto::v1::ledger_record::Body;
@@ -85,6 +85,19 @@ pub fn coverage(records: &[LedgerRecord], samples: u64) -> Coverage {
     Coverage { lost, repeated }
 }
 
+/// The generations in which the steps were trained that were not voided.
+pub fn generations(records: &[LedgerRecord]) -> BTreeSet<u64> {
+    let mut kept = BTreeMap::new();
+    for record in records {
+        match &record.body {
+            Some(Body::Step(step)) => drop(kept.insert(step.step, step.generation)),
+            Some(Body::Void(void)) => drop(kept.split_off(&(void.after_step + 1))),
+            _ => {}
+        }
+    }
+    kept.into_values().collect()
+}
+
 #[cfg(test)]
 mod tests {
     use supra_proto::v1::{LedgerStep, LedgerVoid};
@@ -147,5 +160,27 @@ mod tests {
         assert_eq!(count(vec![step(1, 0), step(2, 4), void], 8), (4, 0));
         assert_eq!(count(vec![step(1, 0), step(2, 3), step(3, 9)], 13), (2, 1));
         assert_eq!(count(vec![step(1, 0), step(2, 0)], 8), (4, 4));
+    }
+
+    #[test]
+    fn generations_whose_steps_were_all_voided_do_not_count() {
+        let in_generation = |generation, step| {
+            Body::Step(LedgerStep {
+                generation,
+                step,
+                ..LedgerStep::default()
+            })
+        };
+        let void = Body::Void(LedgerVoid {
+            after_step: 1,
+            ..LedgerVoid::default()
+        });
+        let steps = vec![
+            in_generation(1, 1),
+            in_generation(2, 2),
+            void,
+            in_generation(4, 2),
+        ];
+        assert_eq!(generations(&chain(steps)), BTreeSet::from([1, 4]));
     }
 }

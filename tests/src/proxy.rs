@@ -1,9 +1,9 @@
-//! A line between two processes that can be disturbed while they talk: a TCP proxy on the loopback.
+//! A line between two processes that can be disturbed while they talk: a TCP proxy.
 //!
 //! It needs no privileges. Each connection to it is one to the target; what the line does is switched at any moment and
 //! holds for the connections that are open as well as for new ones.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use tokio::io::{self, AsyncReadExt, AsyncWriteExt};
@@ -25,9 +25,14 @@ pub enum Mode {
     Delay(Duration),
     /// Forwards nothing, not even that one end has closed; connections stay open, and new ones wait. What was sent
     /// meanwhile arrives when the line passes again, as it does after a cable was pulled out.
+    Silent,
+    /// Swallows what goes to the target, while what comes from there passes. A connection that lost something so is reset
+    /// when the line does anything else, as by a router that has forgotten it: nobody reads a stream with a hole.
     HalfOpen,
-    /// Resets the connections that are open, and new ones at once.
+    /// Closes the connections that are open in order, in the middle of whatever they carry, and new ones at once.
     Cut,
+    /// Resets the connections that are open, and new ones at once.
+    Reset,
 }
 
 /// A proxy in a thread of its own. Dropping it closes its connections.
@@ -39,6 +44,11 @@ pub struct Proxy {
 impl Proxy {
     /// Listens on a free port of the loopback and forwards to `target`, which need not be there yet.
     pub fn start(target: SocketAddr) -> Result<Self> {
+        Self::start_on(Ipv4Addr::LOCALHOST.into(), target)
+    }
+
+    /// The same on another address of this machine.
+    pub fn start_on(here: IpAddr, target: SocketAddr) -> Result<Self> {
         let (mode, line) = watch::channel(Mode::Pass);
         let (ready, listens) = oneshot::channel();
         std::thread::Builder::new()
@@ -49,12 +59,12 @@ impl Proxy {
                     .enable_all()
                     .build();
                 if let Ok(runtime) = runtime {
-                    let _ = runtime.block_on(serve(target, line, ready));
+                    let _ = runtime.block_on(serve(here, target, line, ready));
                 }
             })?;
         let address = listens
             .blocking_recv()
-            .map_err(|_| Failure::new("the proxy cannot listen on 127.0.0.1"))?;
+            .map_err(|_| Failure::new(format!("the proxy cannot listen on {here}")))?;
         Ok(Self { address, mode })
     }
 
@@ -71,11 +81,12 @@ impl Proxy {
 
 /// Accepts connections until the proxy is dropped.
 async fn serve(
+    here: IpAddr,
     target: SocketAddr,
     line: watch::Receiver<Mode>,
     ready: oneshot::Sender<SocketAddr>,
 ) -> io::Result<()> {
-    let listener = TcpListener::bind("127.0.0.1:0").await?;
+    let listener = TcpListener::bind((here, 0)).await?;
     let _ = ready.send(listener.local_addr()?);
     let mut gone = line.clone();
     loop {
@@ -90,27 +101,36 @@ async fn serve(
     }
 }
 
-/// One connection, until both ends have closed it, one has reset it, or the line is cut.
+/// How a connection ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// By FIN.
+    Closed,
+    /// By RST.
+    Reset,
+}
+
+/// One connection, until both ends have closed it, one has reset it, or the line is cut or reset.
 async fn relay(mut near: TcpStream, target: SocketAddr, mut line: watch::Receiver<Mode>) {
-    let mut far = match connected(&mut line).await {
-        Mode::Cut => None,
+    let mut far = match audible(&mut line).await {
+        Mode::Cut | Mode::Reset => None,
         _ => TcpStream::connect(target).await.ok(),
     };
-    let closed = match &mut far {
+    let end = match &mut far {
         Some(far) => {
             let ((near_in, near_out), (far_in, far_out)) = (near.split(), far.split());
-            let mut cut = line.clone();
             tokio::select! {
                 both = async { tokio::try_join!(
-                    forward(near_in, far_out, line.clone()),
-                    forward(far_in, near_out, line.clone()),
-                ) } => both.is_ok(),
-                _ = cut.wait_for(|mode| *mode == Mode::Cut) => false,
+                    forward(near_in, far_out, line.clone(), Way::There),
+                    forward(far_in, near_out, line.clone(), Way::Back),
+                ) } => both.map_or(End::Reset, |_| End::Closed),
+                end = severed(line.clone()) => end,
             }
         }
-        None => false,
+        None if *line.borrow() == Mode::Cut => End::Closed,
+        None => End::Reset,
     };
-    if !closed {
+    if end == End::Reset {
         // Closing it resets it then.
         for stream in [Some(&near), far.as_ref()].into_iter().flatten() {
             let _ = stream.set_zero_linger();
@@ -118,13 +138,29 @@ async fn relay(mut near: TcpStream, target: SocketAddr, mut line: watch::Receive
     }
 }
 
-/// The mode of the line, once it is not half-open.
-async fn connected(line: &mut watch::Receiver<Mode>) -> Mode {
-    match line.wait_for(|mode| *mode != Mode::HalfOpen).await {
+/// The mode of the line, once it is not silent.
+async fn audible(line: &mut watch::Receiver<Mode>) -> Mode {
+    match line.wait_for(|mode| *mode != Mode::Silent).await {
         Ok(mode) => *mode,
         // The proxy is being dropped.
-        Err(_) => Mode::Cut,
+        Err(_) => Mode::Reset,
     }
+}
+
+/// Waits until the line ends its connections.
+async fn severed(mut line: watch::Receiver<Mode>) -> End {
+    let severing = |mode: &Mode| matches!(mode, Mode::Cut | Mode::Reset);
+    match line.wait_for(severing).await.as_deref() {
+        Ok(Mode::Cut) => End::Closed,
+        _ => End::Reset,
+    }
+}
+
+/// The direction of a stream of bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    There,
+    Back,
 }
 
 /// Forwards one direction to its end.
@@ -132,12 +168,29 @@ async fn forward(
     mut from: ReadHalf<'_>,
     mut to: WriteHalf<'_>,
     mut line: watch::Receiver<Mode>,
+    way: Way,
 ) -> io::Result<()> {
     let mut chunk = vec![0; CHUNK];
+    let mut swallowed = false;
     loop {
-        let read = from.read(&mut chunk).await;
-        if let Mode::Delay(pause) = connected(&mut line).await {
-            tokio::time::sleep(pause).await;
+        let read = tokio::select! {
+            read = from.read(&mut chunk) => read,
+            _ = line.wait_for(|mode| *mode != Mode::HalfOpen), if swallowed => {
+                return Err(io::ErrorKind::ConnectionReset.into());
+            }
+        };
+        match audible(&mut line).await {
+            Mode::HalfOpen if way == Way::There => {
+                swallowed = true;
+                if matches!(read, Ok(0) | Err(_)) {
+                    // Its end is swallowed, too: there is nothing left to read.
+                    let _ = line.wait_for(|mode| *mode != Mode::HalfOpen).await;
+                    return Err(io::ErrorKind::ConnectionReset.into());
+                }
+                continue;
+            }
+            Mode::Delay(pause) => tokio::time::sleep(pause).await,
+            _ => {}
         }
         match read? {
             0 => return to.shutdown().await,
@@ -194,43 +247,86 @@ mod tests {
         assert_eq!(stream.read(&mut [0]).expect("the end"), 0);
     }
 
+    /// The error of a connection on which nothing goes on.
+    fn broken(stream: &TcpStream) -> ErrorKind {
+        ping(stream).expect_err("it is severed").kind()
+    }
+
     #[test]
-    fn a_cut_line_resets_what_is_open_and_what_is_new_until_it_passes_again() {
+    fn a_reset_line_resets_what_is_open_and_what_is_new_until_it_passes_again() {
         let proxy = echo();
         let open = connect(&proxy);
         ping(&open).expect("an echo");
-        proxy.set(Mode::Cut);
-        let broken = |stream: &TcpStream| {
-            let kind = ping(stream).expect_err("it is cut").kind();
+        proxy.set(Mode::Reset);
+        for stream in [open, connect(&proxy)] {
+            let kind = broken(&stream);
             assert!(
                 matches!(kind, ErrorKind::ConnectionReset | ErrorKind::BrokenPipe),
                 "{kind}"
             );
-        };
-        broken(&open);
-        broken(&connect(&proxy));
+        }
         proxy.set(Mode::Pass);
         ping(&connect(&proxy)).expect("an echo");
     }
 
     #[test]
-    fn a_half_open_line_keeps_everything_back_and_loses_nothing() {
+    fn a_cut_line_ends_what_is_open_and_what_is_new_in_order() {
         let proxy = echo();
         let open = connect(&proxy);
         ping(&open).expect("an echo");
-        proxy.set(Mode::HalfOpen);
+        proxy.set(Mode::Cut);
+        for mut stream in [open, connect(&proxy)] {
+            assert_eq!(stream.read(&mut [0]).expect("the end"), 0);
+        }
+        proxy.set(Mode::Pass);
+        ping(&connect(&proxy)).expect("an echo");
+    }
+
+    #[test]
+    fn a_silent_line_keeps_everything_back_and_loses_nothing() {
+        let proxy = echo();
+        let open = connect(&proxy);
+        ping(&open).expect("an echo");
+        proxy.set(Mode::Silent);
         let new = connect(&proxy);
         for mut stream in [&open, &new] {
             stream.write_all(b"x").expect("it is open");
-            stream.set_read_timeout(Some(MOMENT)).expect("a limit");
-            let kind = stream.read(&mut [0]).expect_err("nothing comes").kind();
-            assert_eq!(kind, ErrorKind::WouldBlock);
-            stream.set_read_timeout(Some(LONG)).expect("a limit");
+            nothing_comes(stream);
         }
         proxy.set(Mode::Pass);
         for mut stream in [&open, &new] {
             stream.read_exact(&mut [0]).expect("the echo of before");
         }
+    }
+
+    fn nothing_comes(mut stream: &TcpStream) {
+        stream.set_read_timeout(Some(MOMENT)).expect("a limit");
+        let kind = stream.read(&mut [0]).expect_err("nothing comes").kind();
+        assert_eq!(kind, ErrorKind::WouldBlock);
+        stream.set_read_timeout(Some(LONG)).expect("a limit");
+    }
+
+    #[test]
+    fn a_half_open_line_swallows_one_direction_and_resets_what_has_a_hole() {
+        let server = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let proxy = Proxy::start(server.local_addr().expect("an address")).expect("a proxy");
+        let (holed, whole) = (connect(&proxy), connect(&proxy));
+        let [mut far_holed, mut far_whole] = [(); 2].map(|()| server.accept().expect("one").0);
+        proxy.set(Mode::HalfOpen);
+        (&holed).write_all(b"x").expect("it is open");
+        nothing_comes(&far_holed);
+        for (near, far) in [(&holed, &mut far_holed), (&whole, &mut far_whole)] {
+            far.write_all(b"y").expect("it is open");
+            let mut byte = [0];
+            { near }.read_exact(&mut byte).expect("the way back");
+        }
+        proxy.set(Mode::Pass);
+        for mut end in [&holed, &far_holed] {
+            let kind = end.read(&mut [0]).expect_err("a hole").kind();
+            assert_eq!(kind, ErrorKind::ConnectionReset);
+        }
+        (&whole).write_all(b"x").expect("it is open");
+        far_whole.read_exact(&mut [0]).expect("nothing was lost");
     }
 
     #[test]

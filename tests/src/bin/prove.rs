@@ -40,6 +40,9 @@ struct Arguments {
     /// Repeat only the case of this seed (simulation, chaos), and write nothing.
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
+    /// How many schedules of chaos run side by side [default: one for every two cores].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    jobs: Option<u16>,
 }
 
 impl Arguments {
@@ -134,11 +137,9 @@ fn prove(arguments: &Arguments) -> Result<()> {
             kills(arguments.quick).run(&programs, scratch.path())?,
         ),
         Campaign::Chaos => {
-            let chaos = match (arguments.seed, arguments.quick) {
-                (Some(seed), _) => Chaos { seeds: vec![seed] },
-                (None, true) => Chaos::schedules(6),
-                (None, false) => Chaos::schedules(200),
-            };
+            let mut chaos = Chaos::schedules(if arguments.quick { 6 } else { 200 });
+            chaos.seeds = arguments.seed.map_or(chaos.seeds, |seed| vec![seed]);
+            chaos.jobs = arguments.jobs.map_or(chaos.jobs, usize::from);
             (chaos::ABOUT, chaos.run(&programs, scratch.path())?)
         }
         Campaign::Worlds => {

@@ -10,8 +10,27 @@ use rand_chacha::ChaCha8Rng;
 /// to form a generation and to train.
 const PAUSE: f64 = 0.8;
 
-/// Shortest and longest time for which a fault lasts, seconds. The coordinator gives up a silent worker after 10.
-const LASTS: (f64, f64) = (0.3, 15.0);
+/// How often a fault comes together with the one before it.
+const TOGETHER: f64 = 0.25;
+
+/// Shortest and longest time for which a fault lasts, seconds. The coordinator gives up a silent worker after 10, and a
+/// step after 30.
+const LASTS: (f64, f64) = (0.3, 40.0);
+
+/// What happens to a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Break {
+    /// It is closed, and new ones as well.
+    Cut,
+    /// It is reset, and new ones as well.
+    Reset,
+    /// Nothing passes, until it arrives late.
+    Silent,
+    /// One direction is swallowed.
+    HalfOpen,
+    /// Everything takes longer.
+    Slow,
+}
 
 /// The kinds of faults.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -26,37 +45,51 @@ pub(super) enum Kind {
     /// The computing process of a worker stands still for a while.
     ComputeStopped,
     CoordinatorStopped,
-    /// The connection of a worker to the coordinator is reset, and new ones as well.
-    Cut,
-    /// It is silent.
-    HalfOpen,
-    /// It is slow.
-    Slow,
+    /// The connection of a worker to the coordinator breaks.
+    Control(Break),
+    /// The connection on which a worker gets what the rank before it sends breaks.
+    Data(Break),
     /// No worker can write a whole checkpoint.
     DiskFull,
+    /// The coordinator cannot go on with its journal.
+    JournalFull,
     /// The coordinator is asked to end and started again, and its run is resumed.
     Restart,
     /// A worker is asked to end, and another one joins.
     Replaced,
     /// A worker is drained, and comes back.
     Drained,
+    /// Another worker joins, and leaves again.
+    Joined,
+    /// A worker is asked to end; another one comes later.
+    Left,
 }
 
 impl Kind {
-    const ALL: [Kind; 13] = [
+    const ALL: [Kind; 23] = [
         Kind::ComputeKilled,
         Kind::SupervisorKilled,
         Kind::CoordinatorKilled,
         Kind::EverythingKilled,
         Kind::ComputeStopped,
         Kind::CoordinatorStopped,
-        Kind::Cut,
-        Kind::HalfOpen,
-        Kind::Slow,
+        Kind::Control(Break::Cut),
+        Kind::Control(Break::Reset),
+        Kind::Control(Break::Silent),
+        Kind::Control(Break::HalfOpen),
+        Kind::Control(Break::Slow),
+        Kind::Data(Break::Cut),
+        Kind::Data(Break::Reset),
+        Kind::Data(Break::Silent),
+        Kind::Data(Break::HalfOpen),
+        Kind::Data(Break::Slow),
         Kind::DiskFull,
+        Kind::JournalFull,
         Kind::Restart,
         Kind::Replaced,
         Kind::Drained,
+        Kind::Joined,
+        Kind::Left,
     ];
 
     /// For people.
@@ -68,27 +101,36 @@ impl Kind {
             Kind::EverythingKilled => "everything killed",
             Kind::ComputeStopped => "compute stopped",
             Kind::CoordinatorStopped => "coordinator stopped",
-            Kind::Cut => "line cut",
-            Kind::HalfOpen => "line half-open",
-            Kind::Slow => "line slow",
+            Kind::Control(Break::Cut) => "control cut",
+            Kind::Control(Break::Reset) => "control reset",
+            Kind::Control(Break::Silent) => "control silent",
+            Kind::Control(Break::HalfOpen) => "control half-open",
+            Kind::Control(Break::Slow) => "control slow",
+            Kind::Data(Break::Cut) => "data cut",
+            Kind::Data(Break::Reset) => "data reset",
+            Kind::Data(Break::Silent) => "data silent",
+            Kind::Data(Break::HalfOpen) => "data half-open",
+            Kind::Data(Break::Slow) => "data slow",
             Kind::DiskFull => "disk full",
+            Kind::JournalFull => "journal full",
             Kind::Restart => "coordinator restarted",
             Kind::Replaced => "worker replaced",
             Kind::Drained => "worker drained",
+            Kind::Joined => "worker joined",
+            Kind::Left => "worker left",
         }
     }
 
     /// It goes on for a while.
     fn lasts(self) -> bool {
-        matches!(
+        !matches!(
             self,
-            Kind::ComputeStopped
-                | Kind::CoordinatorStopped
-                | Kind::Cut
-                | Kind::HalfOpen
-                | Kind::Slow
-                | Kind::DiskFull
-                | Kind::Drained
+            Kind::ComputeKilled
+                | Kind::SupervisorKilled
+                | Kind::CoordinatorKilled
+                | Kind::EverythingKilled
+                | Kind::Restart
+                | Kind::Replaced
         )
     }
 
@@ -100,7 +142,9 @@ impl Kind {
                 | Kind::EverythingKilled
                 | Kind::CoordinatorStopped
                 | Kind::DiskFull
+                | Kind::JournalFull
                 | Kind::Restart
+                | Kind::Joined
         )
     }
 }
@@ -130,10 +174,61 @@ impl fmt::Display for Fault {
     }
 }
 
-/// The faults of one run, in order.
+/// Who trains.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Shape {
+    /// Fewest and most ranks of a generation. Where they differ, joins and leaves change the world.
+    pub ranks: (u32, u32),
+    /// Workers at the start.
+    pub workers: u32,
+    /// Who keeps the optimizer's state, as recipes say it.
+    pub sharding: &'static str,
+}
+
+impl Shape {
+    fn draw(random: &mut impl Rng) -> Self {
+        let most = random.random_range(2..=4);
+        let least = if random.random_bool(0.5) { 2 } else { most };
+        Self {
+            ranks: (least, most),
+            // Some have a spare.
+            workers: most + random.random_range(0..=1),
+            sharding: if random.random_bool(0.4) {
+                "zero1"
+            } else {
+                "none"
+            },
+        }
+    }
+
+    /// Every generation has the same number of ranks.
+    pub fn fixed(self) -> bool {
+        self.ranks.0 == self.ranks.1
+    }
+}
+
+impl fmt::Display for Shape {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (least, most) = self.ranks;
+        let Self {
+            workers, sharding, ..
+        } = self;
+        if self.fixed() {
+            write!(f, "{most} of {workers} workers, sharding {sharding}")
+        } else {
+            write!(
+                f,
+                "{least} to {most} of {workers} workers, sharding {sharding}"
+            )
+        }
+    }
+}
+
+/// Who trains, and the faults of one run in order.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Schedule {
     pub seed: u64,
+    pub shape: Shape,
     pub faults: Vec<Fault>,
 }
 
@@ -141,19 +236,26 @@ impl Schedule {
     /// The schedule of this seed.
     pub fn draw(seed: u64) -> Self {
         let mut random = ChaCha8Rng::seed_from_u64(seed);
+        let shape = Shape::draw(&mut random);
         let mut at = Duration::ZERO;
-        let count = random.random_range(2..=4);
+        let count = random.random_range(2..=5);
         let faults = (0..count).map(|_| {
-            at += Duration::from_secs_f64(random.random_range(0.0..PAUSE));
+            if !random.random_bool(TOGETHER) {
+                at += Duration::from_secs_f64(random.random_range(0.0..PAUSE));
+            }
             Fault {
                 at,
                 kind: Kind::ALL[random.random_range(0..Kind::ALL.len())],
-                worker: random.random_range(0..3),
+                worker: random.random_range(0..shape.workers as usize),
                 lasts: lasts(&mut random),
             }
         });
         let faults = faults.collect();
-        Self { seed, faults }
+        Self {
+            seed,
+            shape,
+            faults,
+        }
     }
 }
 
@@ -166,7 +268,7 @@ fn lasts(random: &mut impl Rng) -> Duration {
 impl fmt::Display for Schedule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let faults: Vec<_> = self.faults.iter().map(Fault::to_string).collect();
-        f.write_str(&faults.join(", "))
+        write!(f, "{}: {}", self.shape, faults.join(", "))
     }
 }
 
@@ -175,14 +277,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_seed_draws_the_same_schedule_again_and_two_hundred_draw_every_kind() {
+    fn a_seed_draws_the_same_schedule_again() {
         assert_eq!(Schedule::draw(7), Schedule::draw(7));
-        let faults: Vec<_> = (0..200)
-            .flat_map(|seed| Schedule::draw(seed).faults)
-            .collect();
+    }
+
+    #[test]
+    fn two_hundred_seeds_draw_every_kind_often_and_some_at_once() {
+        let schedules: Vec<_> = (0..200).map(Schedule::draw).collect();
+        let faults: Vec<_> = schedules.iter().flat_map(|one| &one.faults).collect();
         for kind in Kind::ALL {
             let times = faults.iter().filter(|fault| fault.kind == kind).count();
-            assert!(times >= 20, "{}: {times}", kind.name());
+            assert!(times >= 15, "{}: {times}", kind.name());
         }
         let lasts = faults.iter().map(|fault| fault.lasts.as_secs_f64());
         assert!(
@@ -190,6 +295,20 @@ mod tests {
                 .clone()
                 .all(|lasts| (LASTS.0..=LASTS.1).contains(&lasts))
         );
-        assert!(lasts.fold(0.0, f64::max) > 10.0);
+        assert!(lasts.filter(|lasts| *lasts > 10.0).count() >= 100);
+        let at_once = |one: &&Schedule| one.faults.windows(2).any(|two| two[0].at == two[1].at);
+        assert!(schedules.iter().filter(at_once).count() >= 50);
+    }
+
+    #[test]
+    fn two_hundred_seeds_draw_every_world_fixed_and_elastic_and_both_shardings() {
+        let shapes: Vec<_> = (0..200).map(|seed| Schedule::draw(seed).shape).collect();
+        for ranks in [(2, 2), (3, 3), (4, 4), (2, 3), (2, 4)] {
+            for sharding in ["none", "zero1"] {
+                let alike = |shape: &&Shape| shape.ranks == ranks && shape.sharding == sharding;
+                let times = shapes.iter().filter(alike).count();
+                assert!(times >= 3, "{ranks:?} {sharding}: {times}");
+            }
+        }
     }
 }

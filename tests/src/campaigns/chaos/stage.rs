@@ -1,7 +1,6 @@
 //! A cluster to which faults happen, and the operator who tidies up: starts again what ended, resumes what stopped.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -9,15 +8,16 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use supra_proto::v1::RunState;
 
+use super::lines::Lines;
 use super::schedule::{Fault, Kind, Schedule};
 use crate::cluster::Cluster;
 use crate::failure::{Failure, Result, While};
 use crate::process::{Process, notify};
 use crate::programs::Programs;
-use crate::proxy::{Mode, Proxy};
+use crate::proxy::Mode;
 
 /// From the submission to the end of the run.
-const LIMIT: Duration = Duration::from_secs(180);
+const LIMIT: Duration = Duration::from_secs(300);
 
 /// For a coordinator that was asked to end, and a drain.
 const ORDERLY: Duration = Duration::from_secs(90);
@@ -28,29 +28,34 @@ const LOOK: Duration = Duration::from_millis(50);
 /// Time between two starts of workers that ended.
 const REVIVAL: Duration = Duration::from_secs(1);
 
-/// By how much a slow line delays each chunk.
-const SLOW: Duration = Duration::from_millis(300);
-
-/// Largest file on a full disk, bytes: less than a checkpoint has, and more than the logs that the same limit holds for.
+/// Largest file on a full disk, bytes: less than a checkpoint has, and than the journal of a run, and more than the logs
+/// that the same limit holds for.
 const FULL: u64 = 100_000;
 
 /// What ends a fault that lasts.
 enum Cure {
     Wake(Vec<u32>),
-    Heal(String),
+    HealControl(String),
+    HealData(String),
     Room,
+    /// For the journal.
+    JournalRoom,
     /// The drained worker is started again. Without other faults before and meanwhile the command must have gone well.
     Undrain {
         worker: String,
         command: Process,
         alone: bool,
     },
+    /// A worker joins, in place of one that left.
+    Join,
+    /// The worker that joined leaves.
+    Leave(String),
 }
 
-/// Coordinator, workers, and a line to each of them that can be disturbed.
+/// Coordinator, workers, and lines to each of them that can be disturbed.
 pub(super) struct Stage {
     cluster: Cluster,
-    lines: BTreeMap<String, Proxy>,
+    lines: BTreeMap<String, Lines>,
     /// Faults that go on, and until when after the submission.
     going_on: Vec<(Duration, Cure)>,
     /// Workers that were asked to end.
@@ -59,6 +64,8 @@ pub(super) struct Stage {
     joined: u32,
     revived: Instant,
     inflicted: Vec<Fault>,
+    /// Ranks of the generations that were seen.
+    worlds: BTreeMap<u64, u32>,
 }
 
 impl Stage {
@@ -72,8 +79,11 @@ impl Stage {
             joined: 0,
             revived: Instant::now(),
             inflicted: Vec::new(),
+            worlds: BTreeMap::new(),
         };
-        (0..workers).try_for_each(|_| stage.join())?;
+        for _ in 0..workers {
+            stage.join()?;
+        }
         stage.cluster.wait_attached(workers as usize, ORDERLY)?;
         Ok(stage)
     }
@@ -86,6 +96,11 @@ impl Stage {
     /// The faults up to now, with their moments.
     pub fn inflicted(&self) -> Vec<String> {
         self.inflicted.iter().map(Fault::to_string).collect()
+    }
+
+    /// How many ranks the generations had, by their numbers; those that were too short to be seen are missing.
+    pub fn worlds(&self) -> &BTreeMap<u64, u32> {
+        &self.worlds
     }
 
     /// Lets the schedule happen until the run has finished; says which faults came before that.
@@ -101,7 +116,7 @@ impl Stage {
                 let until = clock.elapsed() + fault.lasts;
                 self.going_on.extend(cure.map(|cure| (until, cure)));
             }
-            if !self.asleep()? && self.look_after(run)? {
+            if !self.asleep()? && self.finished(run)? {
                 return Ok(self.inflicted.iter().map(|fault| fault.kind).collect());
             }
             if clock.elapsed() > LIMIT {
@@ -116,7 +131,10 @@ impl Stage {
 
     fn inflict(&mut self, fault: &Fault) -> Result<Option<Cure>> {
         let names = self.cluster.worker_names();
-        let name = names[fault.worker % names.len()].clone();
+        let Some(name) = names.get(fault.worker % names.len().max(1)).cloned() else {
+            // All have left: there is nobody to whom anything could happen.
+            return Ok(None);
+        };
         self.disturb_drains();
         match fault.kind {
             Kind::ComputeKilled => self.cluster.worker(&name)?.kill_children()?,
@@ -141,23 +159,41 @@ impl Stage {
                 let stopped = worker.signal_children(Signal::SIGSTOP);
                 return Ok(Some(Cure::Wake(stopped)));
             }
+            // It has no process when its disk is full.
+            Kind::CoordinatorStopped if self.cluster.coordinator()?.ended()?.is_some() => {}
             Kind::CoordinatorStopped => {
                 let coordinator = self.cluster.coordinator()?.pid();
                 notify(coordinator, Signal::SIGSTOP);
                 return Ok(Some(Cure::Wake(vec![coordinator])));
             }
-            Kind::Cut => return Ok(self.disturb(name, Mode::Cut)),
-            Kind::HalfOpen => return Ok(self.disturb(name, Mode::HalfOpen)),
-            Kind::Slow => return Ok(self.disturb(name, Mode::Delay(SLOW))),
+            Kind::Control(how) => {
+                self.lines(&name)?.control.set(how.into());
+                return Ok(Some(Cure::HealControl(name)));
+            }
+            Kind::Data(how) => {
+                self.lines(&name)?.data.set(how.into());
+                return Ok(Some(Cure::HealData(name)));
+            }
             Kind::DiskFull => {
                 self.limit_files(Some(FULL))?;
                 return Ok(Some(Cure::Room));
             }
+            Kind::JournalFull => {
+                self.cluster.coordinator()?.limit_files(Some(FULL))?;
+                return Ok(Some(Cure::JournalRoom));
+            }
             Kind::Restart => self.restart_coordinator()?,
             Kind::Replaced => {
-                let leaving = self.cluster.dismiss_worker(&name)?;
-                self.leaving.push(leaving);
+                self.leave(&name)?;
                 self.join()?;
+            }
+            Kind::Joined => {
+                let name = self.join()?;
+                return Ok(Some(Cure::Leave(name)));
+            }
+            Kind::Left => {
+                self.leave(&name)?;
+                return Ok(Some(Cure::Join));
             }
             Kind::Drained => {
                 let command = self.cluster.start_supra(&["drain", &name])?;
@@ -171,9 +207,9 @@ impl Stage {
         Ok(None)
     }
 
-    fn disturb(&self, worker: String, mode: Mode) -> Option<Cure> {
-        self.lines.get(&worker)?.set(mode);
-        Some(Cure::Heal(worker))
+    fn lines(&self, worker: &str) -> Result<&Lines> {
+        let lines = self.lines.get(worker);
+        lines.ok_or_else(|| Failure::new(format!("no lines to worker {worker}")))
     }
 
     /// From now on a drain may fail for another reason than its own.
@@ -198,39 +234,72 @@ impl Stage {
         for (_, cure) in due.collect::<Vec<_>>() {
             match cure {
                 Cure::Wake(processes) => wake(&processes),
-                Cure::Heal(worker) => {
-                    self.lines.get(&worker).inspect(|line| line.set(Mode::Pass));
-                }
+                Cure::HealControl(worker) => self.lines(&worker)?.control.set(Mode::Pass),
+                Cure::HealData(worker) => self.lines(&worker)?.data.set(Mode::Pass),
                 Cure::Room => self.limit_files(None)?,
+                Cure::JournalRoom => self.cluster.coordinator()?.limit_files(None)?,
                 Cure::Undrain {
                     worker,
-                    mut command,
+                    command,
                     alone,
-                } => {
-                    if alone && command.wait(ORDERLY)?.code() != Some(0) {
-                        let said = command.output();
-                        return Err(Failure::new(format!("{worker} is not drained: {said}")));
-                    }
-                    if self.cluster.worker_names().contains(&worker) {
-                        self.restart_worker(&worker)?;
-                    }
-                }
+                } => self.undrain(&worker, command, alone)?,
+                Cure::Join => drop(self.join()?),
+                Cure::Leave(worker) => self.leave(&worker)?,
             }
         }
         Ok(())
     }
 
-    /// The coordinator stands still: whoever asks it would wait for the answer.
+    fn undrain(&mut self, worker: &str, mut command: Process, alone: bool) -> Result<()> {
+        if alone && command.wait(ORDERLY)?.code() != Some(0) {
+            let said = command.output();
+            return Err(Failure::new(format!("{worker} is not drained: {said}")));
+        }
+        if self
+            .cluster
+            .worker_names()
+            .iter()
+            .any(|name| name == worker)
+        {
+            self.restart_worker(worker)?;
+        }
+        Ok(())
+    }
+
+    /// The coordinator stands still, and whoever asks it would wait for the answer; or it has ended for want of room.
     fn asleep(&mut self) -> Result<bool> {
-        let coordinator = self.cluster.coordinator()?.pid();
-        Ok(self.going_on.iter().any(
-            |(_, cure)| matches!(cure, Cure::Wake(processes) if processes.contains(&coordinator)),
-        ))
+        let coordinator = self.cluster.coordinator()?;
+        let (process, ended) = (coordinator.pid(), coordinator.ended()?.is_some());
+        Ok(self.going_on.iter().any(|(_, cure)| match cure {
+            Cure::Wake(processes) => processes.contains(&process),
+            Cure::JournalRoom => ended,
+            _ => false,
+        }))
+    }
+
+    /// Looks after the run. A coordinator whose disk was full may end at any moment; when there is room it is started again.
+    fn finished(&mut self, run: &str) -> Result<bool> {
+        let looked = self.look_after(run);
+        if looked.is_ok() || !self.suffered(Kind::JournalFull) {
+            return looked;
+        }
+        if self.cluster.coordinator()?.ended()?.is_some() && !self.asleep()? {
+            self.cluster.start_coordinator()?;
+        }
+        Ok(false)
+    }
+
+    /// Such a fault has happened.
+    fn suffered(&self, kind: Kind) -> bool {
+        self.inflicted.iter().any(|fault| fault.kind == kind)
     }
 
     /// In order: it stops its run with a checkpoint and sends its workers away.
     fn restart_coordinator(&mut self) -> Result<()> {
         let coordinator = self.cluster.coordinator()?;
+        if coordinator.ended()?.is_some() {
+            return self.cluster.start_coordinator();
+        }
         // A process that stands still ends when it goes on.
         wake(&[coordinator.pid()]);
         coordinator.signal(Signal::SIGTERM)?;
@@ -244,11 +313,11 @@ impl Stage {
     /// What an operator does between two looks; whether the run has finished.
     fn look_after(&mut self, run: &str) -> Result<bool> {
         let status = self.cluster.status(run)?;
+        if status.world > 0 {
+            self.worlds.insert(status.generation, status.world);
+        }
         let full = |(_, cure): &(_, Cure)| matches!(cure, Cure::Room);
-        let was_full = self
-            .inflicted
-            .iter()
-            .any(|fault| fault.kind == Kind::DiskFull);
+        let was_full = self.suffered(Kind::DiskFull);
         match status.state() {
             RunState::Finished => return Ok(true),
             RunState::Failed if !was_full => {
@@ -282,21 +351,36 @@ impl Stage {
         Ok(())
     }
 
-    /// A worker under a new name.
-    fn join(&mut self) -> Result<()> {
+    /// A worker under a new name, which is returned.
+    fn join(&mut self) -> Result<String> {
         let name = format!("w{}", self.joined);
         self.joined += 1;
-        let coordinator = self.cluster.url().trim_start_matches("http://");
-        let coordinator: SocketAddr = coordinator.parse()?;
-        self.lines.insert(name.clone(), Proxy::start(coordinator)?);
-        self.start_worker(&name)
+        let lines = Lines::start(self.cluster.url())?;
+        self.lines.insert(name.clone(), lines);
+        self.start_worker(&name)?;
+        Ok(name)
+    }
+
+    /// Asks a worker to end, unless it was asked before.
+    fn leave(&mut self, name: &str) -> Result<()> {
+        if self
+            .cluster
+            .worker_names()
+            .iter()
+            .any(|other| other == name)
+        {
+            let leaving = self.cluster.dismiss_worker(name)?;
+            self.leaving.push(leaving);
+        }
+        Ok(())
     }
 
     fn start_worker(&mut self, name: &str) -> Result<()> {
-        let line = self.lines.get(name);
-        let line = line.ok_or_else(|| Failure::new(format!("no line to worker {name}")))?;
-        let url = format!("http://{}", line.address());
-        let command = self.cluster.worker_command_by(&url, "cpu", name);
+        let lines = self.lines(name)?;
+        let mut command = self
+            .cluster
+            .worker_command_by(&lines.coordinator(), "cpu", name);
+        command.args(lines.arguments());
         self.cluster.adopt_worker(name, command)
     }
 
