@@ -14,6 +14,7 @@ mod gpu;
 mod replay;
 mod resume;
 mod setup;
+mod silence;
 mod snapshots;
 mod stuck;
 mod widths;

@@ -13,8 +13,8 @@
 #![forbid(unsafe_code)]
 
 mod address;
-mod chaos;
 mod advertise;
+mod chaos;
 pub mod collective;
 mod control;
 mod error;
