@@ -347,6 +347,10 @@ impl World {
 
     /// What the recipe's `chaos` orders.
     fn break_down(&mut self, number: usize, kind: OrderedFaultKind, lasts: Duration) {
+        if self.calm {
+            // The time in which everything has to be well again begins anew.
+            self.calm_at = self.now;
+        }
         match kind {
             OrderedFaultKind::Unspecified => {}
             OrderedFaultKind::Kill => self.worker_dies(number, true, false),
