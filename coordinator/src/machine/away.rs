@@ -182,6 +182,9 @@ impl Machine {
         if let Some(reason) = self.state.run(run).and_then(|run| run.stop.clone()) {
             self.tell(rank, Down::Stop(StopAfterStep { reason }));
         }
+        if place.step_seconds > 0.0 {
+            self.step_took(place.step_seconds);
+        }
         self.take_up();
     }
 

@@ -359,10 +359,9 @@ impl World {
         self.hardware = false;
         self.drift = false;
         self.coordinator.armed = None;
-        self.coordinator.paused_until = 0;
         for number in 0..self.workers.len() {
+            // Who is paused goes on when it would have: what it is to hear, in order, comes to it then.
             let worker = &mut self.workers[number];
-            worker.paused_until = 0;
             worker.partition = [0; 2];
             worker.ring_stalled_until = 0;
             worker.slow_abort = false;

@@ -27,6 +27,7 @@ fn place(rank: u32) -> v1::Place {
         formed: Some(formed()),
         from: None,
         left: false,
+        step_seconds: 0.0,
     }
 }
 
@@ -71,12 +72,12 @@ fn sound(rig: &Rig) {
     assert_eq!(rig.replayed(), *rig.machine.state());
 }
 
-/// a and b train; the coordinator has applied two steps, of which a crash took one, and starts again.
+/// a and b train; the coordinator has applied two steps, of which a crash took one and what it came to, and starts again.
 fn restarted() -> Rig {
     let mut rig = training();
     rig.step(&[1, 2], 1, 1);
     rig.step(&[1, 2], 1, 2);
-    rig.restart(rig.facts.len() - 1);
+    rig.restart(rig.facts.len() - 2);
     assert_eq!(rig.run().step, 1);
     rig
 }
@@ -102,6 +103,30 @@ fn a_generation_whose_members_are_all_back_goes_on_as_if_nothing_had_happened() 
     let taken = facts.filter(|fact| matches!(fact, Fact::TakenUp { generation: 1, .. }));
     assert_eq!((taken.count(), broke(&rig)), (1, vec![]));
     sound(&rig);
+}
+
+#[test]
+fn a_step_that_hung_before_the_coordinator_died_is_found_by_what_steps_took_before() {
+    let mut rig = restarted();
+    for (conn, name, rank) in [(7, "a", 0), (8, "b", 1)] {
+        let place = v1::Place {
+            step_seconds: 0.3,
+            ..place(rank)
+        };
+        back(&mut rig, conn, name, place, None);
+        rig.report(conn, 1, 2, rank, 2);
+    }
+    assert_eq!(rig.run().step, 2);
+    for _ in 0..60 {
+        rig.heartbeat(7);
+        rig.heartbeat(8);
+        rig.wait(1.0);
+    }
+    let causes = broke(&rig);
+    assert!(
+        causes.len() == 1 && causes[0].contains("usually 0.3 s"),
+        "{causes:?}"
+    );
 }
 
 #[test]

@@ -37,6 +37,7 @@ impl Standing {
                 formed: None,
                 from: place.donation.as_ref().map(|it| it.state.clone()),
                 left: false,
+                step_seconds: 0.0,
             },
             away: place.recipe.coordinator.away.duration(),
             said: VecDeque::new(),
@@ -68,6 +69,9 @@ impl Standing {
 
     /// Keeps what is said; `heard` while there is a coordinator.
     pub fn say(&mut self, body: Up, heard: bool) {
+        if let Up::Step(report) = &body {
+            self.place.step_seconds = report.seconds;
+        }
         self.said.push_back(body);
         while heard && self.said.len() > KEPT {
             self.said.pop_front();
