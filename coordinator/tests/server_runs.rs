@@ -1,6 +1,7 @@
 //! A real server with real streams: runs from submission to their end, through faults.
 
 use std::path::Path;
+use std::time::Duration;
 
 use supra_coordinator::audit::{Options as AuditOptions, Verdict, audit};
 use supra_coordinator::ledger::Record;
@@ -56,6 +57,24 @@ fn receipt(state: &Path, run: &str) -> serde_json::Value {
         .join(run)
         .join("checkpoints/receipt.json");
     serde_json::from_slice(&std::fs::read(path).expect("a receipt")).expect("JSON")
+}
+
+#[tokio::test]
+async fn the_stream_of_a_worker_that_attached_again_ends() {
+    let state = tempfile::tempdir().unwrap();
+    let (service, url, _client) = coordinator(state.path()).await;
+    let same = hello("a");
+    let mut before = Session::open(&url, same.clone()).await.unwrap();
+    assert!(matches!(before.hear().await, Ok(Down::Welcome(_))));
+    let mut again = Session::open(&url, same).await.unwrap();
+    assert!(matches!(again.hear().await, Ok(Down::Welcome(_))));
+    let heard = tokio::time::timeout(Duration::from_secs(5), before.hear()).await;
+    assert_eq!(
+        heard.map(Result::err),
+        Ok(Some("the stream has ended".to_owned()))
+    );
+    service.stopper().shut_down("a test").await;
+    service.wait().await.unwrap();
 }
 
 #[tokio::test]

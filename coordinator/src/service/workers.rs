@@ -62,12 +62,11 @@ async fn listen(
         Ok(Ok(None)) | Ok(Err(_)) => return,
         Err(_) => return refuse(&down, "no hello within 10 s").await,
     };
-    let closed = down.clone();
+    // The owner closes a stream by dropping its end of the queue; this end must not hold it open.
+    let closed = down.downgrade();
     let Ok(conn) = owner.attach(peer, hello, down).await else {
         return;
     };
-    // The owner closes a stream by dropping its end of the queue; this end must not hold it open.
-    let closed = closed.downgrade();
     let cause = loop {
         match incoming.message().await {
             Ok(Some(message)) => {

@@ -147,10 +147,16 @@ impl Study<'_> {
         let (batch, length, micro, lr) = self.size();
         // As long as a twentieth of the run, a step at least.
         let warmup = (budget / batch / 20).max(1);
+        // Many a processor multiplies bf16 ten times slower than fp32.
+        let precision = match self.campaign.device {
+            Device::Cpu => "fp32",
+            Device::Cuda => "bf16",
+        };
         let recipe = format!(
             "name: {name}\n\
              base: {base}\n\
              attention: {attention}\n\
+             model: {{ precision: {precision} }}\n\
              data: {{ train: {data}, repeat: true }}\n\
              budget: {{ tokens: {budget} }}\n\
              batch: {{ tokens: {batch}, micro_batch: {micro}, sequence_length: {length} }}\n\

@@ -306,6 +306,8 @@ fn a_worker_that_is_aside_and_away_is_not_waited_for_after_a_restart() {
     rig.event(Event::Drain("b".into())).unwrap();
     rig.restart(usize::MAX);
     rig.attach(11, "a");
+    // As long as any member has to say what it holds, and no longer.
+    rig.wait(3.1);
     rig.wait(1.1);
     assert_eq!((rig.status().generation, rig.status().world), (2, 1));
 }
