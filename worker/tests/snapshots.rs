@@ -185,9 +185,8 @@ fn a_rank_that_became_alone_has_the_whole_state_and_gives_it_to_others() {
     .run_on(kept);
     let held = alone[0].held.clone().unwrap();
     assert_eq!((held.step >= step + 2, held.snapshots.len()), (true, 0));
-    let next = Generation::new(&recipe, &root)
-        .starting_from_memory(&held, &[0])
-        .run_on(vec![alone[0].kept.take(), None]);
+    let next = Generation::new(&recipe, &root).starting_from_memory(&held, &[0]);
+    let next = Generation { number: 3, ..next }.run_on(vec![alone[0].kept.take(), None]);
     for rank in &next {
         assert_eq!(rank.outcome, Outcome::Finished);
         assert_eq!(rank.snapshots[0].step, held.step, "at once");
