@@ -314,39 +314,6 @@ impl<'a> Trainer<'a> {
         Ok(())
     }
 
-    /// Whether the snapshot that this rank has begun last is whole.
-    fn settled(&mut self) -> Result<bool, TrainError> {
-        self.snapshots.as_mut().map_or(Ok(true), Snapshots::settled)
-    }
-
-    fn snapshot_due(&self) -> bool {
-        let snapshots = self.snapshots.as_ref();
-        snapshots.is_some_and(|snapshots| snapshots.due(self.step))
-    }
-
-    /// Begins a snapshot of the step just done; all ranks have the last one whole.
-    fn snapshot(&mut self) -> Result<(), TrainError> {
-        if let Some(snapshots) = &mut self.snapshots {
-            self.exchange.all_gathered()?;
-            snapshots.begin(&self.replica, self.step);
-        }
-        Ok(())
-    }
-
-    /// Leaves a snapshot of the step just done, whole on all ranks, for another membership to go on from.
-    fn snapshot_for_the_next(&mut self) -> Result<(), TrainError> {
-        for begins in [true, false] {
-            if let Some(snapshots) = &mut self.snapshots {
-                snapshots.wait()?;
-                self.exchange.host().barrier()?;
-            }
-            if begins {
-                self.snapshot()?;
-            }
-        }
-        Ok(())
-    }
-
     /// Parts from the other ranks, in order if all went well. Keeps a state that is whole where another generation may need
     /// it.
     fn leave(

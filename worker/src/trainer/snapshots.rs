@@ -15,7 +15,7 @@ use supra_agent::{
 };
 use supra_recipes::plan::snapshots::every;
 
-use super::TrainError;
+use super::{TrainError, Trainer};
 use crate::optim::{HostPart, Replica};
 
 /// BLAKE3 of a part.
@@ -243,5 +243,40 @@ impl Snapshot {
             own: Some(own),
             kept: Some(kept),
         }
+    }
+}
+
+impl Trainer<'_> {
+    /// Whether the snapshot that this rank has begun last is whole.
+    pub(super) fn settled(&mut self) -> Result<bool, TrainError> {
+        self.snapshots.as_mut().map_or(Ok(true), Snapshots::settled)
+    }
+
+    pub(super) fn snapshot_due(&self) -> bool {
+        let snapshots = self.snapshots.as_ref();
+        snapshots.is_some_and(|snapshots| snapshots.due(self.step))
+    }
+
+    /// Begins a snapshot of the step just done; all ranks have the last one whole.
+    pub(super) fn snapshot(&mut self) -> Result<(), TrainError> {
+        if let Some(snapshots) = &mut self.snapshots {
+            self.exchange.all_gathered()?;
+            snapshots.begin(&self.replica, self.step);
+        }
+        Ok(())
+    }
+
+    /// Leaves a snapshot of the step just done, whole on all ranks, for another membership to go on from.
+    pub(super) fn snapshot_for_the_next(&mut self) -> Result<(), TrainError> {
+        for begins in [true, false] {
+            if let Some(snapshots) = &mut self.snapshots {
+                snapshots.wait()?;
+                self.exchange.host().barrier()?;
+            }
+            if begins {
+                self.snapshot()?;
+            }
+        }
+        Ok(())
     }
 }
