@@ -22,6 +22,7 @@ mod witness;
 use std::{rc::Rc, time::Instant};
 
 use supra_agent::{FaultKind, Formed, Job, Outcome, Phase, StepReport, Voided};
+use supra_checkpoint::Environment;
 use supra_data::{Batch, Loader, Prefetch};
 use supra_recipes::{
     Plan,
@@ -42,7 +43,7 @@ pub use start::check_data;
 use tally::{Tally, Wish};
 
 use crate::{
-    checkpoint::{Environment, store},
+    checkpoint::probe,
     collective,
     device::Place,
     failure::chain,
@@ -161,7 +162,7 @@ impl<'a> Trainer<'a> {
         };
         let job: &Job = job;
         if job.until.is_none() {
-            store::probe(&job.checkpoint_root, job.generation, host.as_mut())?;
+            probe::probe(&job.checkpoint_root, job.generation, host.as_mut())?;
         }
         let mut collective = collective::connect(host, place, job.recipe.reduction, &job.link)?;
 

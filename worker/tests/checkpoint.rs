@@ -3,8 +3,9 @@
 use std::{fs, path::Path};
 
 use supra_agent::{FaultKind, Outcome, collective::Solo};
+use supra_checkpoint::{Manifest, StoredError, verify};
 use supra_worker::{
-    checkpoint::{self, CheckpointError, Manifest},
+    checkpoint,
     kernels::Twin,
     model::{self, ModelConfig, NewWeights},
     optim::{Kinds, Layout, Part, Replica},
@@ -22,7 +23,7 @@ fn a_checkpoint_says_what_it_is_and_is_a_model_directory() {
     let written = ranks[0].checkpoints.last().unwrap();
     assert_eq!(written.path, "step-00000004-gen-1");
     let dir = root.join(&written.path);
-    let manifest = checkpoint::read::manifest(
+    let manifest = verify::manifest(
         &dir,
         Some(&written.manifest_hash.as_slice().try_into().unwrap()),
     )
@@ -239,9 +240,9 @@ fn a_manifest_of_another_format_or_with_foreign_paths_is_refused() {
     let path = Path::new("manifest.json");
     let error = Manifest::parse(br#"{"format": 99}"#, path).unwrap_err();
     assert!(
-        matches!(&error, CheckpointError::Foreign { .. }) && error.to_string().contains("99"),
+        matches!(&error, StoredError::Foreign { .. }) && error.to_string().contains("99"),
         "{error}"
     );
     let error = Manifest::parse(b"{", path).unwrap_err();
-    assert!(matches!(error, CheckpointError::Damaged { .. }), "{error}");
+    assert!(matches!(error, StoredError::Damaged { .. }), "{error}");
 }

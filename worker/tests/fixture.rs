@@ -19,8 +19,8 @@ use supra_agent::{
     SnapshotTaken, StepReport,
     collective::{Collective, InProcess},
     link::{self, Report},
-    publish,
 };
+use supra_checkpoint::publish;
 use supra_data::{Auto3, IndexOptions};
 use supra_recipes::{Recipe, schema::Attention};
 use supra_worker::{

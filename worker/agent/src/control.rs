@@ -21,10 +21,10 @@ use crate::job::{DataPlane, Job};
 use crate::line::{self, Line, Pauses};
 use crate::link::{self, LinkControl, Tagged};
 use crate::place::Place;
-use crate::publish;
 use crate::session::{Action, Input, Session};
 use crate::supervisor;
 use crate::worker::{Exit, WorkerOptions};
+use supra_checkpoint::publish;
 
 /// How often the session looks at the clock.
 const TICK: Duration = Duration::from_millis(100);

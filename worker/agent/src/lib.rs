@@ -24,7 +24,6 @@ mod line;
 pub mod link;
 mod panic;
 mod place;
-pub mod publish;
 pub mod session;
 pub mod supervisor;
 mod unfinished;

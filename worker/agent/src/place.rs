@@ -6,7 +6,7 @@ use supra_proto::v1::{self, Assignment, RestoreFrom, StartFromHeld};
 use supra_recipes::schema::Recipe;
 
 use crate::job::{Donation, PartHolder, Restore};
-use crate::publish;
+use supra_checkpoint::publish;
 
 /// A place in a generation, as the coordinator assigned it.
 #[derive(Clone, Debug, PartialEq)]

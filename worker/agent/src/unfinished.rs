@@ -5,9 +5,8 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::Path;
 
+use supra_checkpoint::publish::{self, PENDING, PublishError};
 use supra_proto::v1::CheckpointWritten;
-
-use crate::publish::{self, PENDING, PublishError};
 
 /// A checkpoint of which every file but the manifest is written and synced.
 #[derive(Clone, Debug, PartialEq)]

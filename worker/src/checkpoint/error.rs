@@ -1,11 +1,9 @@
-//! What can go wrong with a checkpoint, and who has to act.
+//! What can go wrong when the ranks write or read a checkpoint, and who has to act.
 
-use std::{
-    io,
-    path::{Path, PathBuf},
-};
+use std::path::Path;
 
 use supra_agent::FaultKind;
+use supra_checkpoint::StoredError;
 use thiserror::Error;
 
 use crate::{collective::DeviceCollectiveError, model::ModelError};
@@ -13,115 +11,21 @@ use crate::{collective::DeviceCollectiveError, model::ModelError};
 /// Why a checkpoint cannot be written or read.
 #[derive(Debug, Error)]
 pub enum CheckpointError {
-    /// The storage has too little room: nothing was begun.
-    #[error(
-        "no room for the checkpoint at {path}: it needs {needed} bytes, {free} are free. Free some, lower \
-         checkpoint.keep, or move checkpoint.to"
-    )]
-    Full {
-        /// The directory being written.
-        path: PathBuf,
-        /// Bytes of the checkpoint.
-        needed: u64,
-        /// Bytes left on the storage.
-        free: u64,
-    },
-    /// The room ran out while the checkpoint was written: another writer, a quota, a limit of the process.
-    #[error(
-        "cannot write {path}: {cause}; {free} bytes are free there. Free some room or raise the quota or the limit of \
-         file sizes (`ulimit -f`), lower checkpoint.keep, or move checkpoint.to"
-    )]
-    RanOut {
-        /// The file that could not be written to its end.
-        path: PathBuf,
-        /// Bytes left on the storage.
-        free: u64,
-        /// The system's reason.
-        cause: io::Error,
-    },
+    /// Its files or the place where they are kept.
+    #[error(transparent)]
+    Stored(#[from] StoredError),
     /// The ranks cannot bring together what each of them keeps a part of.
     #[error(transparent)]
     Exchange(#[from] DeviceCollectiveError),
-    /// The storage refuses to be written.
-    #[error(
-        "cannot write {path}: {cause}. checkpoint.to has to be a directory that the worker may write to"
-    )]
-    NotWritable {
-        /// What could not be written.
-        path: PathBuf,
-        /// The system's reason.
-        cause: io::Error,
-    },
-    /// Anything else that the system refuses.
-    #[error("cannot {action} {path}: {source}")]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// With which file.
-        path: PathBuf,
-        /// The system's reason.
-        source: io::Error,
-    },
-    /// A file is not what was written.
-    #[error(
-        "checkpoint damaged: {path}: {problem}. Resume from an older checkpoint (`supra checkpoints` lists them)"
-    )]
-    Damaged {
-        /// The damaged file.
-        path: PathBuf,
-        /// What is wrong with it.
-        problem: String,
-    },
-    /// The checkpoint is sound but belongs to something else.
-    #[error("{path} does not fit this run: {problem}")]
-    Foreign {
-        /// The checkpoint.
-        path: PathBuf,
-        /// What differs.
-        problem: String,
-    },
     /// The model's configuration or tokenizer cannot be put beside its weights.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// Ranks look at different storage.
-    #[error(
-        "the checkpoint folder {path} is not shared: {problem}. checkpoint.to has to be storage that every worker sees \
-         under this path"
-    )]
-    NotShared {
-        /// The checkpoint root.
-        path: PathBuf,
-        /// Which ranks miss what.
-        problem: String,
-    },
 }
 
 impl CheckpointError {
     /// Wraps an error of writing `path`.
-    pub(super) fn writing(path: &Path, source: io::Error) -> CheckpointError {
-        let path = path.to_owned();
-        match source.kind() {
-            io::ErrorKind::StorageFull
-            | io::ErrorKind::QuotaExceeded
-            | io::ErrorKind::FileTooLarge => CheckpointError::RanOut {
-                free: super::store::free_bytes(&path).unwrap_or(0),
-                path,
-                cause: source,
-            },
-            io::ErrorKind::ReadOnlyFilesystem
-            | io::ErrorKind::PermissionDenied
-            | io::ErrorKind::NotFound
-            | io::ErrorKind::NotADirectory
-            | io::ErrorKind::AlreadyExists => CheckpointError::NotWritable {
-                path,
-                cause: source,
-            },
-            _ => CheckpointError::Io {
-                action: "write",
-                path,
-                source,
-            },
-        }
+    pub(super) fn writing(path: &Path, source: std::io::Error) -> CheckpointError {
+        StoredError::writing(path, source).into()
     }
 
     /// Wraps an error of putting configuration and tokenizer beside the weights.
@@ -132,31 +36,15 @@ impl CheckpointError {
         }
     }
 
-    /// Wraps an error of reading `path`.
-    pub(super) fn reading(path: &Path, source: io::Error) -> CheckpointError {
-        if source.kind() == io::ErrorKind::NotFound {
-            return CheckpointError::Damaged {
-                path: path.to_owned(),
-                problem: "the file is missing".to_owned(),
-            };
-        }
-        CheckpointError::Io {
-            action: "read",
-            path: path.to_owned(),
-            source,
-        }
-    }
-
     /// Whether another try may succeed without anybody changing the run.
     pub fn fault_kind(&self) -> FaultKind {
         match self {
             CheckpointError::Exchange(DeviceCollectiveError::Host(_)) => FaultKind::Peer,
-            CheckpointError::Full { .. }
-            | CheckpointError::RanOut { .. }
-            | CheckpointError::Io { .. }
-            | CheckpointError::Exchange(_)
-            | CheckpointError::Model(_) => FaultKind::Transient,
-            _ => FaultKind::Input,
+            CheckpointError::Exchange(_) | CheckpointError::Model(_) => FaultKind::Transient,
+            CheckpointError::Stored(
+                StoredError::Full { .. } | StoredError::RanOut { .. } | StoredError::Io { .. },
+            ) => FaultKind::Transient,
+            CheckpointError::Stored(_) => FaultKind::Input,
         }
     }
 }

@@ -14,20 +14,11 @@
 //! overwrite the checkpoint of another generation.
 
 pub mod error;
-pub mod manifest;
 pub mod origin;
+pub mod probe;
 pub mod read;
 pub mod safetensors;
-pub mod store;
 pub mod write;
 
 pub use error::CheckpointError;
-pub use manifest::{Environment, Manifest};
 pub use origin::{ORIGIN, Origin};
-pub use supra_agent::publish::{PENDING, PUBLISHED as MANIFEST};
-
-/// Prefix of the first moments' keys in the optimizer's files.
-const EXP_AVG: &str = "exp_avg.";
-
-/// Prefix of the second moments' keys in the optimizer's files.
-const EXP_AVG_SQ: &str = "exp_avg_sq.";

@@ -1,8 +1,7 @@
 //! Where an exported model comes from, kept beside its weights: `supra audit --export` finds by it that a ledger lost its end.
 
 use serde::Serialize;
-
-use super::Manifest;
+use supra_checkpoint::Manifest;
 
 /// Name of the file.
 pub const ORIGIN: &str = "supra_origin.json";

@@ -7,9 +7,9 @@ use std::{
 };
 
 use safetensors::{Dtype, tensor::Metadata, tensor::TensorInfo};
+use supra_checkpoint::manifest::StoredFile;
 use tch::Tensor;
 
-use super::manifest::StoredFile;
 use crate::optim::{Section, Slot};
 
 /// One tensor to write: a slot of a flat fp32 buffer under a key.

@@ -7,13 +7,16 @@ use std::{
 };
 
 use serde_json::json;
+use supra_checkpoint::{
+    EXP_AVG, EXP_AVG_SQ, Manifest, PUBLISHED, StoredError,
+    manifest::{Slice, StoredFile, StoredTensor},
+    store,
+};
 use tch::Tensor;
 
 use super::{
-    CheckpointError, EXP_AVG, EXP_AVG_SQ, MANIFEST, Manifest,
-    manifest::{Slice, StoredFile, StoredTensor},
+    CheckpointError,
     safetensors::{Entry, SafetensorsFile},
-    store,
 };
 use crate::{
     collective::DeviceCollective,
@@ -74,7 +77,8 @@ pub fn write(root: &Path, contents: Contents) -> Result<Receipt, CheckpointError
     let needed = 3 * 4 * contents.replica.layout().numbers() as u64 + OVERHEAD_BYTES;
     store::ensure_room(root, needed)?;
     make_directory(&dir)?;
-    match fill(&dir, contents).and_then(|filled| store::sync_directory(root).map(|()| filled)) {
+    match fill(&dir, contents).and_then(|filled| Ok(store::sync_directory(root).map(|()| filled)?))
+    {
         Ok((bytes, manifest)) => Ok(Receipt {
             relative,
             bytes,
@@ -116,12 +120,13 @@ fn fill(dir: &Path, contents: Contents) -> Result<(u64, [String; 2]), Checkpoint
 
 fn make_directory(dir: &Path) -> Result<(), CheckpointError> {
     let failed = |source| CheckpointError::writing(dir, source);
-    if dir.join(MANIFEST).exists() {
+    if dir.join(PUBLISHED).exists() {
         let problem = "it is published already and is never overwritten".to_owned();
-        return Err(CheckpointError::Foreign {
+        return Err(StoredError::Foreign {
             path: dir.to_owned(),
             problem,
-        });
+        }
+        .into());
     }
     if dir.is_dir() {
         fs::remove_dir_all(dir).map_err(failed)?;

@@ -4,8 +4,9 @@ use std::path::PathBuf;
 
 use super::{failure::Failure, options::Dtype, out};
 use clap::Args;
+use supra_checkpoint::verify;
 use supra_worker::{
-    checkpoint::{self, ORIGIN, Origin},
+    checkpoint::{ORIGIN, Origin},
     model::{self, ModelConfig, NewWeights, SaveFormat},
 };
 
@@ -28,9 +29,9 @@ pub struct Export {
 impl Export {
     /// Verifies and writes.
     pub fn execute(self) -> Result<(), Failure> {
-        let hash = checkpoint::read::manifest_hash(&self.checkpoint)?;
-        let manifest = checkpoint::read::manifest(&self.checkpoint, Some(&hash))?;
-        checkpoint::read::verify_model(&self.checkpoint, &manifest)?;
+        let hash = verify::manifest_hash(&self.checkpoint)?;
+        let manifest = verify::manifest(&self.checkpoint, Some(&hash))?;
+        verify::model(&self.checkpoint, &manifest)?;
         let config = ModelConfig::load(&self.checkpoint)?;
         let (params, _) = model::load_params(&self.checkpoint, &config, NewWeights::Refuse)?;
         let format = SaveFormat::Interchange {

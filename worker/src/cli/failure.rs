@@ -2,6 +2,7 @@
 
 use std::{error::Error, process::ExitCode};
 
+use supra_checkpoint::StoredError;
 use supra_worker::{
     checkpoint::CheckpointError,
     device::DeviceError,
@@ -76,8 +77,17 @@ impl From<DeviceError> for Failure {
 
 impl From<CheckpointError> for Failure {
     fn from(error: CheckpointError) -> Failure {
+        match error {
+            CheckpointError::Stored(error) => error.into(),
+            other => Failure::with_code(INPUT, &other),
+        }
+    }
+}
+
+impl From<StoredError> for Failure {
+    fn from(error: StoredError) -> Failure {
         let code = match error {
-            CheckpointError::Damaged { .. } => BROKEN,
+            StoredError::Damaged { .. } => BROKEN,
             _ => INPUT,
         };
         Failure::with_code(code, &error)

@@ -8,12 +8,10 @@ use std::{
 use clap::Args;
 use serde::{Serialize, Serializer};
 use supra_agent::{FaultKind, StepReport};
+use supra_checkpoint::{Manifest, verify};
 use supra_proto::BUILD;
 use supra_recipes::Recipe;
-use supra_worker::{
-    checkpoint::{self, Manifest},
-    trainer::{self, MicroBatch, Replayed, TrainError},
-};
+use supra_worker::trainer::{self, MicroBatch, Replayed, TrainError};
 
 use super::{failure::Failure, options::DeviceOptions, out};
 
@@ -98,9 +96,9 @@ impl Replay {
         let dir = &self.checkpoint;
         let hash = match &self.manifest_hash {
             Some(hash) => *hash.as_bytes(),
-            None => checkpoint::read::manifest_hash(dir)?,
+            None => verify::manifest_hash(dir)?,
         };
-        let manifest = checkpoint::read::manifest(dir, Some(&hash))?;
+        let manifest = verify::manifest(dir, Some(&hash))?;
         let mut recipe = Recipe::parse(&manifest.recipe, &manifest.run)
             .map_err(|error| Failure::input(error.to_string()))?;
         if let Some(data) = self.data {

@@ -2,10 +2,9 @@
 
 use std::env;
 
-use crate::{
-    checkpoint::Environment,
-    device::{self, Place},
-};
+use supra_checkpoint::Environment;
+
+use crate::device::{self, Place};
 
 /// By which NCCL's algorithm is pinned; the supervisor sets them.
 const NCCL_VARIABLES: [&str; 2] = ["NCCL_ALGO", "NCCL_PROTO"];

@@ -1,6 +1,7 @@
 //! Why training stops before its end, and who has to act.
 
 use supra_agent::{CollectiveError, FaultKind, Held, Voided};
+use supra_checkpoint::StoredError;
 use supra_data::DataError;
 use supra_recipes::{
     PlanError,
@@ -10,7 +11,7 @@ use thiserror::Error;
 
 use super::micro::LayoutError;
 use crate::{
-    checkpoint::{CheckpointError, store::ProbeError},
+    checkpoint::{CheckpointError, probe::ProbeError},
     collective::DeviceCollectiveError,
     kernels::KernelError,
     model::ModelError,
@@ -238,6 +239,12 @@ impl From<StepError> for TrainError {
             StepError::Exchange(error) => TrainError::Devices(error),
             StepError::Kernel(error) => TrainError::Kernel(error),
         }
+    }
+}
+
+impl From<StoredError> for TrainError {
+    fn from(error: StoredError) -> TrainError {
+        TrainError::Checkpoint(error.into())
     }
 }
 

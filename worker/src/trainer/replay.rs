@@ -7,11 +7,12 @@ use supra_agent::{
     collective::Solo,
     link::{self, Report},
 };
+use supra_checkpoint::Manifest;
 use supra_recipes::{Plan, Recipe};
 use tch::Kind;
 
 use super::{TrainError, Trainer, environment::environment, start::differences};
-use crate::{checkpoint::Manifest, device::Place, model::LossInput, step::Step};
+use crate::{device::Place, model::LossInput, step::Step};
 
 /// What a replay came to.
 #[derive(Clone, Debug)]

@@ -3,15 +3,15 @@
 use std::time::Instant;
 
 use supra_agent::{Job, Phase, Unfinished};
+use supra_checkpoint::{
+    Manifest,
+    manifest::{FORMAT, Seeds},
+    store,
+};
 use supra_recipes::plan::VERSION;
 
 use super::{TrainError, Trainer};
-use crate::checkpoint::{
-    self,
-    manifest::{FORMAT, Seeds},
-    store,
-    write::Contents,
-};
+use crate::checkpoint::{self, write::Contents};
 
 impl Trainer<'_> {
     /// Writes the checkpoint that was due where this generation took a state over, if the one before did not get to it.
@@ -50,7 +50,7 @@ impl Trainer<'_> {
     fn write_checkpoint(&mut self, replica_hash: [u8; 32]) -> Result<(), TrainError> {
         let clock = Instant::now();
         let (job, recipe) = (self.job, &self.job.recipe);
-        let manifest = checkpoint::Manifest {
+        let manifest = Manifest {
             format: FORMAT,
             plan_version: VERSION,
             run: job.run.clone(),

@@ -3,7 +3,8 @@
 use std::{fs, path::Path, rc::Rc};
 
 use supra_agent::Job;
-use supra_data::{Manifest, Reader};
+use supra_checkpoint::{Environment, Manifest, StoredError, verify};
+use supra_data::{Manifest as DataManifest, Reader};
 use supra_recipes::{
     Plan,
     plan::{Policy, VERSION},
@@ -13,7 +14,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{Kept, TrainError, host_memory, kept, policy};
 use crate::{
-    checkpoint::{self, CheckpointError, Environment},
+    checkpoint,
     collective::DeviceCollective,
     device::Place,
     kernels::{self, Choice, Kernels},
@@ -88,8 +89,7 @@ impl Start {
                 (replica, 0)
             }
             (None, Some(restore)) => {
-                let manifest =
-                    checkpoint::read::manifest(&restore.path, Some(&restore.manifest_hash))?;
+                let manifest = verify::manifest(&restore.path, Some(&restore.manifest_hash))?;
                 check_checkpoint(&manifest, &restore.path, &plan, &reader, restore.step)?;
                 notes.extend(resumed(&differences(&manifest, environment, job.world)));
                 *kept = None;
@@ -231,7 +231,7 @@ fn load_base(
 /// Refuses data that does not fit the vocabulary of the model called `name`, or that another tokenizer made than the one
 /// in the model's directory.
 pub fn check_data(
-    manifest: &Manifest,
+    manifest: &DataManifest,
     config: &ModelConfig,
     name: &str,
     directory: Option<&Path>,
@@ -266,12 +266,12 @@ pub fn check_data(
 
 /// Refuses a checkpoint whose sample numbers mean something else.
 fn check_checkpoint(
-    manifest: &checkpoint::Manifest,
+    manifest: &Manifest,
     path: &Path,
     plan: &Plan,
     reader: &Reader,
     step: u64,
-) -> Result<(), CheckpointError> {
+) -> Result<(), StoredError> {
     let dataset = blake3::Hash::from_bytes(reader.manifest().hash())
         .to_hex()
         .to_string();
@@ -295,14 +295,14 @@ fn check_checkpoint(
     } else {
         return Ok(());
     };
-    Err(CheckpointError::Foreign {
+    Err(StoredError::Foreign {
         path: path.to_owned(),
         problem,
     })
 }
 
 /// What keeps training from being equal to the bit to that of the checkpoint's generation; empty if nothing does.
-pub fn differences(manifest: &checkpoint::Manifest, here: &Environment, world: u32) -> Vec<String> {
+pub fn differences(manifest: &Manifest, here: &Environment, world: u32) -> Vec<String> {
     let mut differences = manifest.environment.differences(here);
     if manifest.world != world {
         differences.push(format!("workers {} -> {world}", manifest.world));

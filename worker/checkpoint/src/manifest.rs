@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use serde::{Deserialize, Serialize};
 
-use super::CheckpointError;
+use crate::StoredError;
 
 /// Version of the checkpoint's layout that this program writes and reads.
 pub const FORMAT: u32 = 1;
@@ -137,8 +137,8 @@ impl Manifest {
     }
 
     /// Reads a manifest that `path` held.
-    pub fn parse(bytes: &[u8], path: &Path) -> Result<Manifest, CheckpointError> {
-        let damaged = |problem| CheckpointError::Damaged {
+    pub fn parse(bytes: &[u8], path: &Path) -> Result<Manifest, StoredError> {
+        let damaged = |problem| StoredError::Damaged {
             path: path.to_owned(),
             problem,
         };
@@ -150,7 +150,7 @@ impl Manifest {
         let Format { format } = serde_json::from_slice(bytes)
             .map_err(|error| damaged(format!("not a checkpoint manifest: {error}")))?;
         if format != FORMAT {
-            return Err(CheckpointError::Foreign {
+            return Err(StoredError::Foreign {
                 path: path.to_owned(),
                 problem: format!(
                     "it has checkpoint format {format}, this program reads format {FORMAT}"

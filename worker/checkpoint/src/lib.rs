@@ -1,0 +1,22 @@
+//! Checkpoints without libtorch: everything that training changes, in a directory that is complete or not there.
+//!
+//! [`manifest`] says what a checkpoint holds, [`store`] where it lies and what may go, [`publish`] what makes it exist, and
+//! [`verify`] whether it is what was written. Coordinator and worker use the same code; tensors are the worker's.
+
+#![forbid(unsafe_code)]
+
+pub mod error;
+pub mod manifest;
+pub mod publish;
+pub mod store;
+pub mod verify;
+
+pub use error::StoredError;
+pub use manifest::{Environment, Manifest};
+pub use publish::{PENDING, PUBLISHED};
+
+/// Prefix of the first moments' names.
+pub const EXP_AVG: &str = "exp_avg.";
+
+/// Prefix of the second moments' names.
+pub const EXP_AVG_SQ: &str = "exp_avg_sq.";
