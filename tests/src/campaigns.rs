@@ -2,6 +2,7 @@
 
 pub mod big;
 pub mod chaos;
+pub mod checkpoint;
 pub mod components;
 pub mod curves;
 pub mod feed;

@@ -5,17 +5,20 @@ use std::path::Path;
 
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
+use supra_checkpoint::{EXP_AVG, EXP_AVG_SQ, PUBLISHED, verify};
 
 use crate::failure::{Failure, Result, While};
 
-/// BLAKE3 of every tensor (type, shape, bytes) of a checkpoint, by `FILE:NAME`.
-pub type Hashes = BTreeMap<String, blake3::Hash>;
+/// A tensor as it is stored.
+struct Stored {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Vec<u8>,
+}
 
-/// The hashes of all tensors in the safetensors files of a directory.
-///
-/// Files are not compared as they are: their headers may name the run or the generation.
-pub fn hashes(directory: &Path) -> Result<Hashes> {
-    let mut hashes = BTreeMap::new();
+/// All tensors of a checkpoint, put together from what its ranks wrote, or of the safetensors files of another directory.
+fn stored(directory: &Path) -> Result<BTreeMap<String, Stored>> {
+    let mut pieces = BTreeMap::new();
     for entry in std::fs::read_dir(directory).while_doing(directory.display())? {
         let path = entry?.path();
         if path
@@ -28,19 +31,57 @@ pub fn hashes(directory: &Path) -> Result<Hashes> {
         let tensors = SafeTensors::deserialize(&bytes).while_doing(path.display())?;
         let file = path.file_name().unwrap_or_default().to_string_lossy();
         for (name, tensor) in tensors.iter() {
-            let mut hasher = blake3::Hasher::new();
-            hasher.update(format!("{:?} {:?}", tensor.dtype(), tensor.shape()).as_bytes());
-            hasher.update(tensor.data());
-            hashes.insert(format!("{file}:{name}"), hasher.finalize());
+            let stored = Stored {
+                dtype: tensor.dtype(),
+                shape: tensor.shape().to_vec(),
+                bytes: tensor.data().to_vec(),
+            };
+            pieces.insert((file.clone().into_owned(), name.to_owned()), stored);
         }
     }
-    if hashes.is_empty() {
-        return Err(Failure::new(format!(
-            "no tensors in {}",
-            directory.display()
-        )));
+    if pieces.is_empty() {
+        let place = directory.display();
+        return Err(Failure::new(format!("no tensors in {place}")));
     }
-    Ok(hashes)
+    if !directory.join(PUBLISHED).exists() {
+        let whole = pieces.into_iter().map(|((_, name), stored)| (name, stored));
+        return Ok(whole.collect());
+    }
+    let manifest = verify::manifest(directory, None)?;
+    let mut tensors = BTreeMap::new();
+    for (name, tensor) in manifest.tensors {
+        let mut whole: Option<Stored> = None;
+        for slice in tensor.slices {
+            let missing = || Failure::new(format!("no {} in {}", slice.key, slice.file));
+            let key = (slice.file.clone(), slice.key.clone());
+            let piece = pieces.remove(&key).ok_or_else(missing)?;
+            match &mut whole {
+                Some(whole) => whole.bytes.extend(piece.bytes),
+                None => whole = Some(piece),
+            }
+        }
+        if let Some(mut whole) = whole {
+            whole.shape = tensor.shape.iter().map(|&size| size as usize).collect();
+            tensors.insert(name, whole);
+        }
+    }
+    Ok(tensors)
+}
+
+/// BLAKE3 of every tensor (type, shape, bytes), by name.
+pub type Hashes = BTreeMap<String, blake3::Hash>;
+
+/// The hashes of all tensors of a checkpoint, or of the safetensors files of another directory.
+///
+/// Files are not compared as they are: their headers may name the run or the generation, and each rank has its own.
+pub fn hashes(directory: &Path) -> Result<Hashes> {
+    let hash = |(name, tensor): (String, Stored)| {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(format!("{:?} {:?}", tensor.dtype, tensor.shape).as_bytes());
+        hasher.update(&tensor.bytes);
+        (name, hasher.finalize())
+    };
+    Ok(stored(directory)?.into_iter().map(hash).collect())
 }
 
 /// Fails, naming the tensors, unless both directories hold the same bits.
@@ -70,20 +111,20 @@ pub fn expect(expected: &Hashes, directory: &Path) -> Result<()> {
 /// The fp32 weights of a model directory, by name.
 pub type Weights = BTreeMap<String, Vec<f32>>;
 
-/// Reads `model.safetensors`.
+/// Reads those of a checkpoint or a model directory.
 pub fn model(directory: &Path) -> Result<Weights> {
-    let path = directory.join("model.safetensors");
-    let bytes = std::fs::read(&path).while_doing(path.display())?;
-    let tensors = SafeTensors::deserialize(&bytes).while_doing(path.display())?;
     let mut weights = BTreeMap::new();
-    for (name, tensor) in tensors.iter() {
-        if tensor.dtype() != Dtype::F32 {
-            let place = path.display();
+    for (name, tensor) in stored(directory)? {
+        if name.starts_with(EXP_AVG) || name.starts_with(EXP_AVG_SQ) {
+            continue;
+        }
+        if tensor.dtype != Dtype::F32 {
+            let place = directory.display();
             return Err(Failure::new(format!("{name} in {place} is not fp32")));
         }
-        let numbers = tensor.data().as_chunks().0.iter();
+        let numbers = tensor.bytes.as_chunks().0.iter();
         weights.insert(
-            name.to_owned(),
+            name,
             numbers.map(|bytes| f32::from_le_bytes(*bytes)).collect(),
         );
     }

@@ -171,12 +171,12 @@ fn a_file_that_cannot_grow_is_told_and_costs_nothing_that_was_saved() -> Result<
     let saved = first_checkpoint(&cluster, &run)?;
     let before = weights::hashes(&saved)?;
     // The model fits, the twice as large state of the optimizer does not.
-    let length = fs::metadata(saved.join("model.safetensors"))?.len();
+    let length = fs::metadata(saved.join("model-rank-000-of-001-00001.safetensors"))?.len();
     cluster.worker("w0")?.limit_files(Some(length * 3 / 2))?;
     let reason = cluster.wait_failed(&run, LIMIT)?;
     for word in [
         "3 generations",
-        "optimizer.safetensors",
+        "optimizer-rank-000-of-001-00001.safetensors",
         "File too large",
         "ulimit -f",
     ] {

@@ -8,7 +8,7 @@ use supra_tests::campaigns::kills::Kills;
 use supra_tests::campaigns::precision::Precision;
 use supra_tests::campaigns::simulation::Simulation;
 use supra_tests::campaigns::uptrain::Uptrain;
-use supra_tests::campaigns::{curves::Curves, worlds};
+use supra_tests::campaigns::{checkpoint, curves::Curves, worlds};
 use supra_tests::models::quickstart;
 use supra_tests::{Device, Programs, Result};
 
@@ -31,6 +31,14 @@ fn faults_at_random_moments_change_nothing() -> Result<()> {
     let scratch = tempfile::tempdir()?;
     let rows = Chaos::schedules(2).run(&Programs::find()?, scratch.path())?;
     assert!(!rows.is_empty());
+    Ok(())
+}
+
+#[test]
+fn a_checkpoints_cost_can_be_measured() -> Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let rows = checkpoint::run(&Programs::find()?, scratch.path(), Device::Cpu, true)?;
+    assert_eq!(rows.len(), 1);
     Ok(())
 }
 

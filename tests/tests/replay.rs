@@ -95,18 +95,18 @@ fn a_tampered_checkpoint_is_refused_and_found_by_the_audit() -> Result<()> {
     let whole = cluster.supra_json(&["audit", &run, "--files"])?;
     assert!(whole["files"].as_u64() >= Some(15), "{whole}");
 
-    alter(&checkpoint(&cluster, &run, 8)?.join("model.safetensors"))?;
+    alter(&checkpoint(&cluster, &run, 8)?.join("model-rank-000-of-001-00001.safetensors"))?;
     let asked = [
         "replay", &run, "--step", "9", "--rerun", "--recipe", &recipe,
     ];
     cluster
         .supra(&asked)?
         .expect_code(4)?
-        .expect_words(&["damaged", "model.safetensors"])?;
+        .expect_words(&["damaged", "model-rank-000-of-001-00001.safetensors"])?;
     cluster
         .supra(&["audit", &run, "--files"])?
         .expect_code(4)?
-        .expect_words(&["model.safetensors was altered"])?;
+        .expect_words(&["model-rank-000-of-001-00001.safetensors was altered"])?;
 
     alter(&checkpoint(&cluster, &run, 16)?.join("manifest.json"))?;
     let state = cluster.state();

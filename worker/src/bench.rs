@@ -4,6 +4,8 @@
 //! Random weights are drawn on the device: matrices from N(0, 0.02), norms' gains 1, biases 0. Tokens are fresh in every pass,
 //! since a GPU computes faster on numbers that it has seen, and much faster on zeros.
 
+pub mod checkpoint;
+
 use std::{collections::BTreeMap, convert::Infallible, rc::Rc, time::Instant};
 
 use rand::{SeedableRng, seq::index};

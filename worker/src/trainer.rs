@@ -37,13 +37,14 @@ pub use kept::Kept;
 pub use micro::{HostBatch, Layout, LayoutError};
 use replay::MicroLoss;
 pub use replay::{MicroBatch, Replayed, replay};
+use saving::{Begun, saver};
 use snapshots::Snapshots;
 use start::Start;
 pub use start::check_data;
 use tally::{Tally, Wish};
 
 use crate::{
-    checkpoint::probe,
+    checkpoint::{probe, saver::Saver},
     collective,
     device::Place,
     failure::chain,
@@ -131,6 +132,10 @@ struct Trainer<'a> {
     /// The part of the gradient whose squares this rank adds up.
     squared: Vec<Tensor>,
     adamw: AdamW,
+    /// Writes this rank's part of checkpoints.
+    saver: Saver,
+    /// The checkpoint that is under way: on rank 0.
+    begun: Option<Begun>,
     /// Step that the replica's state is behind.
     step: u64,
     /// Whether an update was begun and not ended: then the state is behind no step.
@@ -198,6 +203,7 @@ impl<'a> Trainer<'a> {
         });
         let before = kept.take().map(Kept::into_snapshots).unwrap_or_default();
         let snapshots = Snapshots::start(job, aside, step, before)?;
+        let saver = saver(job, &replica)?;
         let loader = Loader::new(reader, plan.clone());
         let layout = Layout {
             vocabulary: config.vocab,
@@ -221,6 +227,8 @@ impl<'a> Trainer<'a> {
             plan,
             layout,
             dataset,
+            saver,
+            begun: None,
             squared: replica.gradient_of(Part::of_rank(job.rank, job.world)),
             replica,
             step,
@@ -259,6 +267,7 @@ impl<'a> Trainer<'a> {
                 digest: batch.digest,
                 wish: Wish::of(&self.job.link),
                 unsettled: !self.settled()?,
+                unsaved: !self.saver.settled()?,
             };
             let waiting = Instant::now();
             let all = mine.gather(self.exchange.host())?;
@@ -287,15 +296,20 @@ impl<'a> Trainer<'a> {
             } else if end.is_none() && !all.unsettled && self.snapshot_due() {
                 self.snapshot()?;
             }
+            if !all.unsaved && self.saver.under_way().is_some() {
+                self.collect_checkpoint()?;
+            }
             let due =
                 matches!(all.wish, Wish::Stop | Wish::Checkpoint) || self.plan.checkpoint_due(step);
             if due && self.job.until.is_none() {
-                self.checkpoint(end.is_some())?;
+                self.checkpoint()?;
             }
             if let Some(end) = end {
+                self.finish_checkpoint()?;
                 return Ok(end);
             }
         }
+        self.finish_checkpoint()?;
         Ok(Outcome::Finished)
     }
 

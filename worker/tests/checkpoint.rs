@@ -1,11 +1,15 @@
 //! Checkpoints on disk: what is written, what is refused.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, thread};
 
-use supra_agent::{FaultKind, Outcome, collective::Solo};
+use supra_agent::{
+    FaultKind, Outcome,
+    collective::{InProcess, Solo},
+};
 use supra_checkpoint::{Manifest, StoredError, verify};
 use supra_worker::{
     checkpoint,
+    collective::{DeviceCollective, Host},
     kernels::Twin,
     model::{self, ModelConfig, NewWeights},
     optim::{Kinds, Layout, Part, Replica},
@@ -71,7 +75,8 @@ fn a_checkpoint_says_what_it_is_and_is_a_model_directory() {
         moments: Kind::Float,
     };
     let mut replica = Replica::new(layout, Part::WHOLE, kinds, Device::Cpu);
-    checkpoint::read::replica(&dir, &manifest, &mut replica).unwrap();
+    let mut alone = Host::new(Box::new(Solo));
+    checkpoint::read::replica(&dir, &manifest, &mut replica, &mut alone).unwrap();
     for (name, tensor) in params.iter() {
         assert_eq!(tensor, replica.params().get(name), "{name}");
     }
@@ -125,8 +130,8 @@ fn damage_is_found_before_anything_is_used() {
         fs::write(&path, whole).unwrap();
     };
     for file in [
-        "model.safetensors",
-        "optimizer.safetensors",
+        "model-rank-000-of-001-00001.safetensors",
+        "optimizer-rank-000-of-001-00001.safetensors",
         "config.json",
         "tokenizer.json",
         "manifest.json",
@@ -138,11 +143,13 @@ fn damage_is_found_before_anything_is_used() {
             fs::write(path, bytes).unwrap();
         });
     }
-    refused("optimizer.safetensors", &|path| {
+    refused("optimizer-rank-000-of-001-00001.safetensors", &|path| {
         let bytes = fs::read(path).unwrap();
         fs::write(path, &bytes[..bytes.len() - 100]).unwrap();
     });
-    refused("model.safetensors", &|path| fs::remove_file(path).unwrap());
+    refused("model-rank-000-of-001-00001.safetensors", &|path| {
+        fs::remove_file(path).unwrap()
+    });
     assert_eq!(resume().outcome, Outcome::Finished);
 }
 
@@ -180,7 +187,11 @@ fn leftovers_are_replaced_and_published_checkpoints_are_left_to_the_coordinator(
     let root = world.checkpoints("a");
     let leftover = root.join("step-00000002-gen-1");
     fs::create_dir_all(&leftover).unwrap();
-    fs::write(leftover.join("model.safetensors"), b"half").unwrap();
+    fs::write(
+        leftover.join("model-rank-000-of-001-00001.safetensors"),
+        b"half",
+    )
+    .unwrap();
     let ranks = Generation::new(&recipe, &root).run(1);
     assert_eq!(ranks[0].outcome, Outcome::Finished);
     let mut left: Vec<_> = fs::read_dir(&root)
@@ -245,4 +256,83 @@ fn a_manifest_of_another_format_or_with_foreign_paths_is_refused() {
     );
     let error = Manifest::parse(b"{", path).unwrap_err();
     assert!(matches!(error, StoredError::Damaged { .. }), "{error}");
+}
+
+/// The state behind a checkpoint, read by each of so many ranks.
+fn read_by(dir: &Path, world: u32, zero1: bool, precision: Kind) -> Vec<[u8; 32]> {
+    let manifest = verify::manifest(dir, None).unwrap();
+    let config = ModelConfig::load(dir).unwrap();
+    let ranks = InProcess::group(world).into_iter().zip(0..);
+    thread::scope(|scope| {
+        let threads: Vec<_> = ranks
+            .map(|(group, rank)| {
+                let (manifest, config) = (&manifest, &config);
+                scope.spawn(move || {
+                    let part = match zero1 {
+                        true => Part::of_rank(rank, world),
+                        false => Part::WHOLE,
+                    };
+                    let kinds = Kinds {
+                        parameters: precision,
+                        moments: Kind::Float,
+                    };
+                    let layout = Layout::new(&config.params(), false, world);
+                    let mut replica = Replica::new(layout, part, kinds, Device::Cpu);
+                    let mut host = Host::new(Box::new(group));
+                    checkpoint::read::replica(dir, manifest, &mut replica, &mut host).unwrap();
+                    replica.hash(&Twin, host.host()).unwrap()
+                })
+            })
+            .collect();
+        let threads = threads.into_iter();
+        threads.map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn any_number_of_ranks_reads_what_any_number_wrote() {
+    let world = World::new(120);
+    for (written_by, sharding) in [(1, "none"), (3, "zero1"), (4, "none"), (8, "zero1")] {
+        let recipe = world.recipe(&format!(
+            "optimizer: {{ lr: 1e-2, warmup: 2 steps, sharding: {sharding} }}"
+        ));
+        let root = world.checkpoints(&format!("by-{written_by}"));
+        let ranks = Generation::new(&recipe, &root).run(written_by);
+        let dir = root.join(&ranks[0].checkpoints.last().unwrap().path);
+        let expected = verify::manifest(&dir, None).unwrap().replica_hash;
+        for (read_by_so_many, zero1) in [(1, false), (2, true), (3, false), (4, true), (8, true)] {
+            for hash in read_by(&dir, read_by_so_many, zero1, Kind::Float) {
+                let hash = blake3::Hash::from_bytes(hash).to_hex();
+                assert_eq!(
+                    hash.as_str(),
+                    expected,
+                    "{written_by} wrote, {read_by_so_many} read"
+                );
+            }
+        }
+        let [alone] = read_by(&dir, 1, false, Kind::BFloat16)[..] else {
+            panic!("one rank")
+        };
+        for hash in read_by(&dir, 4, true, Kind::BFloat16) {
+            assert_eq!(hash, alone, "bf16 parameters come from all ranks");
+        }
+    }
+}
+
+/// Checkpoints of every released version stay readable. See tests/golden/README.md.
+#[test]
+fn a_checkpoint_of_format_1_is_read_to_the_bit_and_still_a_model() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/checkpoint-format-1");
+    let manifest = verify::manifest(&dir, None).unwrap();
+    assert_eq!(manifest.format, 1);
+    for (world, zero1) in [(1, false), (3, true)] {
+        for hash in read_by(&dir, world, zero1, Kind::Float) {
+            let hash = blake3::Hash::from_bytes(hash).to_hex();
+            assert_eq!(hash.as_str(), manifest.replica_hash);
+        }
+    }
+    verify::model(&dir, &manifest).unwrap();
+    let config = ModelConfig::load(&dir).unwrap();
+    let (_, report) = model::load_params(&dir, &config, NewWeights::Refuse).unwrap();
+    assert!(report.missing.is_empty());
 }

@@ -164,7 +164,7 @@ fn a_damaged_checkpoint_is_not_exported() {
     let root = world.checkpoints("a");
     let ranks = Generation::new(&recipe, &root).run(1);
     let checkpoint = root.join(&ranks[0].checkpoints[0].path);
-    let weights = checkpoint.join("model.safetensors");
+    let weights = checkpoint.join("model-rank-000-of-001-00001.safetensors");
     let mut bytes = std::fs::read(&weights).unwrap();
     let last = bytes.len() - 1;
     bytes[last] ^= 1;
@@ -179,7 +179,8 @@ fn a_damaged_checkpoint_is_not_exported() {
     ]);
     assert_eq!(code, 4);
     assert!(
-        err.starts_with("error: checkpoint damaged") && err.contains("model.safetensors"),
+        err.starts_with("error: checkpoint damaged")
+            && err.contains("model-rank-000-of-001-00001.safetensors"),
         "{err}"
     );
     assert!(!out.exists());

@@ -150,7 +150,7 @@ fn a_damaged_checkpoint_ends_with_four_and_the_file() {
     assert_eq!(code, 4, "{err}");
     assert!(err.contains("manifest.json"), "{err}");
 
-    let weights = dir.join("optimizer.safetensors");
+    let weights = dir.join("optimizer-rank-000-of-001-00001.safetensors");
     let mut bytes = fs::read(&weights).unwrap();
     let last = bytes.len() - 1;
     bytes[last] ^= 1;
@@ -158,7 +158,7 @@ fn a_damaged_checkpoint_ends_with_four_and_the_file() {
     let (code, out, err) = replay(&dir, "3", &[]);
     assert_eq!(code, 4, "{err}");
     assert!(
-        out.is_empty() && err.contains("optimizer.safetensors"),
+        out.is_empty() && err.contains("optimizer-rank-000-of-001-00001.safetensors"),
         "{err}"
     );
 }

@@ -15,7 +15,7 @@ use supra_tests::campaigns::precision::{self, Precision};
 use supra_tests::campaigns::recovery::{self, Recovery};
 use supra_tests::campaigns::simulation::{self, Simulation};
 use supra_tests::campaigns::uptrain::{self, Uptrain};
-use supra_tests::campaigns::{components, feed, scale, step, worlds};
+use supra_tests::campaigns::{checkpoint, components, feed, scale, step, worlds};
 use supra_tests::failure::Result;
 use supra_tests::models::quickstart;
 use supra_tests::programs::repository;
@@ -31,7 +31,7 @@ struct Arguments {
     /// Run it small and write nothing.
     #[arg(long)]
     quick: bool,
-    /// Where big, uptrain, precision [default: cuda; with --quick cpu] and recovery [default: cpu] train.
+    /// Where big, checkpoint, uptrain, precision [default: cuda; with --quick cpu] and recovery [default: cpu] train.
     #[arg(long, value_enum)]
     device: Option<Device>,
     /// Folder with text (parquet, column `content`) that uptrain takes in place of the quickstart's.
@@ -60,6 +60,8 @@ impl Arguments {
 enum Campaign {
     /// 200 runs while processes die and stand still, connections break, disks fill up, workers come and go.
     Chaos,
+    /// What a checkpoint of a 7B model costs: standing still, writing, reading; needs an NVIDIA GPU of 141 GB and as much host memory.
+    Checkpoint,
     /// kill -9 of workers, coordinator and everything, 50 times.
     Kills,
     /// Loss of the uptrained quickstart model, of one from random weights, and of the softmax base.
@@ -170,6 +172,15 @@ fn prove(arguments: &Arguments) -> Result<()> {
                     .write(step::ABOUT_SHAPES, rows, &benchmarks)
                     .map(drop)
             })?,
+        ),
+        Campaign::Checkpoint => (
+            checkpoint::ABOUT,
+            checkpoint::run(
+                &programs,
+                scratch.path(),
+                arguments.device(),
+                arguments.quick,
+            )?,
         ),
         Campaign::Components => (
             components::ABOUT,

@@ -1,7 +1,8 @@
 //! Checkpoints without libtorch: everything that training changes, in a directory that is complete or not there.
 //!
 //! [`manifest`] says what a checkpoint holds, [`store`] where it lies and what may go, [`publish`] what makes it exist, and
-//! [`verify`] whether it is what was written. Coordinator and worker use the same code; tensors are the worker's.
+//! [`verify`] whether it is what was written, by the hashes
+//! of [`tree`]. Coordinator and worker use the same code; tensors are the worker's.
 
 #![forbid(unsafe_code)]
 
@@ -9,6 +10,7 @@ pub mod error;
 pub mod manifest;
 pub mod publish;
 pub mod store;
+pub mod tree;
 pub mod verify;
 
 pub use error::StoredError;

@@ -6,13 +6,19 @@ use serde::{Deserialize, Serialize};
 
 use crate::StoredError;
 
-/// Version of the checkpoint's layout that this program writes and reads.
-pub const FORMAT: u32 = 1;
+/// Version of the checkpoint's layout that this program writes.
+///
+/// - 1: rank 0 wrote everything; a file is proved as a whole.
+/// - 2: every rank writes its own part; large files are proved group by group.
+pub const FORMAT: u32 = 2;
+
+/// Versions that this program reads.
+pub const READABLE: std::ops::RangeInclusive<u32> = 1..=FORMAT;
 
 /// What a checkpoint holds and where it comes from.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Manifest {
-    /// [`FORMAT`].
+    /// One of [`READABLE`].
     pub format: u32,
     /// `supra_recipes::plan::VERSION`: the meaning of sample numbers.
     pub plan_version: u32,
@@ -53,7 +59,7 @@ pub struct Manifest {
 }
 
 /// Seeds of a run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Seeds {
     /// Initial values of new weights.
     pub init: u64,
@@ -62,7 +68,7 @@ pub struct Seeds {
 }
 
 /// What has to be equal, beside recipe, data and world size, for a resumed run to be equal to the bit.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Environment {
     /// Version and commit of the program.
     pub build: String,
@@ -84,7 +90,7 @@ pub struct Environment {
 pub struct StoredTensor {
     /// Shape of the whole tensor.
     pub shape: Vec<i64>,
-    /// Element type in safetensors' words; "F32".
+    /// Element type in safetensors' words; "F32" or "BF16".
     pub dtype: String,
     /// Pieces that together cover the flattened tensor.
     pub slices: Vec<Slice>,
@@ -110,6 +116,9 @@ pub struct StoredFile {
     pub bytes: u64,
     /// BLAKE3, hexadecimal.
     pub blake3: String,
+    /// Of a file of more than [`GROUP`](crate::tree::GROUP) bytes: the chaining value of each group, hexadecimal.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub groups: Vec<String>,
 }
 
 impl Manifest {
@@ -149,26 +158,31 @@ impl Manifest {
         }
         let Format { format } = serde_json::from_slice(bytes)
             .map_err(|error| damaged(format!("not a checkpoint manifest: {error}")))?;
-        if format != FORMAT {
+        if !READABLE.contains(&format) {
             return Err(StoredError::Foreign {
                 path: path.to_owned(),
                 problem: format!(
-                    "it has checkpoint format {format}, this program reads format {FORMAT}"
+                    "it has checkpoint format {format}, this program reads formats {} to {}",
+                    READABLE.start(),
+                    READABLE.end()
                 ),
             });
         }
         let manifest: Manifest =
             serde_json::from_slice(bytes).map_err(|error| damaged(error.to_string()))?;
-        match manifest
-            .files
-            .keys()
-            .find(|name| name.contains(['/', '\\']) || name.starts_with('.'))
-        {
-            Some(name) => Err(damaged(format!(
-                "it names the file {name:?} outside the checkpoint"
-            ))),
-            None => Ok(manifest),
+        for (name, stored) in &manifest.files {
+            if name.is_empty() || name.contains(['/', '\\']) || name.starts_with('.') {
+                return Err(damaged(format!(
+                    "it names the file {name:?} outside the checkpoint"
+                )));
+            }
+            if !stored.is_consistent() {
+                return Err(damaged(format!(
+                    "the groups of {name} are not those of its hash"
+                )));
+            }
         }
+        Ok(manifest)
     }
 }
 

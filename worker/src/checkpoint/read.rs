@@ -1,150 +1,335 @@
-//! Reading a checkpoint into a replica: every byte is proved before anything is used.
+//! Reading a checkpoint, whatever wrote it and whoever reads: each rank takes the byte ranges that hold its part, some at the
+//! same time, and every byte is proved before it is used.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io,
+    ops::Range,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    thread,
+};
 
-use safetensors::{Dtype, SafeTensors};
-use supra_checkpoint::{EXP_AVG, EXP_AVG_SQ, Manifest, StoredError, manifest::Slice, verify};
-use tch::{Kind, Tensor};
+use safetensors::tensor::Metadata;
+use supra_checkpoint::{
+    EXP_AVG, EXP_AVG_SQ, Manifest, StoredError,
+    manifest::{Slice, StoredFile},
+    tree::GROUP,
+    verify,
+};
+use tch::Kind;
 
-use crate::optim::{Replica, Section};
+use super::CheckpointError;
+use crate::{
+    collective::DeviceCollective,
+    optim::{Numbers, Replica, Run, Section, Slot},
+};
 
-/// Reads masters, moments and update counter into a replica, one file at a time. Every file is hashed before its content
-/// is looked at, and it is an error unless all of them are right and together cover every parameter exactly once. After an
-/// error the replica is of no use.
-pub fn replica(dir: &Path, manifest: &Manifest, replica: &mut Replica) -> Result<(), StoredError> {
-    let mut pieces = Pieces::new(dir, manifest, replica)?;
-    for (name, stored) in &manifest.files {
-        let path = dir.join(name);
-        if !pieces.by_file.contains_key(name.as_str()) {
-            verify::file(&path, stored)?;
-            continue;
-        }
-        let bytes = fs::read(&path).map_err(|source| StoredError::reading(&path, source))?;
-        verify::size(&path, stored, bytes.len() as u64)?;
-        verify::hash(&path, stored, blake3::hash(&bytes))?;
-        pieces.load(name, &path, &bytes, replica)?;
-    }
+/// Groups that a rank reads at the same time, at most; each takes twice 16 MiB of memory.
+const THREADS: usize = 8;
+
+/// Reads masters, moments and update counter into a replica; all ranks of `collective` together. It is an error unless the
+/// checkpoint covers every parameter exactly once and every byte of this rank's part is right. After an error the replica is of
+/// no use.
+pub fn replica(
+    dir: &Path,
+    manifest: &Manifest,
+    replica: &mut Replica,
+    collective: &mut dyn DeviceCollective,
+) -> Result<(), CheckpointError> {
+    part(dir, manifest, replica)?;
     replica.updates = manifest.updates;
-    pieces.finish(dir)
+    // Of the parameters, too, each rank has read its part.
+    Ok(replica.gather_parameters(collective)?)
 }
 
-/// A slice on its way into a replica.
+/// Reads what this rank keeps, and checks the files that hold no tensors.
+pub fn part(dir: &Path, manifest: &Manifest, replica: &Replica) -> Result<(), StoredError> {
+    let wanted = wanted(dir, manifest, replica)?;
+    let holds_tensors = |name: &str| {
+        let mut slices = manifest.tensors.values().flat_map(|tensor| &tensor.slices);
+        slices.any(|slice| slice.file == name)
+    };
+    for (name, stored) in &manifest.files {
+        if !holds_tensors(name) {
+            verify::file(&dir.join(name), stored)?;
+        }
+    }
+    let mut groups = Vec::new();
+    for (name, pieces) in wanted {
+        let file = Source::open(dir, name, &manifest.files[name])?;
+        groups.extend(file.groups(pieces)?);
+    }
+    load(&groups, &replica.numbers(replica.part()))
+}
+
+/// What this rank wants of a file.
 struct Piece<'a> {
     slice: &'a Slice,
     section: Section,
-    /// Where the slice begins in a flat buffer.
-    offset: i64,
+    kind: Kind,
+    /// First of the slice's elements that are wanted.
+    skip: i64,
+    /// Where they belong.
+    run: Run,
 }
 
-/// What is still to be read.
-struct Pieces<'a> {
-    by_file: BTreeMap<&'a str, Vec<Piece<'a>>>,
-}
-
-impl<'a> Pieces<'a> {
-    /// Plans the copies and checks that the checkpoint holds exactly the tensors of the replica.
-    fn new(
-        dir: &Path,
-        manifest: &'a Manifest,
-        replica: &Replica,
-    ) -> Result<Pieces<'a>, StoredError> {
-        let slots = replica.layout().slots();
-        let foreign = |problem| StoredError::Foreign {
-            path: dir.to_owned(),
-            problem,
-        };
-        let mut pieces: BTreeMap<&str, Vec<Piece>> = BTreeMap::new();
-        for (section, prefix) in Section::ALL.into_iter().zip(["", EXP_AVG, EXP_AVG_SQ]) {
-            for slot in slots {
-                let key = format!("{prefix}{}", slot.name);
-                let Some(tensor) = manifest.tensors.get(&key) else {
-                    return Err(foreign(format!("it has no tensor {key}")));
-                };
-                if tensor.shape != slot.shape || tensor.dtype != "F32" {
-                    let (dtype, shape) = (&tensor.dtype, &tensor.shape);
+/// What this rank wants of each file; the checkpoint holds exactly the tensors of the replica.
+fn wanted<'a>(
+    dir: &Path,
+    manifest: &'a Manifest,
+    replica: &Replica,
+) -> Result<BTreeMap<&'a str, Vec<Piece<'a>>>, StoredError> {
+    let slots = replica.layout().slots();
+    let foreign = |problem| StoredError::Foreign {
+        path: dir.to_owned(),
+        problem,
+    };
+    let mut wanted: BTreeMap<&str, Vec<Piece>> = BTreeMap::new();
+    for (section, prefix) in Section::ALL.into_iter().zip(["", EXP_AVG, EXP_AVG_SQ]) {
+        for slot in slots {
+            let key = format!("{prefix}{}", slot.name);
+            for piece in pieces(&key, section, slot, manifest, replica).map_err(foreign)? {
+                let file = piece.slice.file.as_str();
+                if !manifest.files.contains_key(file) {
                     return Err(foreign(format!(
-                        "{key} is {dtype} {shape:?}, the model needs F32 {:?}",
-                        slot.shape
+                        "it keeps tensors in {file}, of which it has no hash"
                     )));
                 }
-                let mut covered = 0;
-                for slice in &tensor.slices {
-                    if slice.start != covered || slice.end < slice.start {
-                        return Err(foreign(format!(
-                            "the slices of {key} leave a gap or overlap at {covered}"
-                        )));
-                    }
-                    covered = slice.end;
-                    let piece = Piece {
-                        slice,
-                        section,
-                        offset: slot.offset + slice.start,
-                    };
-                    pieces.entry(&slice.file).or_default().push(piece);
-                }
-                if covered != slot.elements {
-                    return Err(foreign(format!(
-                        "{key} has {covered} of {} elements",
-                        slot.elements
-                    )));
-                }
+                wanted.entry(file).or_default().push(piece);
             }
         }
-        let wanted = 3 * slots.len();
-        if manifest.tensors.len() != wanted {
-            return Err(foreign(format!(
-                "it has {} tensors, the model needs {wanted}",
-                manifest.tensors.len()
-            )));
+    }
+    let (found, needed) = (manifest.tensors.len(), Section::ALL.len() * slots.len());
+    if found != needed {
+        return Err(foreign(format!(
+            "it has {found} tensors, the model needs {needed}"
+        )));
+    }
+    Ok(wanted)
+}
+
+/// What this rank wants of a tensor, whose slices have to cover it.
+fn pieces<'a>(
+    key: &str,
+    section: Section,
+    slot: &Slot,
+    manifest: &'a Manifest,
+    replica: &Replica,
+) -> Result<Vec<Piece<'a>>, String> {
+    let Some(tensor) = manifest.tensors.get(key) else {
+        return Err(format!("it has no tensor {key}"));
+    };
+    let kind = match (tensor.dtype.as_str(), section) {
+        ("F32", _) => Some(Kind::Float),
+        ("BF16", Section::ExpAvg | Section::ExpAvgSq) => Some(Kind::BFloat16),
+        _ => None,
+    };
+    let Some(kind) = kind.filter(|_| tensor.shape == slot.shape) else {
+        let (dtype, shape) = (&tensor.dtype, &tensor.shape);
+        return Err(format!(
+            "{key} is {dtype} {shape:?}, the model needs F32 {:?}",
+            slot.shape
+        ));
+    };
+    let (mut covered, mut pieces) = (0, Vec::new());
+    for slice in &tensor.slices {
+        if slice.start != covered || slice.end < slice.start || slice.end > slot.elements {
+            return Err(format!(
+                "the slices of {key} leave a gap or overlap at {covered}"
+            ));
         }
-        if let Some(file) = pieces
-            .keys()
-            .find(|file| !manifest.files.contains_key(**file))
-        {
-            return Err(foreign(format!(
-                "it keeps tensors in {file}, of which it has no hash"
-            )));
+        covered = slice.end;
+        let here = slot.offset + slice.start..slot.offset + slice.end;
+        let (range, own) = replica.layout().overlap(replica.part(), here.clone());
+        if !range.is_empty() {
+            pieces.push(Piece {
+                slice,
+                section,
+                kind,
+                skip: range.start - here.start,
+                run: Run {
+                    all: range.start,
+                    own,
+                    length: range.end - range.start,
+                },
+            });
         }
-        Ok(Pieces { by_file: pieces })
+    }
+    if covered != slot.elements {
+        return Err(format!("{key} has {covered} of {} elements", slot.elements));
+    }
+    Ok(pieces)
+}
+
+/// A file whose header is proved.
+struct Source<'a> {
+    path: PathBuf,
+    file: File,
+    stored: &'a StoredFile,
+    header: Metadata,
+    /// Byte at which the data begins.
+    data: u64,
+}
+
+/// A group of a file, and what it holds of what is wanted.
+struct Group<'a> {
+    file: Arc<Source<'a>>,
+    index: u64,
+    /// Ranges of the file's bytes, with their kind and where they belong.
+    parts: Vec<(Range<u64>, Section, Kind, Run)>,
+}
+
+impl<'a> Source<'a> {
+    fn open(dir: &Path, name: &str, stored: &'a StoredFile) -> Result<Source<'a>, StoredError> {
+        let path = dir.join(name);
+        let failed = |source: io::Error| StoredError::reading(&path, source);
+        let file = File::open(&path).map_err(failed)?;
+        verify::size(&path, stored, file.metadata().map_err(failed)?.len())?;
+        let damaged = |problem: &str| StoredError::Damaged {
+            path: path.clone(),
+            problem: problem.to_owned(),
+        };
+        let mut source = Source {
+            file,
+            stored,
+            header: Metadata::new(None, Vec::new()).map_err(|error| damaged(&error.to_string()))?,
+            data: 0,
+            path: path.clone(),
+        };
+        let mut first = Vec::new();
+        source.read(0, &mut first)?;
+        let length = first.first_chunk().map(|bytes| u64::from_le_bytes(*bytes));
+        let end = length.and_then(|length| usize::try_from(length).ok()?.checked_add(8));
+        let json = end.and_then(|end| first.get(8..end));
+        let json = json.ok_or_else(|| damaged("it has no safetensors header"))?;
+        source.header =
+            serde_json::from_slice(json).map_err(|error| damaged(&error.to_string()))?;
+        source.data = 8 + json.len() as u64;
+        Ok(source)
     }
 
-    /// Hands the slices of one file, whose bytes are proved, to the replica.
-    fn load(
-        &mut self,
-        name: &str,
-        path: &Path,
-        bytes: &[u8],
-        replica: &mut Replica,
-    ) -> Result<(), StoredError> {
-        let damaged = |problem| StoredError::Damaged {
-            path: path.to_owned(),
-            problem,
-        };
-        let file = SafeTensors::deserialize(bytes).map_err(|error| damaged(error.to_string()))?;
-        for piece in self.by_file.remove(name).unwrap_or_default() {
-            let Slice {
-                key, start, end, ..
-            } = piece.slice;
-            let view = file
-                .tensor(key)
-                .map_err(|error| damaged(format!("{key}: {error}")))?;
-            let elements = end - start;
-            if view.dtype() != Dtype::F32 || view.data().len() as i64 != 4 * elements {
-                return Err(damaged(format!("{key} is not {elements} elements of F32")));
+    /// Puts the bytes of a group, proved, in the place of what is in `bytes`.
+    fn read(&self, index: u64, bytes: &mut Vec<u8>) -> Result<(), StoredError> {
+        let range = self.stored.group(index);
+        bytes.resize((range.end - range.start) as usize, 0);
+        self.file
+            .read_exact_at(bytes, range.start)
+            .map_err(|source| StoredError::reading(&self.path, source))?;
+        if self.stored.proves(index, bytes) {
+            return Ok(());
+        }
+        Err(StoredError::Damaged {
+            path: self.path.clone(),
+            problem: format!(
+                "its bytes {} to {} are not what was written",
+                range.start, range.end
+            ),
+        })
+    }
+
+    /// The groups that hold these pieces.
+    fn groups(self, pieces: Vec<Piece>) -> Result<Vec<Group<'a>>, StoredError> {
+        let size = self.stored.group_bytes();
+        let mut groups: BTreeMap<u64, Vec<_>> = BTreeMap::new();
+        for piece in pieces {
+            let bytes = self.bytes_of(&piece)?;
+            let element = piece.kind.elt_size_in_bytes() as u64;
+            for index in bytes.start / size..bytes.end.div_ceil(size) {
+                let group = self.stored.group(index);
+                let range = bytes.start.max(group.start)..bytes.end.min(group.end);
+                let first = ((range.start - bytes.start) / element) as i64;
+                let run = Run {
+                    all: piece.run.all + first,
+                    own: piece.run.own + first,
+                    length: ((range.end - range.start) / element) as i64,
+                };
+                let part = (range, piece.section, piece.kind, run);
+                groups.entry(index).or_default().push(part);
             }
-            let data = Tensor::from_data_size(view.data(), &[elements], Kind::Float);
-            replica.load(piece.section, piece.offset, &data);
+        }
+        let file = Arc::new(self);
+        let groups = groups.into_iter().map(|(index, parts)| Group {
+            file: file.clone(),
+            index,
+            parts,
+        });
+        Ok(groups.collect())
+    }
+
+    /// Where a piece lies in the file.
+    fn bytes_of(&self, piece: &Piece) -> Result<Range<u64>, StoredError> {
+        let Slice {
+            key, start, end, ..
+        } = piece.slice;
+        let element = piece.kind.elt_size_in_bytes() as i64;
+        let expected = (end - start) * element;
+        let info = self.header.info(key);
+        let whole = info.filter(|info| {
+            let (first, last) = info.data_offsets;
+            (last - first) as i64 == expected
+                && self.data + last as u64 <= self.stored.bytes
+                && (self.data + first as u64).is_multiple_of(element as u64)
+        });
+        let Some(info) = whole else {
+            return Err(StoredError::Damaged {
+                path: self.path.clone(),
+                problem: format!("{key} is not {} elements of {:?}", end - start, piece.kind),
+            });
+        };
+        let first = self.data + (info.data_offsets.0 as i64 + piece.skip * element) as u64;
+        Ok(first..first + (piece.run.length * element) as u64)
+    }
+}
+
+/// Reads, proves and takes groups, some at the same time.
+fn load(groups: &[Group], numbers: &Numbers) -> Result<(), StoredError> {
+    let failed: Mutex<Option<StoredError>> = Mutex::default();
+    let ahead = Mutex::new(groups.iter());
+    let next = || {
+        let mut ahead = ahead.lock().unwrap_or_else(PoisonError::into_inner);
+        let over = failed
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .is_some();
+        if over { None } else { ahead.next() }
+    };
+    let work = |numbers: Numbers| {
+        let mut bytes = Vec::new();
+        while let Some(group) = next() {
+            if let Err(error) = group.load(&numbers, &mut bytes) {
+                let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
+                failed.get_or_insert(error);
+            }
+        }
+    };
+    // Files of older formats are groups themselves, and as large as they like.
+    let large = groups
+        .iter()
+        .any(|group| group.file.stored.group_bytes() > GROUP);
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    let threads = if large { 1 } else { threads.min(THREADS) };
+    thread::scope(|scope| {
+        for _ in 1..groups.len().min(threads) {
+            let numbers = numbers.share();
+            scope.spawn(|| work(numbers));
+        }
+        work(numbers.share());
+    });
+    let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
+    failed.map_or(Ok(()), Err)
+}
+
+impl Group<'_> {
+    fn load(&self, numbers: &Numbers, bytes: &mut Vec<u8>) -> Result<(), StoredError> {
+        self.file.read(self.index, bytes)?;
+        let start = self.file.stored.group(self.index).start;
+        for (range, section, kind, run) in &self.parts {
+            let (first, last) = (range.start - start, range.end - start);
+            numbers.write(*section, *run, &bytes[first as usize..last as usize], *kind);
         }
         Ok(())
-    }
-
-    fn finish(self, dir: &Path) -> Result<(), StoredError> {
-        match self.by_file.keys().next() {
-            None => Ok(()),
-            Some(file) => Err(StoredError::Damaged {
-                path: dir.join(file),
-                problem: "it was not read".to_owned(),
-            }),
-        }
     }
 }

@@ -1,340 +1,211 @@
-//! Writing a checkpoint: rank 0, everything synced. The manifest comes last, and not from here.
+//! Writing a checkpoint: each rank its own part, everything synced. The manifest comes last, and not from here.
 
 use std::{
     collections::BTreeMap,
     fs::{self, File},
+    io::{self, Write},
     path::Path,
+    sync::{Mutex, PoisonError},
+    thread,
 };
 
-use serde_json::json;
 use supra_checkpoint::{
-    EXP_AVG, EXP_AVG_SQ, Manifest, PUBLISHED, StoredError,
-    manifest::{Slice, StoredFile, StoredTensor},
-    store,
+    Manifest, PUBLISHED, StoredError, manifest::StoredFile, store, tree::TreeHasher,
 };
-use tch::Tensor;
+use tch::Kind;
 
 use super::{
     CheckpointError,
-    safetensors::{Entry, SafetensorsFile},
+    shard::{self, ShardFile},
 };
 use crate::{
-    collective::DeviceCollective,
     model::{ModelConfig, files::save::copy_companions},
-    optim::{Replica, Section, Slot},
+    optim::{Layout, Numbers, Part, Run},
 };
-
-/// Most bytes of tensors in one file; a single larger tensor has a file of its own.
-const FILE_BYTES: u64 = 4 << 30;
 
 /// Room beside the tensors: headers, manifest, tokenizer.
 const OVERHEAD_BYTES: u64 = 32 << 20;
 
-/// What is written.
-pub struct Contents<'a> {
-    /// Masters, moments and update counter.
-    pub replica: &'a mut Replica,
-    /// The ranks that keep parts of them: the others call [`hand_over`].
-    pub collective: &'a mut dyn DeviceCollective,
+/// Elements that are hashed and written at once: 1 MiB of fp32, so that they stay in a processor's cache.
+const PIECE: i64 = 1 << 18;
+
+/// Files that a rank writes at the same time, at most.
+const THREADS: usize = 8;
+
+/// What rank 0 writes beside its part.
+pub struct Companions<'a> {
     /// The model's configuration.
     pub config: &'a ModelConfig,
     /// Directory whose tokenizer files belong to the model, if there is one.
     pub base: Option<&'a Path>,
-    /// All facts; tensors and files are filled in here.
-    pub manifest: Manifest,
 }
 
-/// What was written: all but the manifest.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Receipt {
-    /// Directory, relative to the checkpoint root.
-    pub relative: String,
-    /// Bytes of all files.
-    pub bytes: u64,
-    /// The manifest's text before and after the ledger's head.
-    pub manifest: [String; 2],
-}
-
-/// Gives rank 0 this rank's part of what it writes.
-pub fn hand_over(
-    replica: &mut Replica,
-    collective: &mut dyn DeviceCollective,
-) -> Result<(), CheckpointError> {
-    for section in Section::ALL {
-        let _whole = replica.whole(section, collective)?;
-    }
-    Ok(())
-}
-
-/// Writes a checkpoint below `root` but for its manifest, which lacks the ledger's head.
-///
-/// What a crashed try of the same step and generation left is replaced; a published checkpoint never is. When writing
-/// fails, nothing stays: half a checkpoint is of no use and takes room.
-pub fn write(root: &Path, contents: Contents) -> Result<Receipt, CheckpointError> {
-    let manifest = &contents.manifest;
-    let relative = store::directory_name(manifest.step, manifest.generation);
-    let dir = root.join(&relative);
-    let needed = 3 * 4 * contents.replica.layout().numbers() as u64 + OVERHEAD_BYTES;
-    store::ensure_room(root, needed)?;
-    make_directory(&dir)?;
-    match fill(&dir, contents).and_then(|filled| Ok(store::sync_directory(root).map(|()| filled)?))
-    {
-        Ok((bytes, manifest)) => Ok(Receipt {
-            relative,
-            bytes,
-            manifest,
-        }),
-        Err(error) => {
-            let _ = fs::remove_dir_all(&dir);
-            Err(error)
-        }
-    }
-}
-
-/// Writes and syncs all files but the manifest. Returns their bytes and the manifest's text.
-fn fill(dir: &Path, contents: Contents) -> Result<(u64, [String; 2]), CheckpointError> {
-    let Contents {
-        replica,
-        collective,
-        config,
-        base,
-        mut manifest,
-    } = contents;
-    let mut writer = Writer {
-        dir,
-        replica,
-        collective,
-        section: None,
-        tensors: BTreeMap::new(),
-        files: BTreeMap::new(),
-    };
-    writer.model()?;
-    writer.optimizer()?;
-    writer.side_files(config, base)?;
-    manifest.tensors = writer.tensors;
-    manifest.files = writer.files;
-    store::sync_directory(dir)?;
-    let bytes = manifest.files.values().map(|file| file.bytes).sum();
-    Ok((bytes, manifest.around_head()))
-}
-
-fn make_directory(dir: &Path) -> Result<(), CheckpointError> {
-    let failed = |source| CheckpointError::writing(dir, source);
+/// Makes the directory of a checkpoint, for whose tensors there is room. What another run's crash left under this name is
+/// replaced; a published checkpoint never is.
+pub fn begin(root: &Path, relative: &str, bytes: u64) -> Result<(), StoredError> {
+    let dir = root.join(relative);
+    let failed = |source| StoredError::writing(&dir, source);
+    store::ensure_room(root, bytes + OVERHEAD_BYTES)?;
     if dir.join(PUBLISHED).exists() {
         let problem = "it is published already and is never overwritten".to_owned();
-        return Err(StoredError::Foreign {
-            path: dir.to_owned(),
-            problem,
-        }
-        .into());
+        return Err(StoredError::Foreign { path: dir, problem });
     }
     if dir.is_dir() {
-        fs::remove_dir_all(dir).map_err(failed)?;
+        fs::remove_dir_all(&dir).map_err(failed)?;
     }
-    fs::create_dir_all(dir).map_err(failed)
+    fs::create_dir_all(&dir).map_err(failed)?;
+    store::sync_directory(root)
 }
 
-/// Collects what the manifest says about the files while they are written.
-struct Writer<'a> {
-    dir: &'a Path,
-    replica: &'a mut Replica,
-    collective: &'a mut dyn DeviceCollective,
-    /// The section in hand, whole.
-    section: Option<(Section, Tensor)>,
-    tensors: BTreeMap<String, StoredTensor>,
-    files: BTreeMap<String, StoredFile>,
+/// Writes and syncs the files of one rank, some of them at the same time, until `stop` says that nobody wants them any more.
+/// Returns what is in them, in their order, or nothing after a stop. When writing fails or is stopped, none of them stays.
+pub fn shard(
+    dir: &Path,
+    files: &[ShardFile],
+    numbers: &Numbers,
+    stop: &(dyn Fn() -> bool + Sync),
+) -> Result<Option<Vec<StoredFile>>, StoredError> {
+    let written: Mutex<BTreeMap<usize, StoredFile>> = Mutex::default();
+    let failed: Mutex<Option<StoredError>> = Mutex::default();
+    let ahead = Mutex::new(files.iter().enumerate());
+    let next = || {
+        let mut ahead = ahead.lock().unwrap_or_else(PoisonError::into_inner);
+        let over = stop()
+            || failed
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .is_some();
+        if over { None } else { ahead.next() }
+    };
+    let work = |numbers: Numbers| {
+        while let Some((index, file)) = next() {
+            match write(dir, file, &numbers, stop) {
+                Ok(Some(stored)) => {
+                    let mut written = written.lock().unwrap_or_else(PoisonError::into_inner);
+                    written.insert(index, stored);
+                }
+                Ok(None) => return,
+                Err(error) => {
+                    let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
+                    failed.get_or_insert(error);
+                    return;
+                }
+            }
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 1..threads(files.len()) {
+            let numbers = numbers.share();
+            scope.spawn(|| work(numbers));
+        }
+        work(numbers.share());
+    });
+    let written = written.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if failed.is_none() && written.len() == files.len() {
+        store::sync_directory(dir)?;
+        return Ok(Some(written.into_values().collect()));
+    }
+    // Half a checkpoint is of no use and takes room.
+    for file in files {
+        let _ = fs::remove_file(dir.join(&file.name));
+    }
+    failed.map_or(Ok(None), Err)
 }
 
-impl Writer<'_> {
-    /// The masters, in files that any reader of model directories understands.
-    fn model(&mut self) -> Result<(), CheckpointError> {
-        let entries = self.entries("", Section::Masters);
-        let names = self.tensors("model", entries)?;
-        if names.len() > 1 {
-            let slots = self.replica.layout().slots();
-            let total: u64 = slots.iter().map(|slot| slot.elements as u64 * 4).sum();
-            let weight_map: BTreeMap<&str, &str> = slots
-                .iter()
-                .map(|slot| {
-                    (
-                        slot.name.as_str(),
-                        self.tensors[&slot.name].slices[0].file.as_str(),
-                    )
-                })
-                .collect();
-            let index = json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
-            let path = self.dir.join("model.safetensors.index.json");
-            fs::write(&path, format!("{index:#}\n"))
-                .map_err(|source| CheckpointError::writing(&path, source))?;
-        }
-        Ok(())
-    }
+/// Threads that work on so many files.
+pub fn threads(files: usize) -> usize {
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    files.min(threads).min(THREADS)
+}
 
-    fn optimizer(&mut self) -> Result<(), CheckpointError> {
-        let mut entries = self.entries(EXP_AVG, Section::ExpAvg);
-        entries.extend(self.entries(EXP_AVG_SQ, Section::ExpAvgSq));
-        self.tensors("optimizer", entries).map(drop)
-    }
-
-    /// A section of every parameter.
-    fn entries(&self, prefix: &str, section: Section) -> Vec<Entry> {
-        let entry = |slot: &Slot| Entry {
-            key: format!("{prefix}{}", slot.name),
-            slot: slot.clone(),
-            section,
-        };
-        self.replica.layout().slots().iter().map(entry).collect()
-    }
-
-    /// All numbers of a section. Each is brought together once, since sections are written one after the other.
-    fn whole(&mut self, section: Section) -> Result<Tensor, CheckpointError> {
-        if let Some((_, flat)) = self.section.as_ref().filter(|(there, _)| *there == section) {
-            return Ok(flat.shallow_clone());
-        }
-        let flat = self.replica.whole(section, self.collective)?;
-        self.section = Some((section, flat.shallow_clone()));
-        Ok(flat)
-    }
-
-    /// Writes one file.
-    fn file(&mut self, path: &Path, entries: &[Entry]) -> Result<StoredFile, CheckpointError> {
-        let failed = |source| CheckpointError::writing(path, source);
-        let mut file = SafetensorsFile::create(path, entries).map_err(failed)?;
-        for entry in entries {
-            let flat = self.whole(entry.section)?;
-            file.append(&entry.slot, &flat).map_err(failed)?;
-        }
-        file.finish().map_err(failed)
-    }
-
-    /// Writes tensors to `<stem>.safetensors`, or to numbered files if one would be too large. Returns their names.
-    fn tensors(&mut self, stem: &str, entries: Vec<Entry>) -> Result<Vec<String>, CheckpointError> {
-        let groups = group(entries, FILE_BYTES);
-        let count = groups.len();
-        let mut names = Vec::with_capacity(count);
-        for (index, entries) in groups.into_iter().enumerate() {
-            let name = match count {
-                1 => format!("{stem}.safetensors"),
-                _ => format!("{stem}-{:05}-of-{count:05}.safetensors", index + 1),
+/// Writes and syncs one file. None after a stop.
+fn write(
+    dir: &Path,
+    file: &ShardFile,
+    numbers: &Numbers,
+    stop: &(dyn Fn() -> bool + Sync),
+) -> Result<Option<StoredFile>, StoredError> {
+    let path = dir.join(&file.name);
+    let failed = |source: io::Error| StoredError::writing(&path, source);
+    let mut out = File::create_new(&path).map_err(failed)?;
+    let mut hasher = TreeHasher::default();
+    let mut put = |bytes: &[u8]| {
+        hasher.update(bytes);
+        out.write_all(bytes).map_err(failed)
+    };
+    put(&file.head().map_err(failed)?)?;
+    let mut bytes = Vec::new();
+    for piece in &file.pieces {
+        for first in (0..piece.run.length).step_by(PIECE as usize) {
+            if stop() {
+                return Ok(None);
+            }
+            let run = Run {
+                all: piece.run.all + first,
+                own: piece.run.own + first,
+                length: PIECE.min(piece.run.length - first),
             };
-            let path = self.dir.join(&name);
-            let stored = self.file(&path, &entries)?;
-            self.files.insert(name.clone(), stored);
-            for entry in entries {
-                let slice = Slice {
-                    file: name.clone(),
-                    key: entry.key.clone(),
-                    start: 0,
-                    end: entry.slot.elements,
-                };
-                let tensor = StoredTensor {
-                    shape: entry.slot.shape.clone(),
-                    dtype: "F32".to_owned(),
-                    slices: vec![slice],
-                };
-                self.tensors.insert(entry.key, tensor);
-            }
-            names.push(name);
+            numbers.read(piece.section, run, &mut bytes);
+            put(&bytes)?;
         }
-        Ok(names)
     }
-
-    /// What makes the directory a model directory: configuration and tokenizer.
-    fn side_files(
-        &mut self,
-        config: &ModelConfig,
-        base: Option<&Path>,
-    ) -> Result<(), CheckpointError> {
-        config
-            .save(self.dir)
-            .and_then(|()| base.map_or(Ok(()), |base| copy_companions(base, self.dir)))
-            .map_err(CheckpointError::companions)?;
-        let entries =
-            fs::read_dir(self.dir).map_err(|source| CheckpointError::writing(self.dir, source))?;
-        for entry in entries {
-            let path = entry
-                .map_err(|source| CheckpointError::writing(self.dir, source))?
-                .path();
-            self.adopt(&path)?;
-        }
-        Ok(())
-    }
-
-    /// Syncs and records a small file that is already written, unless it is recorded.
-    fn adopt(&mut self, path: &Path) -> Result<(), CheckpointError> {
-        let name = path
-            .file_name()
-            .map(|name| name.to_string_lossy().into_owned())
-            .unwrap_or_default();
-        if self.files.contains_key(&name) {
-            return Ok(());
-        }
-        let failed = |source| CheckpointError::writing(path, source);
-        File::open(path)
-            .and_then(|file| file.sync_all())
-            .map_err(failed)?;
-        let bytes = fs::read(path).map_err(failed)?;
-        let blake3 = blake3::hash(&bytes).to_hex().to_string();
-        self.files.insert(
-            name,
-            StoredFile {
-                bytes: bytes.len() as u64,
-                blake3,
-            },
-        );
-        Ok(())
-    }
+    out.sync_all().map_err(failed)?;
+    Ok(Some(hasher.finish()))
 }
 
-/// Cuts entries, in order, into groups of at most `limit` bytes; a larger entry is alone.
-fn group(entries: Vec<Entry>, limit: u64) -> Vec<Vec<Entry>> {
-    let mut groups: Vec<Vec<Entry>> = Vec::new();
-    let mut used = 0;
+/// Writes and syncs what makes the directory a model's: configuration and tokenizer. Returns what is in these files.
+pub fn companions(
+    dir: &Path,
+    companions: &Companions,
+) -> Result<BTreeMap<String, StoredFile>, CheckpointError> {
+    let Companions { config, base } = companions;
+    config
+        .save(dir)
+        .and_then(|()| base.map_or(Ok(()), |base| copy_companions(base, dir)))
+        .map_err(CheckpointError::companions)?;
+    let mut files = BTreeMap::new();
+    let entries = fs::read_dir(dir).map_err(|source| StoredError::writing(dir, source))?;
     for entry in entries {
-        let bytes = entry.bytes();
-        match groups.last_mut() {
-            Some(group) if used + bytes <= limit => {
-                used += bytes;
-                group.push(entry);
-            }
-            _ => {
-                used = bytes;
-                groups.push(vec![entry]);
-            }
+        let path = entry
+            .map_err(|source| StoredError::writing(dir, source))?
+            .path();
+        // Those are the ranks' parts.
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "safetensors")
+        {
+            continue;
         }
+        let stored = adopt(&path).map_err(|source| StoredError::writing(&path, source))?;
+        let name = path.file_name().unwrap_or_default();
+        files.insert(name.to_string_lossy().into_owned(), stored);
     }
-    groups
+    store::sync_directory(dir)?;
+    Ok(files)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// Syncs a small file that is there, and says what is in it.
+fn adopt(path: &Path) -> io::Result<StoredFile> {
+    File::open(path)?.sync_all()?;
+    let mut hasher = TreeHasher::default();
+    hasher.update(&fs::read(path)?);
+    Ok(hasher.finish())
+}
 
-    #[test]
-    fn files_stay_below_the_limit_unless_one_tensor_is_larger() {
-        let sizes = [10, 20, 30, 100, 5];
-        let slots: Vec<Slot> = sizes
-            .iter()
-            .map(|&elements| Slot {
-                name: String::new(),
-                shape: vec![elements],
-                offset: 0,
-                elements,
-            })
-            .collect();
-        let entries = slots
-            .into_iter()
-            .map(|slot| Entry {
-                key: String::new(),
-                slot,
-                section: Section::Masters,
-            })
-            .collect();
-        let groups = group(entries, 4 * 50);
-        let sizes: Vec<Vec<i64>> = groups
-            .iter()
-            .map(|group| group.iter().map(|entry| entry.slot.elements).collect())
-            .collect();
-        assert_eq!(sizes, [vec![10, 20], vec![30], vec![100], vec![5]]);
+/// The files and tensors of a checkpoint whose parts, in the order of the ranks, hold what `parts` says.
+pub fn fill(
+    manifest: &mut Manifest,
+    layout: &Layout,
+    moments: Kind,
+    parts: Vec<Vec<StoredFile>>,
+    companions: BTreeMap<String, StoredFile>,
+) {
+    manifest.files = companions;
+    for (rank, stored) in (0..).zip(parts) {
+        let files = shard::files(layout, Part::of_rank(rank, manifest.world), moments);
+        let names = files.into_iter().map(|file| file.name);
+        manifest.files.extend(names.zip(stored));
     }
+    manifest.tensors = shard::tensors(layout, manifest.world, moments);
 }

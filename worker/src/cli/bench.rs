@@ -1,5 +1,7 @@
 //! `supra-worker bench`: how fast things are on this machine.
 
+mod checkpoint;
+
 use std::{
     error::Error,
     path::{Path, PathBuf},
@@ -38,6 +40,8 @@ pub struct Bench {
 enum What {
     /// Time forward and backward of a micro-batch, or whole optimizer steps
     Step(Step),
+    /// Time what a checkpoint costs: standing still, writing and reading
+    Checkpoint(checkpoint::Checkpoint),
 }
 
 /// Shapes of models that people know.
@@ -176,6 +180,7 @@ impl Bench {
     pub fn execute(self) -> Result<(), Failure> {
         match self.what {
             What::Step(step) => step.execute(),
+            What::Checkpoint(checkpoint) => checkpoint.execute(),
         }
     }
 }
@@ -241,10 +246,7 @@ impl Step {
 impl Step {
     /// The model of random weights.
     fn config(&self) -> ModelConfig {
-        let named = ModelConfig::named(match self.shape {
-            Shape::Mistral7b => schema::Shape::Mistral7b,
-            Shape::Llama2_7b => schema::Shape::Llama2_7b,
-        });
+        let named = ModelConfig::named(self.shape.into());
         let named = named.with_attention(match self.attention {
             Mixing::Supra => AttentionKind::Supra(SupraConfig::default()),
             Mixing::Softmax => AttentionKind::Softmax,
@@ -374,6 +376,15 @@ fn given(model: &Path, config: &ModelConfig, tokens: &Path) -> Result<Given, Fai
         inputs_bt,
         targets_bt,
     })
+}
+
+impl From<Shape> for schema::Shape {
+    fn from(shape: Shape) -> schema::Shape {
+        match shape {
+            Shape::Mistral7b => schema::Shape::Mistral7b,
+            Shape::Llama2_7b => schema::Shape::Llama2_7b,
+        }
+    }
 }
 
 impl From<Keep> for Policy {

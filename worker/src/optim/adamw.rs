@@ -69,10 +69,9 @@ mod tests {
 
     use super::*;
     use crate::{
-        collective::Host,
         kernels::Twin,
         model::ParamSpec,
-        optim::{Kinds, Layout, Part, Section},
+        optim::{Kinds, Layout, Part, Run, Section},
     };
 
     const BETAS: (f64, f64) = (0.9, 0.95);
@@ -161,9 +160,17 @@ mod tests {
         ] {
             let mut replica = replica(parameters, moments);
             train(&mut replica);
-            let mut alone = Host::new(Box::new(Solo));
-            let masters = replica.whole(Section::Masters, &mut alone).unwrap();
-            let masters = masters.narrow(0, 0, 6).to_kind(Kind::Double);
+            let (run, mut bytes) = (
+                Run {
+                    all: 0,
+                    own: 0,
+                    length: 6,
+                },
+                Vec::new(),
+            );
+            let numbers = replica.numbers(Part::WHOLE);
+            numbers.read(Section::Masters, run, &mut bytes);
+            let masters = Tensor::from_data_size(&bytes, &[6], Kind::Float).to_kind(Kind::Double);
             let got = Vec::<f64>::try_from(masters).unwrap();
             for (got, want) in got.iter().zip(reference(&STEPS, 0.01, 1e-8, 0.1)) {
                 let error = (got - want).abs();

@@ -113,7 +113,7 @@ impl Replica {
     }
 
     /// All state, each flat tensor with the part of it that is here.
-    pub(super) fn flats(&self) -> impl Iterator<Item = (&Tensor, Part)> {
+    pub(crate) fn flats(&self) -> impl Iterator<Item = (&Tensor, Part)> {
         let own = [
             self.remainder.as_ref(),
             Some(&self.exp_avg),

@@ -1,9 +1,9 @@
 //! A part of a replica's state in host memory, where it outlives whatever happens to the device or to another rank.
 
 use supra_agent::{Collective, CollectiveError};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use super::{Layout, Part, Replica, handover};
+use super::{Layout, Numbers, Part, Replica, handover};
 use crate::collective::{DeviceCollective, DeviceCollectiveError};
 
 /// Elements that are hashed and passed on at once: 32 MiB of fp32.
@@ -31,25 +31,50 @@ struct Counters {
     skipped: u32,
 }
 
-impl HostPart {
-    /// Room for a part of a state like that of `replica`. Beside a GPU it is pinned, so that copies go at full speed.
-    pub fn for_part_of(replica: &Replica) -> HostPart {
-        let device = replica.parameters.device();
-        let elements = replica.part.elements(&replica.layout);
-        let room = |(flat, _): (&Tensor, Part)| {
-            let room = Tensor::zeros([elements], (flat.kind(), Device::Cpu));
-            match device {
-                Device::Cpu => room,
-                _ => room.pin_memory(device),
-            }
-        };
-        HostPart {
-            part: replica.part,
-            counters: Counters::default(),
-            flats: replica.flats().map(room).collect(),
+/// What a part of a state takes in host memory. Another thread may allocate it.
+#[derive(Clone, Debug)]
+pub struct HostRoom {
+    part: Part,
+    elements: i64,
+    kinds: Vec<Kind>,
+    device: Device,
+}
+
+impl HostRoom {
+    /// For a part of a state like that of `replica`.
+    pub fn of(replica: &Replica, part: Part) -> HostRoom {
+        HostRoom {
+            part,
+            elements: part.elements(&replica.layout),
+            kinds: replica.flats().map(|(flat, _)| flat.kind()).collect(),
+            device: replica.parameters.device(),
         }
     }
 
+    /// Bytes that it takes.
+    pub fn bytes(&self) -> u64 {
+        let element = self.kinds.iter().map(|kind| kind.elt_size_in_bytes());
+        element.sum::<usize>() as u64 * self.elements as u64
+    }
+
+    /// A part of zeros. Beside a GPU it is pinned, so that copies go at full speed.
+    pub fn allocate(&self) -> HostPart {
+        let room = |kind: &Kind| {
+            let room = Tensor::zeros([self.elements], (*kind, Device::Cpu));
+            match self.device {
+                Device::Cpu => room,
+                device => room.pin_memory(device),
+            }
+        };
+        HostPart {
+            part: self.part,
+            counters: Counters::default(),
+            flats: self.kinds.iter().map(room).collect(),
+        }
+    }
+}
+
+impl HostPart {
     /// Whether a part of a state like that of `replica` has exactly this room.
     pub fn fits(&self, replica: &Replica) -> bool {
         let elements = replica.part.elements(&replica.layout);
@@ -64,23 +89,28 @@ impl HostPart {
         self.part.index as u32
     }
 
-    /// Takes this rank's part of a state that no update works on. Returns when it is here.
-    pub fn copy_from(&mut self, replica: &Replica) {
-        self.part = replica.part;
+    /// Takes a part that this rank has of a state that no update works on. Returns when it is here.
+    pub fn copy_from(&mut self, replica: &Replica, part: Part) {
+        self.part = part;
         self.counters = Counters {
             updates: replica.updates,
             skipped: replica.skipped,
         };
-        for (room, (flat, part)) in self.flats.iter().zip(replica.flats()) {
-            if part == replica.part {
+        for (room, (flat, there)) in self.flats.iter().zip(replica.flats()) {
+            if there == part {
                 room.shallow_clone().copy_(flat);
                 continue;
             }
-            // Of the parameters every rank has all.
-            for piece in replica.part.pieces(&replica.layout) {
+            // Of this every rank has all.
+            for piece in part.pieces(&replica.layout) {
                 piece.of_part(room).copy_(&piece.of_all(flat));
             }
         }
+    }
+
+    /// What is here.
+    pub fn numbers(&self) -> Numbers {
+        Numbers::new(self.part, self.flats.iter().map(|flat| (flat, self.part)))
     }
 
     /// Passes this part to the next rank, and takes that of the rank before, which has the same room. Returns the hashes of
@@ -249,10 +279,6 @@ fn write(flat: &Tensor, bytes: &[u8]) {
 mod tests {
     use std::thread;
 
-    use proptest::prelude::*;
-    use supra_agent::collective::InProcess;
-    use tch::Kind;
-
     use super::*;
     use crate::{
         collective::Host,
@@ -260,6 +286,8 @@ mod tests {
         model::ParamSpec,
         optim::{Kinds, Section},
     };
+    use proptest::prelude::*;
+    use supra_agent::collective::InProcess;
 
     fn layout(sizes: &[i64], world: u32) -> Layout {
         let specs: Vec<ParamSpec> = sizes
@@ -314,10 +342,11 @@ mod tests {
     fn snapshot(sizes: &[i64], world: u32, kind: Kind) -> Vec<[(HostPart, Hash); 2]> {
         ranks(world, |rank, mut group| {
             let replica = replica(sizes, rank, world, kind);
-            let mut own = HostPart::for_part_of(&replica);
-            let mut kept = HostPart::for_part_of(&replica);
+            let part = replica.part();
+            let mut own = HostRoom::of(&replica, part).allocate();
+            let mut kept = HostRoom::of(&replica, part).allocate();
             assert!(own.fits(&replica));
-            own.copy_from(&replica);
+            own.copy_from(&replica, part);
             let (hash, other) = own.pass(&mut kept, &mut group).unwrap();
             [(own, hash), (kept, other)]
         })

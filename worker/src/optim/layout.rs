@@ -213,7 +213,7 @@ impl Layout {
 
     /// What `part` has of a range of numbers of one parameter: the range of elements of a flat buffer of everything, and
     /// where it begins in one of the part alone.
-    pub(super) fn overlap(&self, part: Part, range: Range<i64>) -> (Range<i64>, i64) {
+    pub fn overlap(&self, part: Part, range: Range<i64>) -> (Range<i64>, i64) {
         let at = self
             .buckets
             .partition_point(|bucket| bucket.start <= range.start)

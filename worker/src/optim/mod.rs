@@ -8,13 +8,16 @@ pub mod clip;
 pub mod exchange;
 mod handover;
 mod host_part;
+
 pub mod layout;
+mod numbers;
 pub mod replica;
 
 pub use adamw::AdamW;
 pub use exchange::Exchange;
-pub use host_part::HostPart;
+pub use host_part::{HostPart, HostRoom};
 pub use layout::{Bucket, Layout, Part, Piece, Slot};
+pub use numbers::{Numbers, Run};
 pub use replica::{Kinds, Prints, Replica, Section};
 
 /// Elements that one of libtorch's vector operations on flat buffers touches: small enough for its temporaries to stay in

@@ -150,37 +150,25 @@ impl Replica {
         }
     }
 
-    /// All numbers of a section, fp32, flat. Where ranks keep parts, all of them have to call it. It may take the place of
-    /// the gradient.
-    pub fn whole(
-        &mut self,
-        section: Section,
+    /// Has the parameters of all ranks, each of which has its part. Where ranks keep parts, all of them have to call it.
+    ///
+    /// # Errors
+    ///
+    /// The collective's own.
+    pub fn gather_parameters(
+        &self,
         collective: &mut dyn DeviceCollective,
-    ) -> Result<Tensor, DeviceCollectiveError> {
-        let own = match section {
-            Section::Masters => self.remainder.as_ref().unwrap_or(&self.parameters),
-            Section::ExpAvg => &self.exp_avg,
-            Section::ExpAvgSq => &self.exp_avg_sq,
-        };
-        if own.kind() == Kind::Float && own.size() == self.gradient.size() {
-            return Ok(own.shallow_clone());
+    ) -> Result<(), DeviceCollectiveError> {
+        if self.part == Part::WHOLE {
+            return Ok(());
         }
         let mut last = None;
         for bucket in self.layout.buckets() {
-            let piece = self.part.piece(bucket);
-            let (own, mut numbers) = (piece.of_part(own), piece.of_all(&self.gradient));
-            if section == Section::Masters {
-                twin::join(&piece.of_all(&self.parameters), &own, &numbers);
-            } else {
-                numbers.copy_(&own);
-            }
-            if self.part != Part::WHOLE {
-                last = Some(collective.start(Operation::AllGather, &bucket.view(&self.gradient))?);
-            }
+            let parameters = bucket.view(&self.parameters);
+            last = Some(collective.start(Operation::AllGather, &parameters)?);
         }
         // They end in order.
-        last.map_or(Ok(()), |last| collective.wait(last))?;
-        Ok(self.gradient.shallow_clone())
+        last.map_or(Ok(()), |last| collective.wait(last))
     }
 
     /// Forgets the gradient: a new step begins.
@@ -308,7 +296,7 @@ mod tests {
     use supra_agent::collective::Solo;
 
     use super::*;
-    use crate::{collective::Host, model::ParamSpec};
+    use crate::{model::ParamSpec, optim::Run};
 
     fn replica(kind: Kind, part: Part) -> Replica {
         let kinds = Kinds {
@@ -342,11 +330,17 @@ mod tests {
 
     #[test]
     fn bf16_parameters_and_the_remainder_are_the_masters() {
-        let mut replica = replica(Kind::BFloat16, Part::WHOLE);
-        let mut alone = Host::new(Box::new(Solo));
-        let masters = replica.whole(Section::Masters, &mut alone).unwrap();
+        let replica = replica(Kind::BFloat16, Part::WHOLE);
+        let (numbers, mut bytes) = (replica.numbers(Part::WHOLE), Vec::new());
+        let run = Run {
+            all: 0,
+            own: 0,
+            length: 200,
+        };
+        numbers.read(Section::Masters, run, &mut bytes);
+        let masters = Tensor::from_data_size(&bytes, &[200], Kind::Float);
         let expected = Tensor::arange(200, (Kind::Float, Device::Cpu)) * 1.001;
-        assert_eq!(masters.narrow(0, 0, 200), expected);
+        assert_eq!(masters, expected);
         let rounded = expected.to_kind(Kind::BFloat16);
         assert_eq!(
             replica.parameters.narrow(0, 0, 200),

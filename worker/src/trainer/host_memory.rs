@@ -1,4 +1,4 @@
-//! Whether this host has the memory that snapshots take.
+//! Whether this host has the memory that snapshots and copies take.
 
 use std::fs;
 
@@ -26,6 +26,13 @@ pub fn check(recipe: &Recipe, shape: &ModelShape, world: u32) -> Result<(), Trai
         }
         _ => Ok(()),
     }
+}
+
+/// Whether this host has room for so many bytes more and a quarter of them, which is for whatever else runs there. Where the
+/// system does not say what is available it has.
+pub fn has(bytes: u64) -> bool {
+    let text = fs::read_to_string(MEMINFO).unwrap_or_default();
+    available(&text).is_none_or(|available| bytes + bytes / 4 <= available)
 }
 
 /// Bytes that programs can still have, from the text of `/proc/meminfo`.

@@ -1,17 +1,52 @@
-//! When and how the training loop writes checkpoints.
+//! When and how the training loop writes checkpoints: every rank its own part, beside the training that goes on.
 
-use std::time::Instant;
+use std::path::PathBuf;
 
-use supra_agent::{Job, Phase, Unfinished};
+use supra_agent::{CollectiveError, Job, Phase, Unfinished, Voided};
 use supra_checkpoint::{
     Manifest,
     manifest::{FORMAT, Seeds},
     store,
 };
-use supra_recipes::plan::VERSION;
+use supra_recipes::plan::{VERSION, memory::gib};
+use tch::Kind;
 
-use super::{TrainError, Trainer};
-use crate::checkpoint::{self, write::Contents};
+use super::{TrainError, Trainer, host_memory};
+use crate::{
+    checkpoint::{
+        saver::{Order, Saver, Written},
+        shard, write,
+    },
+    optim::{HostRoom, Part, Replica},
+};
+
+/// A checkpoint whose files are being written, and what its manifest will say beside them: on rank 0.
+pub struct Begun {
+    relative: String,
+    manifest: Manifest,
+}
+
+/// What writes this rank's part of checkpoints of a state like that of `replica`: beside training where the host has memory for
+/// a copy. A replay writes none.
+///
+/// # Errors
+///
+/// There is no room for a thread.
+pub fn saver(job: &Job, replica: &Replica) -> Result<Saver, TrainError> {
+    let part = Part::of_rank(job.rank, job.world);
+    let copy = HostRoom::of(replica, part);
+    let writes = job.until.is_none();
+    let beside = writes && host_memory::has(copy.bytes());
+    if writes && !beside {
+        let text = format!(
+            "a copy of this rank's part of the state takes {}, more than the host has: training stands still while checkpoints \
+             are written",
+            gib(copy.bytes())
+        );
+        job.link.log("WARN", text);
+    }
+    Saver::start(beside.then_some(copy), part, &job.link).map_err(TrainError::Thread)
+}
 
 impl Trainer<'_> {
     /// Writes the checkpoint that was due where this generation took a state over, if the one before did not get to it.
@@ -21,36 +56,133 @@ impl Trainer<'_> {
         } = self.job;
         let there = restore.as_ref().map_or(0, |restore| restore.step);
         if donation.is_some() && there < self.step && self.plan.checkpoint_due(self.step) {
-            self.checkpoint(self.step == self.plan.steps)?;
+            self.checkpoint()?;
         }
         Ok(())
     }
 
-    /// Writes a checkpoint of the step just done. With `wait`, returns when it is published, on all ranks.
-    pub(super) fn checkpoint(&mut self, wait: bool) -> Result<(), TrainError> {
-        self.job.link.phase(Phase::Checkpointing, self.step);
-        let replica_hash = self.prints()?.whole;
-        if self.job.rank == 0 {
-            self.sweep();
-            self.write_checkpoint(replica_hash)?;
-            if wait {
-                self.job.link.await_published(self.step)?;
+    /// Begins a checkpoint of the step just done; all ranks together. One at a time: one that is under way is waited for.
+    pub(super) fn checkpoint(&mut self) -> Result<(), TrainError> {
+        let Job { link, rank, .. } = self.job;
+        link.phase(Phase::Checkpointing, self.step);
+        if let Some(before) = self.saver.under_way() {
+            if *rank == 0 {
+                let text = format!(
+                    "the checkpoint of step {} waits for that of step {before}: make checkpoint.every_tokens larger, or the \
+                     store faster",
+                    self.step
+                );
+                link.log("WARN", text);
             }
-        } else {
-            checkpoint::write::hand_over(&mut self.replica, self.exchange.collective())?;
+            self.collect_checkpoint()?;
         }
-        if wait {
-            self.exchange.host().barrier()?;
+        let replica_hash = self.prints()?.whole;
+        let relative = store::directory_name(self.step, self.job.generation);
+        if *rank == 0 {
+            self.sweep();
+            let bytes = shard::bytes(self.replica.layout(), Part::WHOLE, self.moments());
+            write::begin(&self.job.checkpoint_root, &relative, bytes)?;
+            self.begun = Some(Begun {
+                relative: relative.clone(),
+                manifest: self.manifest(replica_hash),
+            });
+            link.checkpoint_begun(self.step);
         }
+        // Nobody writes before the directory is there.
+        self.exchange.host().barrier()?;
+        let order = self.order(self.job.checkpoint_root.join(relative));
+        self.saver.begin(order, &self.replica)?;
         // Nobody trained meanwhile: this is no part of a step.
         self.exchange.forget_waits();
         Ok(())
     }
 
-    fn write_checkpoint(&mut self, replica_hash: [u8; 32]) -> Result<(), TrainError> {
-        let clock = Instant::now();
+    /// Puts the checkpoint that is under way together, as soon as all ranks have written their parts; all ranks together.
+    pub(super) fn collect_checkpoint(&mut self) -> Result<(), TrainError> {
+        let Some(mine) = self.saver.take()? else {
+            return Err(Voided.into());
+        };
+        let bytes = serde_json::to_vec(&mine).expect("invariant: what was written is JSON");
+        let all = self.exchange.host().all_gather(&bytes)?;
+        let Some(begun) = self.begun.take() else {
+            return Ok(());
+        };
+        let mut parts = Vec::with_capacity(all.len());
+        for (rank, bytes) in (0..).zip(&all) {
+            let written: Written =
+                serde_json::from_slice(bytes).map_err(|error| CollectiveError::Peer {
+                    rank,
+                    address: "in this generation".to_owned(),
+                    cause: format!("sent no list of what it has written: {error}"),
+                })?;
+            parts.push(written);
+        }
+        self.tell_of(begun, parts);
+        Ok(())
+    }
+
+    /// Waits until the checkpoint that is under way, if one is, is published; all ranks together.
+    pub(super) fn finish_checkpoint(&mut self) -> Result<(), TrainError> {
+        if let Some(step) = self.saver.under_way() {
+            self.job.link.phase(Phase::Checkpointing, self.step);
+            self.collect_checkpoint()?;
+            if self.job.rank == 0 {
+                self.job.link.await_published(step)?;
+            }
+            self.exchange.host().barrier()?;
+            self.exchange.forget_waits();
+        }
+        Ok(())
+    }
+
+    fn tell_of(&self, begun: Begun, parts: Vec<Written>) {
+        let seconds = parts.iter().map(|part| part.seconds);
+        let seconds = seconds.fold(0.0, f64::max);
+        let companions = parts[0].companions.clone();
+        let files = parts.into_iter().map(|part| part.files).collect();
+        let Begun {
+            relative,
+            mut manifest,
+        } = begun;
+        let (layout, moments) = (self.replica.layout(), self.moments());
+        write::fill(&mut manifest, layout, moments, files, companions);
+        self.job.link.checkpoint_filled(Unfinished {
+            step: manifest.step,
+            path: relative,
+            bytes: manifest.files.values().map(|file| file.bytes).sum(),
+            manifest: manifest.around_head(),
+            seconds,
+        });
+    }
+
+    /// What this rank is to write of the step just done.
+    fn order(&self, dir: PathBuf) -> Order {
+        let Job {
+            rank,
+            world,
+            recipe,
+            ..
+        } = self.job;
+        let part = Part::of_rank(*rank, *world);
+        Order {
+            step: self.step,
+            dir,
+            files: shard::files(self.replica.layout(), part, self.moments()),
+            companions: (*rank == 0).then(|| {
+                let base = recipe.base.directory().map(ToOwned::to_owned);
+                (self.config.clone(), base)
+            }),
+        }
+    }
+
+    fn moments(&self) -> Kind {
+        self.replica.exp_avg.kind()
+    }
+
+    /// All that the manifest says beside tensors and files.
+    fn manifest(&self, replica_hash: [u8; 32]) -> Manifest {
         let (job, recipe) = (self.job, &self.job.recipe);
-        let manifest = Manifest {
+        Manifest {
             format: FORMAT,
             plan_version: VERSION,
             run: job.run.clone(),
@@ -73,23 +205,7 @@ impl Trainer<'_> {
             environment: self.environment.clone(),
             tensors: Default::default(),
             files: Default::default(),
-        };
-        let contents = Contents {
-            replica: &mut self.replica,
-            collective: self.exchange.collective(),
-            config: &self.config,
-            base: recipe.base.directory(),
-            manifest,
-        };
-        let receipt = checkpoint::write::write(&job.checkpoint_root, contents)?;
-        job.link.checkpoint_filled(Unfinished {
-            step: self.step,
-            path: receipt.relative,
-            bytes: receipt.bytes,
-            manifest: receipt.manifest,
-            seconds: clock.elapsed().as_secs_f64(),
-        });
-        Ok(())
+        }
     }
 
     /// Removes what crashed writers left. That it could not is worth a line, not the run.

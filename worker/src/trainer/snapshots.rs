@@ -16,7 +16,7 @@ use supra_agent::{
 use supra_recipes::plan::snapshots::every;
 
 use super::{TrainError, Trainer};
-use crate::optim::{HostPart, Replica};
+use crate::optim::{HostPart, HostRoom, Replica};
 
 /// BLAKE3 of a part.
 type Hash = [u8; 32];
@@ -148,9 +148,9 @@ impl Snapshots {
         let older = older.map(|older| older.parts.map(|(part, _)| part));
         let room = older
             .filter(|[own, _]| own.fits(replica))
-            .unwrap_or_else(|| [(); 2].map(|()| HostPart::for_part_of(replica)));
+            .unwrap_or_else(|| [(); 2].map(|()| HostRoom::of(replica, replica.part()).allocate()));
         let [mut own, kept] = room;
-        own.copy_from(replica);
+        own.copy_from(replica, replica.part());
         let begun = Begun {
             generation: self.generation,
             step,

@@ -94,7 +94,7 @@ impl Start {
                 notes.extend(resumed(&differences(&manifest, environment, job.world)));
                 *kept = None;
                 let mut replica = room.empty();
-                checkpoint::read::replica(&restore.path, &manifest, &mut replica)?;
+                checkpoint::read::replica(&restore.path, &manifest, &mut replica, collective)?;
                 (replica, restore.step)
             }
         };

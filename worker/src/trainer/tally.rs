@@ -18,6 +18,8 @@ pub struct Tally {
     pub wish: Wish,
     /// A snapshot that it has begun is not whole yet.
     pub unsettled: bool,
+    /// Its part of a checkpoint is not written yet.
+    pub unsaved: bool,
 }
 
 /// What is to come after the step. Of what ranks were asked for, the greatest.
@@ -51,7 +53,7 @@ impl Wish {
     }
 }
 
-const BYTES: usize = 58;
+const BYTES: usize = 59;
 
 impl Tally {
     /// Sums the tallies of all ranks, in rank order; equal on all of them.
@@ -75,6 +77,7 @@ impl Tally {
             sum.digest += tally.digest;
             sum.wish = sum.wish.max(tally.wish);
             sum.unsettled |= tally.unsettled;
+            sum.unsaved |= tally.unsaved;
         }
         Ok(sum)
     }
@@ -98,6 +101,7 @@ impl Tally {
         bytes[24..56].copy_from_slice(self.digest.as_bytes());
         bytes[56] = self.wish as u8;
         bytes[57] = self.unsettled.into();
+        bytes[58] = self.unsaved.into();
         bytes
     }
 
@@ -115,6 +119,7 @@ impl Tally {
             digest: Digest::from_bytes(*bytes[24..].first_chunk()?),
             wish: *Wish::ALL.get(usize::from(bytes[56]))?,
             unsettled: bytes[57] != 0,
+            unsaved: bytes[58] != 0,
         })
     }
 }
@@ -158,11 +163,12 @@ mod tests {
             digest: Digest::of_sample(7, &[1, 2]),
             wish: Wish::Stop,
             unsettled: true,
+            unsaved: false,
         };
         let bytes = tally.to_bytes();
         assert_eq!(Tally::from_bytes(&bytes), Some(tally));
         let mut unknown = bytes;
-        unknown[BYTES - 2] = Wish::ALL.len() as u8;
+        unknown[BYTES - 3] = Wish::ALL.len() as u8;
         assert_eq!(Tally::from_bytes(&unknown), None);
         assert_eq!(Tally::from_bytes(&[0; 3]), None);
     }

@@ -1,12 +1,13 @@
 //! Reading and writing safetensors.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, btree_map};
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Component, Path, PathBuf};
 
 use safetensors::tensor::{Dtype, Metadata, TensorInfo, View};
+use supra_checkpoint::{EXP_AVG, EXP_AVG_SQ, PUBLISHED, verify};
 use tch::{Device, Kind, Tensor};
 
 use crate::model::ModelError;
@@ -26,15 +27,26 @@ pub struct TensorFiles {
 }
 
 struct Entry {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    /// Where its bytes are, in order.
+    pieces: Vec<Extent>,
+}
+
+/// Some bytes of a tensor.
+struct Extent {
     file: usize,
-    /// Byte of the file at which the tensor begins.
+    /// Byte of the file at which they begin.
     offset: u64,
-    info: TensorInfo,
+    bytes: usize,
 }
 
 impl TensorFiles {
-    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names, or the masters of a checkpoint.
     pub fn open(dir: &Path) -> Result<TensorFiles, ModelError> {
+        if dir.join(PUBLISHED).is_file() {
+            return TensorFiles::open_checkpoint(dir);
+        }
         let single = dir.join(SINGLE);
         if single.is_file() {
             return TensorFiles::open_files(dir, vec![single]);
@@ -111,16 +123,15 @@ impl TensorFiles {
         for (file, path) in files.iter().enumerate() {
             let (start, metadata) = read_header(path)?;
             for (name, info) in metadata.tensors() {
-                let offset = start + info.data_offsets.0 as u64;
                 let entry = Entry {
-                    file,
-                    offset,
-                    info: info.clone(),
+                    dtype: info.dtype,
+                    shape: info.shape.clone(),
+                    pieces: vec![Extent::of(file, start, info)],
                 };
-                if let Some(Entry { file, .. }) = tensors.insert(name.clone(), entry) {
+                if let Some(Entry { pieces, .. }) = tensors.insert(name.clone(), entry) {
                     let reason = format!(
                         "tensor `{name}` is also in {}; remove one of the files",
-                        files[file].display()
+                        files[pieces[0].file].display()
                     );
                     return Err(ModelError::NoWeights {
                         path: path.clone(),
@@ -131,6 +142,60 @@ impl TensorFiles {
         }
         Ok(TensorFiles {
             root: root.to_owned(),
+            files,
+            tensors,
+        })
+    }
+
+    /// Opens the masters of a checkpoint, of which each rank has written its part. Its hashes are for whoever reads all of it to
+    /// prove.
+    fn open_checkpoint(dir: &Path) -> Result<TensorFiles, ModelError> {
+        let damaged = |reason: String| ModelError::NoWeights {
+            path: dir.join(PUBLISHED),
+            reason,
+        };
+        let manifest = verify::manifest(dir, None).map_err(|error| damaged(error.to_string()))?;
+        let is_moment = |name: &str| name.starts_with(EXP_AVG) || name.starts_with(EXP_AVG_SQ);
+        let mut headers = BTreeMap::new();
+        let (mut files, mut tensors) = (Vec::new(), BTreeMap::new());
+        for (name, tensor) in manifest.tensors {
+            if is_moment(&name) {
+                continue;
+            }
+            let mut entry = Entry {
+                dtype: Dtype::F32,
+                shape: tensor.shape.iter().map(|&size| size as usize).collect(),
+                pieces: Vec::with_capacity(tensor.slices.len()),
+            };
+            for slice in tensor.slices {
+                let (file, start, header) = match headers.entry(slice.file) {
+                    btree_map::Entry::Occupied(known) => known.into_mut(),
+                    btree_map::Entry::Vacant(new) => {
+                        let path = dir.join(new.key());
+                        let (start, header) = read_header(&path)?;
+                        files.push(path);
+                        new.insert((files.len() - 1, start, header))
+                    }
+                };
+                let bytes = (slice.end - slice.start) as usize * size_of::<f32>();
+                let info = header.info(&slice.key);
+                let info = info.filter(|info| info.dtype == entry.dtype);
+                let piece = info.map(|info| Extent::of(*file, *start, info));
+                let Some(piece) = piece.filter(|piece| piece.bytes == bytes) else {
+                    let reason = format!("says that `{name}` is in it, but it is not as it says");
+                    let path = files[*file].clone();
+                    return Err(ModelError::NoWeights { path, reason });
+                };
+                entry.pieces.push(piece);
+            }
+            let bytes: usize = entry.pieces.iter().map(|piece| piece.bytes).sum();
+            if bytes != entry.shape.iter().product::<usize>() * size_of::<f32>() {
+                return Err(damaged(format!("has not all of `{name}`")));
+            }
+            tensors.insert(name, entry);
+        }
+        Ok(TensorFiles {
+            root: dir.to_owned(),
             files,
             tensors,
         })
@@ -151,43 +216,53 @@ impl TensorFiles {
         self.tensors.contains_key(name)
     }
 
-    /// The file that holds a tensor.
+    /// The file that holds a tensor, or the beginning of it.
     pub fn file_of(&self, name: &str) -> Option<&Path> {
         self.tensors
             .get(name)
-            .map(|entry| self.files[entry.file].as_path())
+            .map(|entry| self.files[entry.pieces[0].file].as_path())
     }
 
     /// The shape of a tensor, from its file's header.
     pub fn shape(&self, name: &str) -> Option<Vec<i64>> {
         self.tensors
             .get(name)
-            .map(|entry| entry.info.shape.iter().map(|&size| size as i64).collect())
+            .map(|entry| entry.shape.iter().map(|&size| size as i64).collect())
     }
 
     /// Reads a tensor in its own kind, on the CPU. None if there is none of this name.
     pub fn read(&self, name: &str) -> Result<Option<Tensor>, ModelError> {
-        let Some(Entry { file, offset, info }) = self.tensors.get(name) else {
+        let Some(Entry {
+            dtype,
+            shape,
+            pieces,
+        }) = self.tensors.get(name)
+        else {
             return Ok(None);
         };
-        let path = &self.files[*file];
-        let kind = kind_of(info.dtype).ok_or_else(|| ModelError::Dtype {
-            path: path.clone(),
+        let kind = kind_of(*dtype).ok_or_else(|| ModelError::Dtype {
+            path: self.files[pieces[0].file].clone(),
             tensor: name.to_owned(),
-            found: format!("{:?}", info.dtype),
+            found: format!("{dtype:?}"),
         })?;
-        let mut bytes = vec![0; info.data_offsets.1 - info.data_offsets.0];
-        File::open(path)
-            .and_then(|mut file| {
-                file.seek(SeekFrom::Start(*offset))?;
-                file.read_exact(&mut bytes)
-            })
-            .map_err(|source| ModelError::Io {
-                action: "read",
-                path: path.clone(),
-                source,
-            })?;
-        let shape: Vec<i64> = info.shape.iter().map(|&size| size as i64).collect();
+        let mut bytes = vec![0; pieces.iter().map(|piece| piece.bytes).sum()];
+        let mut rest = &mut bytes[..];
+        for piece in pieces {
+            let path = &self.files[piece.file];
+            let (here, later) = rest.split_at_mut(piece.bytes);
+            rest = later;
+            File::open(path)
+                .and_then(|mut file| {
+                    file.seek(SeekFrom::Start(piece.offset))?;
+                    file.read_exact(here)
+                })
+                .map_err(|source| ModelError::Io {
+                    action: "read",
+                    path: path.clone(),
+                    source,
+                })?;
+        }
+        let shape: Vec<i64> = shape.iter().map(|&size| size as i64).collect();
         Ok(Some(Tensor::f_from_data_size(&bytes, &shape, kind)?))
     }
 
@@ -218,6 +293,18 @@ impl TensorFiles {
                 tensor: name.to_owned(),
                 count,
             }),
+        }
+    }
+}
+
+impl Extent {
+    /// All of a tensor of a file whose data begins at byte `start`.
+    fn of(file: usize, start: u64, info: &TensorInfo) -> Extent {
+        let (first, last) = info.data_offsets;
+        Extent {
+            file,
+            offset: start + first as u64,
+            bytes: last - first,
         }
     }
 }

@@ -1,0 +1,76 @@
+//! What a checkpoint of a 7B model costs: for how long training stands still, and how fast files are written and read.
+
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::cluster::Device;
+use crate::failure::{Failure, Result, While};
+use crate::models::Shape;
+use crate::process;
+use crate::programs::Programs;
+use crate::report::{Row, rounded, table};
+
+/// What the report says above its table.
+pub const ABOUT: &str = "A checkpoint of Mistral-7B-SUPRA (7.81 B parameters; bf16, fp32 masters and moments) by `supra-worker bench \
+    checkpoint`, medians of three. `stall_s` is what the training loop waits for when a checkpoint begins: fingerprints of all state, \
+    the directory, and the copy of all state (`state_gb`) to pinned host memory; `copy_s` is that copy alone. Everything else goes on \
+    beside training. `room_s` is getting that memory, once, beside training too. `bytes` are what one of four ranks writes: masters and \
+    moments put together from the copy, hashed (BLAKE3), written and synced, several files at the same time, at `write_gb_s`; \
+    `raw_write_gb_s` is the rate of as many plain bytes in as many files by as many threads, synced, in turns with it. `read_gb_s` is \
+    reading them again, every byte proved and taken by a replica on the device; `raw_read_gb_s` the plain files. Files are in a file \
+    system in memory if TMPDIR is. The campaign fails if the stall is more than twice the copy, or writing or reading slower than \
+    80 % of the plain files.";
+
+/// Longest stall, in copies.
+const STALL: f64 = 2.0;
+/// Lowest share of the plain rate.
+const SHARE: f64 = 0.8;
+const LIMIT: Duration = Duration::from_secs(560);
+
+/// Measures; with a small model if `quick`, and then only that there are figures.
+///
+/// # Errors
+/// When training stands still for too long, or files are written or read too slowly.
+pub fn run(programs: &Programs, directory: &Path, device: Device, quick: bool) -> Result<Vec<Row>> {
+    let mut command = programs.worker();
+    command.args(["bench", "checkpoint", "--json", "--directory"]);
+    command.arg(directory.join("checkpoints"));
+    command.args(["--device", &device.of_worker(0, 1)]);
+    if quick {
+        let shape = directory.join("shape");
+        Shape::TINY.write(&shape)?;
+        command.arg("--model").arg(shape);
+    }
+    let output = process::run(command, LIMIT)?.expect_code(0)?;
+    let answer: Value = serde_json::from_str(&output.stdout)
+        .while_doing(format_args!("reading {:?}", output.stdout))?;
+    let number = |key: &str| {
+        let found = answer[key].as_f64().filter(|number| *number > 0.0);
+        found.ok_or_else(|| Failure::new(format!("no `{key}` in {answer}")))
+    };
+    let bytes = number("bytes")?;
+    let rate = |key: &str| Ok::<_, Failure>(bytes / number(key)? / 1e9);
+    let (stall, copy) = (number("stall_seconds")?, number("copy_seconds")?);
+    let (write, raw_write) = (rate("write_seconds")?, rate("raw_write_seconds")?);
+    let (read, raw_read) = (rate("read_seconds")?, rate("raw_read_seconds")?);
+    let rows = vec![
+        Row::new()
+            .with("device", answer["device"].clone())
+            .with("state_gb", rounded(number("state_bytes")? / 1e9, 2))
+            .with("room_s", rounded(number("room_seconds")?, 2))
+            .with("stall_s", rounded(stall, 3))
+            .with("copy_s", rounded(copy, 3))
+            .with("bytes", bytes)
+            .with("write_gb_s", rounded(write, 2))
+            .with("raw_write_gb_s", rounded(raw_write, 2))
+            .with("read_gb_s", rounded(read, 2))
+            .with("raw_read_gb_s", rounded(raw_read, 2)),
+    ];
+    let slow = stall > STALL * copy || write < SHARE * raw_write || read < SHARE * raw_read;
+    if slow && !quick {
+        return Err(Failure::new("slower than it has to be")).while_doing(table(&rows));
+    }
+    Ok(rows)
+}

@@ -1,0 +1,295 @@
+//! What a checkpoint costs: for how long training stands still, and how fast files are written and read beside plain ones.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{self, Read, Write},
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+    thread,
+    time::Instant,
+};
+
+use supra_agent::collective::Solo;
+use supra_checkpoint::{Manifest, store::directory_name};
+use tch::{Device, Kind};
+
+use crate::{
+    checkpoint::{CheckpointError, read, shard, write},
+    device::Place,
+    kernels::{KernelError, Kernels},
+    model::ModelConfig,
+    optim::{HostRoom, Kinds, Layout, Part, Replica},
+};
+
+/// Bytes of one plain write.
+const WRITE: usize = 1 << 20;
+/// Bytes of one plain read.
+const READ: usize = 16 << 20;
+/// How often each of writing and reading is measured.
+const ROUNDS: usize = 3;
+
+/// The benchmark.
+#[derive(Clone, Debug)]
+pub struct CheckpointBench {
+    /// Whose state it is.
+    pub config: ModelConfig,
+    /// What the model computes in.
+    pub precision: Kind,
+    /// What the moments are kept in.
+    pub moments: Kind,
+    /// Ranks that write together: the part of one of them is written and read.
+    pub ranks: u32,
+    /// Where.
+    pub directory: PathBuf,
+}
+
+/// What came out; medians, seconds.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Measured {
+    /// Parameters of the model.
+    pub parameters: i64,
+    /// Bytes of the whole state.
+    pub state_bytes: u64,
+    /// Getting the host memory for a copy of it, once.
+    pub room: f64,
+    /// What the training loop waits for when a checkpoint of the whole state begins.
+    pub stall: f64,
+    /// The copy to host memory alone.
+    pub copy: f64,
+    /// Bytes of a rank's files.
+    pub bytes: u64,
+    /// Writing them: gathered from the copy, hashed, written, synced.
+    pub write: f64,
+    /// As many bytes by as many threads, from one buffer, synced.
+    pub raw_write: f64,
+    /// Reading them: proved, and taken by a replica on the device.
+    pub read: f64,
+    /// As many bytes by as many threads, into one buffer.
+    pub raw_read: f64,
+}
+
+/// Why there are no figures.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointBenchError {
+    /// The checkpoint.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// The device.
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    /// The plain files.
+    #[error("plain files in {directory}: {source}")]
+    Plain {
+        /// Where they are.
+        directory: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+}
+
+impl CheckpointBench {
+    /// Measures.
+    ///
+    /// # Errors
+    /// The directory cannot be written, or the device does not work.
+    pub fn run(
+        &self,
+        place: &Place,
+        kernels: &dyn Kernels,
+    ) -> Result<Measured, CheckpointBenchError> {
+        let mut measured = self.stalls(place, kernels)?;
+        self.files(place, &mut measured)?;
+        Ok(measured)
+    }
+
+    fn replica(&self, place: &Place, part: Part) -> Replica {
+        let layout = Layout::new(&self.config.params(), false, part.of as u32);
+        let kinds = Kinds {
+            parameters: self.precision,
+            moments: self.moments,
+        };
+        let replica = Replica::new(layout, part, kinds, place.device);
+        // Not zeros: a file system may know how to leave those out.
+        for (flat, _) in replica.flats() {
+            let ones = flat.shallow_clone().view_dtype(Kind::Int16);
+            let _ = ones.shallow_clone().random_to_(1 << 14);
+        }
+        replica
+    }
+
+    /// What a checkpoint of all state costs the training loop.
+    fn stalls(
+        &self,
+        place: &Place,
+        kernels: &dyn Kernels,
+    ) -> Result<Measured, CheckpointBenchError> {
+        let replica = self.replica(place, Part::WHOLE);
+        let room = HostRoom::of(&replica, Part::WHOLE);
+        let (mut copy, room_seconds) = timed(place, || room.allocate());
+        let (mut stalls, mut copies) = (Vec::new(), Vec::new());
+        for round in 0..ROUNDS as u64 {
+            let (begun, seconds) = timed(place, || -> Result<(), CheckpointBenchError> {
+                replica
+                    .prints(kernels, &mut Solo)
+                    .map_err(CheckpointError::from)?;
+                let relative = directory_name(round, 0);
+                write::begin(&self.directory, &relative, 0).map_err(CheckpointError::from)?;
+                copy.copy_from(&replica, Part::WHOLE);
+                Ok(())
+            });
+            begun?;
+            stalls.push(seconds);
+            copies.push(timed(place, || copy.copy_from(&replica, Part::WHOLE)).1);
+        }
+        Ok(Measured {
+            parameters: replica.layout().numbers(),
+            state_bytes: room.bytes(),
+            room: room_seconds,
+            stall: median(stalls),
+            copy: median(copies),
+            bytes: 0,
+            write: 0.0,
+            raw_write: 0.0,
+            read: 0.0,
+            raw_read: 0.0,
+        })
+    }
+
+    /// What the files of one rank cost, beside plain ones.
+    fn files(&self, place: &Place, measured: &mut Measured) -> Result<(), CheckpointBenchError> {
+        let part = Part::of_rank(0, self.ranks);
+        let replica = self.replica(place, part);
+        let mut copy = HostRoom::of(&replica, part).allocate();
+        copy.copy_from(&replica, part);
+        let files = shard::files(replica.layout(), part, self.moments);
+        let bytes = shard::bytes(replica.layout(), part, self.moments);
+        let sizes: Vec<u64> = files
+            .iter()
+            .map(|file| file.pieces.iter().map(shard::Piece::bytes).sum())
+            .collect();
+        let mut times = [const { Vec::new() }; 4];
+        for _ in 0..ROUNDS {
+            let relative = directory_name(0, 0);
+            let dir = self.directory.join(&relative);
+            write::begin(&self.directory, &relative, bytes).map_err(CheckpointError::from)?;
+            let write = || write::shard(&dir, &files, &copy.numbers(), &|| false);
+            let (stored, seconds) = timed(place, write);
+            times[0].push(seconds);
+            let stored = stored.map_err(CheckpointError::from)?.unwrap_or_default();
+            let mut manifest = self.manifest();
+            write::fill(
+                &mut manifest,
+                replica.layout(),
+                self.moments,
+                vec![stored],
+                BTreeMap::new(),
+            );
+            let read = || read::part(&dir, &manifest, &replica);
+            let (done, seconds) = timed(place, read);
+            done.map_err(CheckpointError::from)?;
+            times[2].push(seconds);
+            let _ = fs::remove_dir_all(&dir);
+            let (raw_write, raw_read) = self.plain(&sizes)?;
+            times[1].push(raw_write);
+            times[3].push(raw_read);
+        }
+        measured.bytes = bytes;
+        [
+            measured.write,
+            measured.raw_write,
+            measured.read,
+            measured.raw_read,
+        ] = times.map(median);
+        Ok(())
+    }
+
+    /// Seconds of writing and of reading plain files of these sizes.
+    fn plain(&self, sizes: &[u64]) -> Result<(f64, f64), CheckpointBenchError> {
+        let dir = self.directory.join("plain");
+        let failed = |source| CheckpointBenchError::Plain {
+            directory: dir.clone(),
+            source,
+        };
+        fs::create_dir_all(&dir).map_err(failed)?;
+        let clock = Instant::now();
+        side_by_side(sizes, |index, size| {
+            write_plain(&dir.join(index.to_string()), size)
+        })
+        .map_err(failed)?;
+        let written = clock.elapsed().as_secs_f64();
+        let clock = Instant::now();
+        side_by_side(sizes, |index, _| read_plain(&dir.join(index.to_string()))).map_err(failed)?;
+        let read = clock.elapsed().as_secs_f64();
+        fs::remove_dir_all(&dir).map_err(failed)?;
+        Ok((written, read))
+    }
+
+    /// A manifest of nothing: only files and tensors are read.
+    fn manifest(&self) -> Manifest {
+        Manifest {
+            world: self.ranks,
+            ..Manifest::default()
+        }
+    }
+}
+
+/// Does `work` for every file, by as many threads as checkpoints are written by.
+fn side_by_side(
+    sizes: &[u64],
+    work: impl Fn(usize, u64) -> io::Result<()> + Sync,
+) -> io::Result<()> {
+    let failed: Mutex<io::Result<()>> = Mutex::new(Ok(()));
+    let ahead = Mutex::new(sizes.iter().copied().enumerate());
+    let next = || ahead.lock().unwrap_or_else(PoisonError::into_inner).next();
+    thread::scope(|scope| {
+        for _ in 0..write::threads(sizes.len()) {
+            scope.spawn(|| {
+                while let Some((index, size)) = next() {
+                    if let Err(error) = work(index, size) {
+                        *failed.lock().unwrap_or_else(PoisonError::into_inner) = Err(error);
+                    }
+                }
+            });
+        }
+    });
+    failed.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn write_plain(path: &Path, size: u64) -> io::Result<()> {
+    let buffer = vec![0x5a; WRITE];
+    let mut file = File::create_new(path)?;
+    let mut left = size as usize;
+    while left > 0 {
+        let now = left.min(WRITE);
+        file.write_all(&buffer[..now])?;
+        left -= now;
+    }
+    file.sync_all()
+}
+
+fn read_plain(path: &Path) -> io::Result<()> {
+    let mut buffer = vec![0; READ];
+    let mut file = File::open(path)?;
+    while file.read(&mut buffer)? > 0 {}
+    Ok(())
+}
+
+/// What `work` comes to, and the seconds that it takes, on the device too.
+fn timed<T>(place: &Place, mut work: impl FnMut() -> T) -> (T, f64) {
+    let wait = || {
+        if let Device::Cuda(index) = place.device {
+            tch::Cuda::synchronize(index as i64);
+        }
+    };
+    wait();
+    let clock = Instant::now();
+    let result = work();
+    wait();
+    (result, clock.elapsed().as_secs_f64())
+}
+
+fn median(mut seconds: Vec<f64>) -> f64 {
+    seconds.sort_by(f64::total_cmp);
+    seconds[seconds.len() / 2]
+}
