@@ -76,6 +76,20 @@ pub enum StoredError {
         /// What differs.
         problem: String,
     },
+    /// No store has such a name.
+    #[error("{location:?} names no store of checkpoints: write a directory or file:///directory")]
+    NotAStore {
+        /// What was to be opened.
+        location: String,
+    },
+    /// A path leads out of the store.
+    #[error("{path:?} is not a plain relative path below {root}")]
+    Outside {
+        /// The store.
+        root: PathBuf,
+        /// The path.
+        path: String,
+    },
     /// Ranks look at different storage.
     #[error(
         "the checkpoint folder {path} is not shared: {problem}. checkpoint.to has to be storage that every worker sees \

@@ -31,6 +31,10 @@ pub enum PublishError {
         cause: io::Error,
     },
 
+    /// The store refused.
+    #[error("cannot publish the checkpoint: {0}")]
+    Store(#[from] crate::StoredError),
+
     /// The manifest is another one than the coordinator journalled.
     #[error(
         "cannot publish the checkpoint {}: its manifest is not the journalled one (BLAKE3 {found}, journalled {journalled})",
