@@ -241,9 +241,18 @@ const CASES: &[Case] = &[
     case(3, "data: { train: '' }", (3, 16), &["the path is empty"]),
     case(
         5,
-        "checkpoint: { to: s3://bucket/x }",
+        "checkpoint: { to: s4://bucket/x }",
         (5, 19),
-        &["s3:// is not supported"],
+        &[
+            "s4:// is not supported, did you mean s3://?",
+            "gs://bucket/prefix",
+        ],
+    ),
+    case(
+        5,
+        "checkpoint: { to: s3:///x }",
+        (5, 19),
+        &["write s3://bucket/prefix"],
     ),
     case(
         4,

@@ -89,12 +89,28 @@ fn a_resolved_recipe_reads_back_as_itself() {
         "attention: softmax\n",
         "optimizer: { warmup: 2B, lr: 1, final_lr: 0 }\n",
         "checkpoint: { to: c }\n",
+        "checkpoint: { to: s3://bucket/a/b/ }\n",
         "checkpoint: { every_tokens: auto }\n",
         "chaos: {}\n",
         "chaos: { faults: 3, every: 1500 ms, kinds: [kill, stop, kill], seed: 9 }\n",
     ] {
         let recipe = parse(&format!("{SMALLEST}{change}")).resolved(Path::new("/recipes"));
         assert_eq!(parse(&recipe.to_yaml()), recipe, "{change}");
+    }
+}
+
+#[test]
+fn checkpoints_go_to_a_directory_or_an_object_store() {
+    for (to, path) in [
+        ("c", "/recipes/c"),
+        ("/c", "/c"),
+        ("file:///c", "/c"),
+        ("s3://bucket", "s3://bucket"),
+        ("gs://bucket/a/b/", "gs://bucket/a/b"),
+    ] {
+        let recipe = parse(&format!("{SMALLEST}checkpoint: {{ to: '{to}' }}\n"));
+        let resolved = recipe.resolved(Path::new("/recipes"));
+        assert_eq!(resolved.checkpoint.to.as_deref(), Some(Path::new(path)));
     }
 }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
-use supra_checkpoint::{EXP_AVG, EXP_AVG_SQ, PUBLISHED, verify};
+use supra_checkpoint::{EXP_AVG, EXP_AVG_SQ, PUBLISHED, Store, verify};
 
 use crate::failure::{Failure, Result, While};
 
@@ -47,7 +47,8 @@ fn stored(directory: &Path) -> Result<BTreeMap<String, Stored>> {
         let whole = pieces.into_iter().map(|((_, name), stored)| (name, stored));
         return Ok(whole.collect());
     }
-    let manifest = verify::manifest(directory, None)?;
+    let store = Store::open(&directory.to_string_lossy())?;
+    let manifest = verify::manifest(&store, "", None)?;
     let mut tensors = BTreeMap::new();
     for (name, tensor) in manifest.tensors {
         let mut whole: Option<Stored> = None;

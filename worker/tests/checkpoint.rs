@@ -6,7 +6,7 @@ use supra_agent::{
     FaultKind, Outcome,
     collective::{InProcess, Solo},
 };
-use supra_checkpoint::{Manifest, StoredError, verify};
+use supra_checkpoint::{Manifest, Store, StoredError, verify};
 use supra_worker::{
     checkpoint,
     collective::{DeviceCollective, Host},
@@ -16,7 +16,7 @@ use supra_worker::{
 };
 use tch::{Device, Kind};
 
-use crate::fixture::{BUILD, Generation, LEDGER_HEAD, World, fault, restore};
+use crate::fixture::{BUILD, Generation, LEDGER_HEAD, World, fault, restore, store};
 
 #[test]
 fn a_checkpoint_says_what_it_is_and_is_a_model_directory() {
@@ -27,8 +27,10 @@ fn a_checkpoint_says_what_it_is_and_is_a_model_directory() {
     let written = ranks[0].checkpoints.last().unwrap();
     assert_eq!(written.path, "step-00000004-gen-1");
     let dir = root.join(&written.path);
+    let store = store(&root);
     let manifest = verify::manifest(
-        &dir,
+        &store,
+        &written.path,
         Some(&written.manifest_hash.as_slice().try_into().unwrap()),
     )
     .unwrap();
@@ -76,7 +78,7 @@ fn a_checkpoint_says_what_it_is_and_is_a_model_directory() {
     };
     let mut replica = Replica::new(layout, Part::WHOLE, kinds, Device::Cpu);
     let mut alone = Host::new(Box::new(Solo));
-    checkpoint::read::replica(&dir, &manifest, &mut replica, &mut alone).unwrap();
+    checkpoint::read::replica(&store, &written.path, &manifest, &mut replica, &mut alone).unwrap();
     for (name, tensor) in params.iter() {
         assert_eq!(tensor, replica.params().get(name), "{name}");
     }
@@ -110,7 +112,7 @@ fn damage_is_found_before_anything_is_used() {
             .remove(0)
     };
     let refused = |file: &str, damage: &dyn Fn(&Path)| {
-        let path = start.path.join(file);
+        let path = root.join(&start.path).join(file);
         let whole = fs::read(&path).unwrap();
         damage(&path);
         let rank = resume();
@@ -260,13 +262,14 @@ fn a_manifest_of_another_format_or_with_foreign_paths_is_refused() {
 
 /// The state behind a checkpoint, read by each of so many ranks.
 fn read_by(dir: &Path, world: u32, zero1: bool, precision: Kind) -> Vec<[u8; 32]> {
-    let manifest = verify::manifest(dir, None).unwrap();
+    let store = Store::open(dir.to_str().unwrap()).unwrap();
+    let manifest = verify::manifest(&store, "", None).unwrap();
     let config = ModelConfig::load(dir).unwrap();
     let ranks = InProcess::group(world).into_iter().zip(0..);
     thread::scope(|scope| {
         let threads: Vec<_> = ranks
             .map(|(group, rank)| {
-                let (manifest, config) = (&manifest, &config);
+                let (store, manifest, config) = (&store, &manifest, &config);
                 scope.spawn(move || {
                     let part = match zero1 {
                         true => Part::of_rank(rank, world),
@@ -279,7 +282,7 @@ fn read_by(dir: &Path, world: u32, zero1: bool, precision: Kind) -> Vec<[u8; 32]
                     let layout = Layout::new(&config.params(), false, world);
                     let mut replica = Replica::new(layout, part, kinds, Device::Cpu);
                     let mut host = Host::new(Box::new(group));
-                    checkpoint::read::replica(dir, manifest, &mut replica, &mut host).unwrap();
+                    checkpoint::read::replica(store, "", manifest, &mut replica, &mut host).unwrap();
                     replica.hash(&Twin, host.host()).unwrap()
                 })
             })
@@ -299,7 +302,8 @@ fn any_number_of_ranks_reads_what_any_number_wrote() {
         let root = world.checkpoints(&format!("by-{written_by}"));
         let ranks = Generation::new(&recipe, &root).run(written_by);
         let dir = root.join(&ranks[0].checkpoints.last().unwrap().path);
-        let expected = verify::manifest(&dir, None).unwrap().replica_hash;
+        let store = Store::open(dir.to_str().unwrap()).unwrap();
+        let expected = verify::manifest(&store, "", None).unwrap().replica_hash;
         for (read_by_so_many, zero1) in [(1, false), (2, true), (3, false), (4, true), (8, true)] {
             for hash in read_by(&dir, read_by_so_many, zero1, Kind::Float) {
                 let hash = blake3::Hash::from_bytes(hash).to_hex();
@@ -323,7 +327,8 @@ fn any_number_of_ranks_reads_what_any_number_wrote() {
 #[test]
 fn a_checkpoint_of_format_1_is_read_to_the_bit_and_still_a_model() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/checkpoint-format-1");
-    let manifest = verify::manifest(&dir, None).unwrap();
+    let store = Store::open(dir.to_str().unwrap()).unwrap();
+    let manifest = verify::manifest(&store, "", None).unwrap();
     assert_eq!(manifest.format, 1);
     for (world, zero1) in [(1, false), (3, true)] {
         for hash in read_by(&dir, world, zero1, Kind::Float) {
@@ -331,7 +336,7 @@ fn a_checkpoint_of_format_1_is_read_to_the_bit_and_still_a_model() {
             assert_eq!(hash.as_str(), manifest.replica_hash);
         }
     }
-    verify::model(&dir, &manifest).unwrap();
+    verify::model(&store, "", &manifest).unwrap();
     let config = ModelConfig::load(&dir).unwrap();
     let (_, report) = model::load_params(&dir, &config, NewWeights::Refuse).unwrap();
     assert!(report.missing.is_empty());

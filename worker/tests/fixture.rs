@@ -20,7 +20,7 @@ use supra_agent::{
     collective::{Collective, InProcess},
     link::{self, Report},
 };
-use supra_checkpoint::publish;
+use supra_checkpoint::Store;
 use supra_data::{Auto3, IndexOptions};
 use supra_recipes::{Recipe, schema::Attention};
 use supra_worker::{
@@ -391,7 +391,7 @@ impl<'a> Generation<'a> {
             "run-1",
             self.recipe.clone(),
             self.restore.clone(),
-            root.to_owned(),
+            store(root),
             link,
             collective,
         )
@@ -437,9 +437,10 @@ impl<'a> Generation<'a> {
                     rank.steps.push(step);
                 }
                 Report::CheckpointFilled(unfinished) => {
-                    let written = unfinished.finish(root, LEDGER_HEAD).unwrap();
+                    let root = store(root);
+                    let written = unfinished.finish(&root, LEDGER_HEAD).unwrap();
                     let hash = written.manifest_hash.as_slice().try_into().unwrap();
-                    publish::publish(&root.join(&written.path), hash).unwrap();
+                    root.publish(&written.path, hash).unwrap();
                     control.published(written.step);
                     rank.checkpoints.push(written);
                 }
@@ -455,12 +456,17 @@ impl<'a> Generation<'a> {
     }
 }
 
+/// The checkpoints in a folder.
+pub fn store(root: &Path) -> Store {
+    Store::open(root.to_str().unwrap()).unwrap()
+}
+
 /// Where the next generation starts.
 pub fn restore(root: &Path, written: &CheckpointWritten) -> Restore {
     Restore {
         step: written.step,
-        path: root.join(&written.path),
-        relative: written.path.clone(),
+        store: store(root),
+        path: written.path.clone(),
         manifest_hash: written.manifest_hash.as_slice().try_into().unwrap(),
     }
 }

@@ -38,6 +38,8 @@ enum Command {
     /// SIGTERM or SIGINT stops it: the run in hand writes a checkpoint first and workers are told to leave. A second
     /// signal ends it at once; the journal is whole at any moment, so nothing is lost either way.
     ///
+    /// Where checkpoints go to s3:// or gs://, credentials are those of the environment (AWS_* or GOOGLE_*).
+    ///
     /// Exit codes: 0 stopped, 1 failed, 2 bad arguments, 75 stopped while a run was training (it can be resumed),
     /// 130 ended by a second signal.
     Run(Run),

@@ -1,25 +1,22 @@
 //! Published checkpoints of a run, as journal or coordinator name them, and whether their files are what was written.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::Deserialize;
+use supra_checkpoint::manifest::StoredFile;
+use supra_checkpoint::{PUBLISHED, Store, StoredError, verify};
 use supra_proto::v1;
 
 use super::format;
 use crate::ledger::Hash;
 use crate::machine::Run;
 
-/// The name of a published manifest in its directory.
-pub const MANIFEST: &str = "manifest.json";
-
 /// A published checkpoint.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Checkpoint {
     pub step: u64,
-    /// Its directory.
+    /// Its directory, or its URL.
     pub path: PathBuf,
     pub manifest_hash: Hash,
 }
@@ -62,31 +59,28 @@ pub enum Care {
 /// The part of a manifest that says what the other files are.
 #[derive(Deserialize)]
 struct Manifest {
-    files: BTreeMap<String, Stored>,
+    files: BTreeMap<String, StoredFile>,
 }
 
-#[derive(Deserialize)]
-struct Stored {
-    bytes: u64,
-    blake3: String,
-}
-
-/// What is wrong with a checkpoint on this machine, file by file, and how many files are right. Nothing is wrong with one that is
-/// not here at all: it may be on another machine, or be retired meanwhile.
+/// What is wrong with a checkpoint, file by file, and how many files are right. Nothing is wrong with one that is not there at
+/// all: its folder may be on another machine, or it is retired meanwhile.
 pub fn examine(checkpoint: &Checkpoint, care: Care) -> (Vec<String>, u64) {
-    let path = checkpoint.path.join(MANIFEST);
-    let bytes = match fs::read(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound && !checkpoint.path.exists() => {
-            return (Vec::new(), 0);
+    let place = checkpoint.path.display().to_string();
+    let read = Store::open(&place).and_then(|store| {
+        let manifest = store.read_if_there(PUBLISHED)?;
+        let empty = manifest.is_none() && store.list("")?.is_empty();
+        Ok((store, manifest, empty))
+    });
+    let (store, bytes) = match read {
+        Err(error) => return (vec![error.to_string()], 0),
+        Ok((_, None, true)) => return (Vec::new(), 0),
+        Ok((store, None, false)) => {
+            let path = store.at(PUBLISHED);
+            return (vec![format!("{} is missing", path.display())], 0);
         }
-        Err(error) => {
-            return (
-                vec![format!("{} cannot be read: {error}", path.display())],
-                0,
-            );
-        }
-        Ok(bytes) => bytes,
+        Ok((store, Some(bytes), _)) => (store, bytes),
     };
+    let path = store.at(PUBLISHED);
     let found = *blake3::hash(&bytes).as_bytes();
     if found != checkpoint.manifest_hash {
         let problem = format!(
@@ -104,7 +98,7 @@ pub fn examine(checkpoint: &Checkpoint, care: Care) -> (Vec<String>, u64) {
     };
     let (mut problems, mut right) = (Vec::new(), 1);
     for (name, stored) in &manifest.files {
-        match file(&checkpoint.path.join(name), stored, care) {
+        match file(&store, name, stored, care) {
             Ok(()) => right += 1,
             Err(problem) => problems.push(problem),
         }
@@ -112,34 +106,26 @@ pub fn examine(checkpoint: &Checkpoint, care: Care) -> (Vec<String>, u64) {
     (problems, right)
 }
 
-fn file(path: &Path, stored: &Stored, care: Care) -> Result<(), String> {
-    let shown = path.display();
-    let unreadable = |error: io::Error| format!("{shown} cannot be read: {error}");
-    let file = File::open(path).map_err(unreadable)?;
-    let bytes = file.metadata().map_err(unreadable)?.len();
-    if bytes != stored.bytes {
-        return Err(format!(
-            "{shown} has {bytes} bytes, {} were written",
-            stored.bytes
-        ));
-    }
-    if care == Care::Quick {
-        return Ok(());
-    }
-    let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(file).map_err(unreadable)?;
-    let found = hasher.finalize().to_hex();
-    if found.as_str() != stored.blake3 {
-        return Err(format!(
-            "{shown} was altered: its BLAKE3 is {found}, it was written as {}",
-            stored.blake3
-        ));
-    }
-    Ok(())
+fn file(store: &Store, name: &str, stored: &StoredFile, care: Care) -> Result<(), String> {
+    let looked = match care {
+        Care::Thorough => verify::file(store, name, stored),
+        Care::Quick => store
+            .size(name)
+            .and_then(|bytes| verify::size(&store.at(name), stored, bytes)),
+    };
+    looked.map_err(|error| match error {
+        StoredError::Damaged { path, problem } => {
+            format!("{} was altered: {problem}", path.display())
+        }
+        error => error.to_string(),
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::path::Path;
+
     use super::*;
 
     fn checkpoint(root: &Path) -> Checkpoint {
@@ -149,7 +135,7 @@ mod tests {
         let blake3 = blake3::hash(b"weights").to_hex().to_string();
         let manifest =
             serde_json::json!({ "files": { "model": { "bytes": 7, "blake3": blake3 } } });
-        fs::write(path.join(MANIFEST), manifest.to_string()).unwrap();
+        fs::write(path.join(PUBLISHED), manifest.to_string()).unwrap();
         Checkpoint {
             step: 8,
             path,
@@ -181,18 +167,18 @@ mod tests {
         };
         fs::write(&model, "weighty").unwrap();
         assert_eq!(examine(&checkpoint, Care::Quick), (vec![], 2));
-        has(Care::Thorough, "was altered");
+        has(Care::Thorough, "was altered: its BLAKE3 is");
         fs::write(&model, "weigh").unwrap();
         has(Care::Quick, "has 5 bytes, 7 were written");
         fs::remove_file(&model).unwrap();
-        has(Care::Quick, "cannot be read");
+        has(Care::Quick, "the file is missing");
     }
 
     #[test]
     fn an_altered_manifest_is_named_whatever_is_in_it() {
         let root = tempfile::tempdir().unwrap();
         let checkpoint = checkpoint(root.path());
-        let manifest = checkpoint.path.join(MANIFEST);
+        let manifest = checkpoint.path.join(PUBLISHED);
         for text in ["{}", "garbage"] {
             fs::write(&manifest, text).unwrap();
             let (problems, right) = examine(&checkpoint, Care::Quick);

@@ -7,8 +7,8 @@ use std::fs;
 use std::path::Path;
 
 use serde::Deserialize;
+use supra_checkpoint::{PUBLISHED, Store, store};
 
-use super::checkpoints::MANIFEST;
 use super::failure::Failure;
 use crate::audit::{Manifest, Remembered};
 use crate::ledger::{Hash, hex32};
@@ -29,16 +29,20 @@ struct Said {
 /// What the published checkpoints of a run below `root` say: the heads that they remember, and themselves. One that cannot be
 /// read, on another machine or of a build that kept no head, says nothing.
 pub(super) fn remembered(root: &Path, run: &str) -> (Vec<Remembered>, Vec<Manifest>) {
-    let Ok(entries) = fs::read_dir(root) else {
+    let store = Store::open(&root.display().to_string());
+    let Ok((store, names)) = store.and_then(|store| {
+        let names = store.list("")?;
+        Ok((store, names))
+    }) else {
         return Default::default();
     };
-    let mut said: Vec<(Remembered, Manifest)> = entries
-        .flatten()
-        .filter_map(|entry| {
-            let path = entry.path().join(MANIFEST);
-            let bytes = fs::read(&path).ok()?;
+    let mut said: Vec<(Remembered, Manifest)> = names
+        .iter()
+        .filter_map(|name| {
+            let name = store::join(name, PUBLISHED);
+            let bytes = store.read_all(&name).ok()?;
             let said: Said = serde_json::from_slice(&bytes).ok()?;
-            let path = path.display().to_string();
+            let path = store.at(&name).display().to_string();
             (said.run == run).then(|| {
                 let remembered = Remembered {
                     manifest: path.clone(),

@@ -54,6 +54,8 @@ struct Preview {
     first_checkpoint_step: Option<u64>,
     /// With `checkpoint.every_tokens: auto`: what it comes to; else `null`.
     auto_checkpoints: Option<Auto>,
+    /// Directory or URL that they are kept below; `null`: the coordinator's state directory.
+    checkpoint_to: Option<String>,
     /// Faults that the run inflicts on its own workers; `null` without.
     chaos: Option<Chaos>,
     /// Absent as long as the data is not there.
@@ -183,6 +185,7 @@ impl Preview {
         }
         let due = |step: &u64| order.checkpoint_due(*step);
         let auto = recipe.checkpoint.every_tokens == CheckpointInterval::Auto;
+        let to = recipe.checkpoint.to.as_ref();
         let share = order.rank_samples(1, 0, workers);
         Ok(Preview {
             name: recipe.name.as_str().to_owned(),
@@ -201,6 +204,7 @@ impl Preview {
             checkpoints: (!auto).then(|| (1..=order.steps).filter(due).count() as u64),
             first_checkpoint_step: (1..=order.steps).find(due).filter(|_| !auto),
             auto_checkpoints: auto.then(|| Auto::new(workers)),
+            checkpoint_to: to.map(|to| to.display().to_string()),
             chaos: recipe.chaos.clone(),
             data: manifest.map(|manifest| Data::new(&manifest, &order)),
             needs: needs.map_err(|error| Failure::input(format!("{error}.")))?,
@@ -286,6 +290,9 @@ impl Preview {
         }
         if let Some(auto) = &self.auto_checkpoints {
             fact("checkpoints", auto.text());
+        }
+        if let Some(to) = &self.checkpoint_to {
+            fact("kept in", to.clone());
         }
         if let Some(chaos) = &self.chaos {
             fact("chaos", chaos.warning());

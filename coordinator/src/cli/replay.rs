@@ -50,7 +50,7 @@ pub struct Replay {
     #[arg(long, value_name = "DIR")]
     tokenizer: Option<PathBuf>,
     /// Also train the step again, and compare with what was logged: from the newest checkpoint before it, from that of
-    /// step N (--rerun=N), or from the one in a directory (--rerun=DIR). Writes nothing
+    /// step N (--rerun=N), or from the one in a directory or at a URL (--rerun=DIR). Writes nothing
     #[arg(
         long,
         value_name = "CHECKPOINT",

@@ -24,7 +24,7 @@ pub enum Fact {
         name: String,
         /// The resolved recipe as YAML.
         recipe: String,
-        /// Directory of the checkpoints, absolute.
+        /// Directory of the checkpoints, absolute, or their URL.
         checkpoint_root: PathBuf,
         /// Published checkpoints that are kept.
         keep: u32,

@@ -47,7 +47,7 @@ pub struct Run {
     pub name: String,
     /// The resolved recipe as YAML.
     pub recipe: String,
-    /// Directory of the checkpoints, absolute.
+    /// Directory of the checkpoints, absolute, or their URL.
     pub checkpoint_root: PathBuf,
     /// Published checkpoints that are kept.
     pub keep: u32,

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
+use supra_checkpoint::Store;
 use supra_proto::v1::{self, CoordinatorMessage, LogEntry, coordinator_message::Body as Down};
 use tokio::sync::{broadcast, mpsc, watch};
 use tokio::task::JoinHandle;
@@ -359,17 +360,13 @@ impl Owner {
         let _ = self.logs.send((run, entry));
     }
 
-    /// Deletes a retired checkpoint in the background, its manifest first: a directory that is half gone must not look
-    /// like a checkpoint. What fails is tried again by the next coordinator.
+    /// Deletes a retired checkpoint in the background. What fails is tried again by the next coordinator.
     fn delete(&self, run: RunNumber, path: String, directory: PathBuf) {
         let events = self.events.clone();
-        tokio::task::spawn_blocking(move || match remove_checkpoint(&directory) {
-            Err(error) => {
-                tracing::warn!(
-                    "cannot delete the old checkpoint {}: {error}",
-                    directory.display()
-                );
-            }
+        let directory = directory.display().to_string();
+        let remove = move || Store::open(&directory).and_then(|store| store.remove_dir(""));
+        tokio::task::spawn_blocking(move || match remove() {
+            Err(error) => tracing::warn!("cannot delete an old checkpoint: {error}"),
             Ok(()) => {
                 if let Some(events) = events.upgrade() {
                     let _ = events.blocking_send(Ask::Event(Event::Deleted { run, path }));
@@ -472,14 +469,4 @@ fn moment(started: Instant) -> Moment {
         unix_ms: u64::try_from(unix_ms).unwrap_or(u64::MAX),
         key: rand::random(),
     }
-}
-
-/// Removes a checkpoint, its manifest first. What is gone already need not be removed.
-fn remove_checkpoint(directory: &Path) -> std::io::Result<()> {
-    let absent_is_fine = |error: std::io::Error| match error.kind() {
-        std::io::ErrorKind::NotFound => Ok(()),
-        _ => Err(error),
-    };
-    std::fs::remove_file(directory.join("manifest.json")).or_else(absent_is_fine)?;
-    std::fs::remove_dir_all(directory).or_else(absent_is_fine)
 }

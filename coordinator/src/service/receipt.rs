@@ -3,11 +3,8 @@
 //! Written by the coordinator whenever the run ends, and replaced when it was resumed and ends again. It says what the
 //! journal says; the ledger's head in it lets an audit prove that the journal is that of these checkpoints.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::path::Path;
-
 use serde::Serialize;
+use supra_checkpoint::{Store, StoredError};
 use supra_proto::v1;
 use tokio::task::JoinSet;
 
@@ -133,15 +130,12 @@ impl Receipt {
     /// Writes it into a run's checkpoint root, which is made when it is not there: whole, or not at all.
     ///
     /// # Errors
-    /// The disk's.
-    fn write(&self, root: &Path) -> io::Result<()> {
-        fs::create_dir_all(root)?;
-        let pending = root.join(format!("{FILE}.pending"));
-        let mut file = File::create(&pending)?;
-        serde_json::to_writer_pretty(&mut file, self)?;
-        file.write_all(b"\n")?;
-        file.sync_all()?;
-        fs::rename(pending, root.join(FILE))
+    /// The store's.
+    fn write(&self, root: &str) -> Result<(), StoredError> {
+        let mut text =
+            serde_json::to_vec_pretty(self).expect("invariant: a receipt has only string keys");
+        text.push(b'\n');
+        Store::open(root)?.replace(FILE, &text)
     }
 }
 
@@ -168,7 +162,7 @@ impl Receipts {
         self.owed.push(run);
     }
 
-    /// Writes what is owed, in the background: the folder may be on a slow disk.
+    /// Writes what is owed, in the background: the store may be slow.
     pub fn hand_out(&mut self, state: &State, accounts: &Accounts) {
         while self.writing.try_join_next().is_some() {}
         for number in std::mem::take(&mut self.owed) {
@@ -176,10 +170,10 @@ impl Receipts {
                 continue;
             };
             let receipt = Receipt::new(run, accounts.of(number), &self.build);
-            let root = run.checkpoint_root.clone();
+            let root = run.checkpoint_root.display().to_string();
             self.writing.spawn_blocking(move || {
                 if let Err(error) = receipt.write(&root) {
-                    tracing::warn!("cannot write a receipt to {}: {error}", root.display());
+                    tracing::warn!("cannot write a receipt to {root}: {error}");
                 }
             });
         }

@@ -184,7 +184,7 @@ fn homes_of(key: &str) -> Vec<String> {
 }
 
 /// The allowed name nearest to `name`, unless even that one is quite another word.
-fn nearest<'a>(name: &str, allowed: &'a [String]) -> Option<&'a str> {
+pub(super) fn nearest<'a>(name: &str, allowed: &'a [String]) -> Option<&'a str> {
     let plain = |name: &str| name.to_lowercase().replace('-', "_");
     let limit = (name.chars().count() / 3).max(1) + 1;
     allowed

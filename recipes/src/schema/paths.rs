@@ -1,11 +1,13 @@
 //! Paths as recipes write them.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use serde::de::{Deserializer, Error as DeError, Visitor};
+use serde::de::{Deserializer, Error as DeError, IntoDeserializer, Visitor};
 use serde::ser::Serializer;
+
+use super::explain::nearest;
 
 /// A path on a local or shared file system.
 struct Location(PathBuf);
@@ -42,6 +44,58 @@ impl<'de> Deserialize<'de> for Location {
     }
 }
 
+/// Schemes of object stores, as the checkpoints' store knows them.
+const OBJECT_STORES: [&str; 2] = ["s3", "gs"];
+
+/// A directory, or a prefix in an object store.
+struct StoreLocation(PathBuf);
+
+impl<'de> Deserialize<'de> for StoreLocation {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let value = String::deserialize(deserializer)?;
+        let Some((scheme, rest)) = value.split_once("://") else {
+            let directory = value.as_str().into_deserializer();
+            return Location::deserialize(directory).map(|location| StoreLocation(location.0));
+        };
+        let wrong = |problem: String| Err(D::Error::custom(format!("`{value}`: {problem}")));
+        if scheme == "file" {
+            return match rest.starts_with('/') {
+                true => Ok(StoreLocation(rest.into())),
+                false => wrong("a file:// URL has three slashes: file:///directory".into()),
+            };
+        }
+        if !OBJECT_STORES.contains(&scheme) {
+            let known = ["s3", "gs", "file"].map(str::to_owned);
+            let meant = match nearest(scheme, &known) {
+                Some(nearest) => format!(", did you mean {nearest}://?"),
+                None => ":".to_owned(),
+            };
+            return wrong(format!(
+                "{scheme}:// is not supported{meant} write a directory, file:///directory, s3://bucket/prefix or \
+                 gs://bucket/prefix"
+            ));
+        }
+        let url = value.trim_end_matches('/');
+        let mut parts = url[scheme.len() + 3..].split('/');
+        if parts.any(|part| part.is_empty() || part == "." || part == "..") {
+            return wrong(format!("write {scheme}://bucket/prefix"));
+        }
+        Ok(StoreLocation(url.into()))
+    }
+}
+
+/// Whether `checkpoint.to` names an object store: its path is then a URL.
+pub fn is_url(path: &Path) -> bool {
+    path.to_str().is_some_and(|path| path.contains("://"))
+}
+
+/// A directory or a prefix in an object store, or nothing.
+pub(super) fn optional_store<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<PathBuf>, D::Error> {
+    Ok(Option::<StoreLocation>::deserialize(deserializer)?.map(|location| location.0))
+}
+
 /// A path.
 pub(super) fn path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
     Location::deserialize(deserializer).map(|location| location.0)
@@ -55,10 +109,7 @@ pub(super) fn optional_path<'de, D: Deserializer<'de>>(
 }
 
 /// Writes a path as text. Recipes come from UTF-8 text and are resolved against UTF-8 directories, so nothing is lost.
-pub(super) fn write<S: Serializer>(
-    path: &std::path::Path,
-    serializer: S,
-) -> Result<S::Ok, S::Error> {
+pub(super) fn write<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(&path.to_string_lossy())
 }
 

@@ -8,7 +8,7 @@ use super::position::{Malformed, Span};
 use super::recipe::{Attention, DEFAULT_FRACTION, Recipe};
 use super::report::{Finding, RecipeError};
 use super::units::Fraction;
-use super::{check, explain, position, syntax};
+use super::{check, explain, paths, position, syntax};
 
 impl Recipe {
     /// Reads a recipe from `text`; `file_name` appears in errors. Paths stay as written.
@@ -53,7 +53,8 @@ impl Recipe {
         self.base = self.base.resolved(base_dir);
         resolve(&mut self.data.train);
         self.data.heldout.iter_mut().for_each(resolve);
-        self.checkpoint.to.iter_mut().for_each(resolve);
+        let to = self.checkpoint.to.iter_mut();
+        to.filter(|to| !paths::is_url(to)).for_each(resolve);
         self
     }
 

@@ -364,9 +364,10 @@ pub struct Checkpoint {
     #[serde(deserialize_with = "bounds::counting")]
     #[schemars(range(min = 1))]
     pub keep: u32,
-    /// Directory that all workers share; the coordinator's state directory unless said.
+    /// Directory that all workers share, or `s3://bucket/prefix` or `gs://bucket/prefix`; the coordinator's state directory
+    /// unless said.
     #[serde(
-        deserialize_with = "paths::optional_path",
+        deserialize_with = "paths::optional_store",
         serialize_with = "paths::write_optional",
         skip_serializing_if = "Option::is_none"
     )]

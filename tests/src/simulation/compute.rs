@@ -659,7 +659,7 @@ impl World {
             (Some(start), _) => self.given(job, start),
             (None, Some(restore)) => self
                 .checkpoints
-                .read(&job.place.run, &restore.relative, restore.manifest_hash)
+                .read(&job.place.run, &restore.path, restore.manifest_hash)
                 .map(|saved| saved.model),
             (None, None) => Some(Model::default()),
         };

@@ -6,7 +6,8 @@ use rand::RngExt;
 use supra_agent::Exit;
 use supra_agent::session::{Action, Input, Session};
 use supra_proto::v1::{
-    CoordinatorMessage, Hello, OrderedFaultKind, WorkerMessage, worker_message::Body as Up,
+    CoordinatorMessage, FaultKind, Hello, OrderedFaultKind, WorkerMessage,
+    worker_message::Body as Up,
 };
 
 use super::World;
@@ -303,8 +304,9 @@ impl World {
                 path,
                 manifest_hash,
             } => {
-                let run = root.file_name().unwrap_or_default().to_string_lossy();
-                let result = self.checkpoints.publish(&run, &path, manifest_hash);
+                let run = root.url().rsplit('/').next().unwrap_or_default();
+                let result = self.checkpoints.publish(run, &path, manifest_hash);
+                let result = result.map_err(|problem| (FaultKind::Input, problem));
                 self.errand(
                     number,
                     Input::Published {
@@ -322,8 +324,8 @@ impl World {
                 unfinished,
                 head,
             } => {
-                let run = root.file_name().unwrap_or_default().to_string_lossy();
-                let result = self.finished(number, &run, &unfinished, head);
+                let run = root.url().rsplit('/').next().unwrap_or_default();
+                let result = self.finished(number, run, &unfinished, head);
                 self.errand(number, Input::Finished { job, result });
             }
             Action::End(exit) => self.ends(number, exit),

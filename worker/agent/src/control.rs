@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal::SIGXFSZ;
 use supra_proto::ClientError;
-use supra_proto::v1::{CoordinatorMessage, OrderedFaultKind};
+use supra_proto::v1::{CoordinatorMessage, FaultKind, OrderedFaultKind};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, Sleep, interval, sleep};
@@ -24,7 +24,6 @@ use crate::place::Place;
 use crate::session::{Action, Input, Session};
 use crate::supervisor;
 use crate::worker::{Exit, WorkerOptions};
-use supra_checkpoint::publish;
 
 /// How often the session looks at the clock.
 const TICK: Duration = Duration::from_millis(100);
@@ -192,9 +191,11 @@ impl Controller {
                     } => {
                         let done = self.published_in.clone();
                         tokio::task::spawn_blocking(move || {
-                            let result = publish::directory(&root, &path)
-                                .and_then(|directory| publish::publish(&directory, manifest_hash))
-                                .map_err(|error| error.to_string());
+                            let result = root.publish(&path, manifest_hash);
+                            let result = result.map_err(|error| match error.is_transient() {
+                                true => (FaultKind::Transient, error.to_string()),
+                                false => (FaultKind::Input, error.to_string()),
+                            });
                             // Nobody waits for it when the worker ends.
                             done.send(Input::Published {
                                 job,

@@ -1,8 +1,8 @@
 //! What the training loop gets, and what it gives back.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
+use supra_checkpoint::Store;
 use supra_proto::v1::{FaultKind, Held};
 use supra_recipes::schema::Recipe;
 
@@ -25,8 +25,8 @@ pub struct Job {
     pub donation: Option<Donation>,
     /// Newest checkpoint, to start from unless there is a donation; none = the base.
     pub restore: Option<Restore>,
-    /// Directory of the run's checkpoints, absolute.
-    pub checkpoint_root: PathBuf,
+    /// Where the run's checkpoints are.
+    pub checkpoint_root: Store,
     /// Step to train to, to see again what it was: then nothing is written. None = to the end of the plan.
     pub until: Option<u64>,
     /// Line to the coordinator.
@@ -50,10 +50,10 @@ pub(crate) enum DataPlane {
 pub struct Restore {
     /// Step whose state it holds.
     pub step: u64,
-    /// Its directory, absolute.
-    pub path: PathBuf,
-    /// The same, relative to the checkpoint root.
-    pub relative: String,
+    /// Where it is kept.
+    pub store: Store,
+    /// Its directory, relative to the store.
+    pub path: String,
     /// BLAKE3 of its manifest.
     pub manifest_hash: [u8; 32],
 }
@@ -112,7 +112,7 @@ impl Job {
         run: impl Into<String>,
         recipe: Recipe,
         restore: Option<Restore>,
-        checkpoint_root: PathBuf,
+        checkpoint_root: Store,
         link: Link,
         collective: Box<dyn Collective>,
     ) -> Job {
@@ -220,7 +220,8 @@ budget: { tokens: 20B }
                 patience: Duration::from_secs(20),
             };
             let recipe = Recipe::parse(RECIPE, "t.yaml").unwrap();
-            let job = Job::local("run", recipe, None, "/".into(), link, Box::new(Solo));
+            let store = Store::open("/").unwrap();
+            let job = Job::local("run", recipe, None, store, link, Box::new(Solo));
             Job {
                 rank,
                 world: 4,

@@ -1,12 +1,12 @@
 //! An assignment, checked.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use supra_checkpoint::{Store, store};
 use supra_proto::v1::{self, Assignment, RestoreFrom, StartFromHeld};
 use supra_recipes::schema::Recipe;
 
 use crate::job::{Donation, PartHolder, Restore};
-use supra_checkpoint::publish;
 
 /// A place in a generation, as the coordinator assigned it.
 #[derive(Clone, Debug, PartialEq)]
@@ -29,8 +29,8 @@ pub struct Place {
     pub donation: Option<Donation>,
     /// Newest checkpoint, to start from unless there is a donation.
     pub restore: Option<Restore>,
-    /// Directory of the run's checkpoints, absolute.
-    pub checkpoint_root: PathBuf,
+    /// Where the run's checkpoints are.
+    pub checkpoint_root: Store,
     /// A stop was asked for before it began.
     pub stop: bool,
     /// So was a regrouping.
@@ -60,11 +60,11 @@ impl Place {
             return Err(format!("assigned rank {rank} of {world} ranks"));
         }
         let key = bytes32(&data_key, "data_key")?;
-        let checkpoint_root = PathBuf::from(checkpoint_root);
-        if !checkpoint_root.is_absolute() {
+        let checkpoint_root = Store::open(&checkpoint_root).map_err(|error| error.to_string())?;
+        if checkpoint_root.is_local() && !Path::new(checkpoint_root.url()).is_absolute() {
             return Err(format!(
                 "the checkpoint root {} is not absolute",
-                checkpoint_root.display()
+                checkpoint_root.url()
             ));
         }
         let restore = restore
@@ -90,13 +90,18 @@ impl Place {
     }
 }
 
-fn parse_restore(restore: RestoreFrom, root: &Path) -> Result<Restore, String> {
-    let path = publish::directory(root, &restore.path).map_err(|error| error.to_string())?;
+fn parse_restore(restore: RestoreFrom, root: &Store) -> Result<Restore, String> {
+    if !store::is_plain(&restore.path) {
+        return Err(format!(
+            "the checkpoint path {:?} is not a plain relative path",
+            restore.path
+        ));
+    }
     let manifest_hash = bytes32(&restore.manifest_hash, "manifest_hash")?;
     Ok(Restore {
         step: restore.step,
-        path,
-        relative: restore.path,
+        store: root.clone(),
+        path: restore.path,
         manifest_hash,
     })
 }

@@ -1,11 +1,8 @@
 //! A checkpoint that lacks its manifest: that holds the ledger's head, which the coordinator gives once all ranks have
 //! reported the step. The training loop does not wait for it, so a checkpoint may be due while the coordinator is away.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::path::Path;
-
-use supra_checkpoint::publish::{self, PENDING, PublishError};
+use supra_checkpoint::publish::{PENDING, PublishError};
+use supra_checkpoint::{Store, store};
 use supra_proto::v1::CheckpointWritten;
 
 /// A checkpoint of which every file but the manifest is written and synced.
@@ -29,18 +26,15 @@ impl Unfinished {
     ///
     /// # Errors
     ///
-    /// The path is not below `root`, or the system refuses.
-    pub fn finish(&self, root: &Path, head: [u8; 32]) -> Result<CheckpointWritten, PublishError> {
-        let directory = publish::directory(root, &self.path)?;
+    /// The path is not below the root, or the store refuses.
+    pub fn finish(&self, root: &Store, head: [u8; 32]) -> Result<CheckpointWritten, PublishError> {
         let [before, after] = &self.manifest;
         let head = blake3::Hash::from_bytes(head).to_hex();
         let text = [before, head.as_str(), after].concat();
-        write(&directory, text.as_bytes()).map_err(|cause| {
-            let _ = fs::remove_dir_all(&directory);
-            PublishError::Unfinished {
-                path: directory.join(PENDING),
-                cause,
-            }
+        let pending = store::join(&self.path, PENDING);
+        root.replace(&pending, text.as_bytes()).map_err(|error| {
+            let _ = root.remove_dir(&self.path);
+            PublishError::Unfinished(error)
         })?;
         Ok(CheckpointWritten {
             step: self.step,
@@ -52,15 +46,10 @@ impl Unfinished {
     }
 }
 
-fn write(directory: &Path, text: &[u8]) -> io::Result<()> {
-    let mut file = File::create(directory.join(PENDING))?;
-    file.write_all(text)?;
-    file.sync_all()?;
-    File::open(directory)?.sync_all()
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn unfinished(path: &str) -> Unfinished {
@@ -73,30 +62,39 @@ mod tests {
         }
     }
 
+    fn store() -> (tempfile::TempDir, Store) {
+        let root = tempfile::tempdir().unwrap();
+        let store = Store::open(root.path().to_str().unwrap()).unwrap();
+        (root, store)
+    }
+
     #[test]
     fn the_manifest_gets_the_head_and_can_be_published() {
-        let root = tempfile::tempdir().unwrap();
-        let directory = root.path().join("step-8");
-        fs::create_dir(&directory).unwrap();
-        let written = unfinished("step-8").finish(root.path(), [7; 32]).unwrap();
+        let (root, store) = store();
+        fs::create_dir(root.path().join("step-8")).unwrap();
+        let written = unfinished("step-8").finish(&store, [7; 32]).unwrap();
         let text = format!("{{\"head\": \"{}\"}}\n", "07".repeat(32));
         assert_eq!(written.bytes, 100 + text.len() as u64);
         let hash = written.manifest_hash.as_slice().try_into().unwrap();
-        publish::publish(&directory, hash).unwrap();
-        let published = fs::read_to_string(directory.join(publish::PUBLISHED)).unwrap();
-        assert_eq!(published, text);
+        store.publish("step-8", hash).unwrap();
+        let published = store.read_all("step-8/manifest.json").unwrap();
+        assert_eq!(published, text.as_bytes());
     }
 
     #[test]
     fn a_checkpoint_whose_manifest_cannot_be_written_goes() {
-        let root = tempfile::tempdir().unwrap();
-        let directory = root.path().join("step-8");
-        fs::create_dir_all(directory.join(PENDING)).unwrap();
-        let error = unfinished("step-8")
-            .finish(root.path(), [7; 32])
-            .unwrap_err();
+        let (root, store) = store();
+        fs::create_dir_all(root.path().join("step-8").join(PENDING)).unwrap();
+        let error = unfinished("step-8").finish(&store, [7; 32]).unwrap_err();
         assert!(error.to_string().contains(PENDING), "{error}");
-        assert!(!directory.exists());
-        assert!(unfinished("../8").finish(root.path(), [7; 32]).is_err());
+        assert!(!root.path().join("step-8").exists());
+        assert!(unfinished("../8").finish(&store, [7; 32]).is_err());
+    }
+
+    #[test]
+    fn a_checkpoint_whose_files_are_gone_gets_no_manifest() {
+        let (_root, store) = store();
+        assert!(unfinished("step-8").finish(&store, [7; 32]).is_err());
+        assert_eq!(store.list("").unwrap(), [""; 0]);
     }
 }

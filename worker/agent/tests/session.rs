@@ -88,7 +88,12 @@ impl Bench {
         self.hears(job, Report::Done(outcome))
     }
 
-    fn published(&mut self, job: u64, step: u64, result: Result<(), String>) -> Vec<String> {
+    fn published(
+        &mut self,
+        job: u64,
+        step: u64,
+        result: Result<(), (FaultKind, String)>,
+    ) -> Vec<String> {
         self.feed(Input::Published {
             job,
             step,
@@ -406,6 +411,10 @@ fn an_assignment_that_cannot_be_read_is_an_input_fault() {
             ..place()
         },
         Assignment {
+            checkpoint_root: "ftp://host/checkpoints".to_owned(),
+            ..place()
+        },
+        Assignment {
             recipe: "name: [".to_owned(),
             ..place()
         },
@@ -666,7 +675,7 @@ fn a_failed_publication_ends_the_generation() {
     let mut bench = Bench::working();
     bench.written(1, 8);
     bench.says(1, publish(8));
-    let actions = bench.published(1, 8, Err("disk full".to_owned()));
+    let actions = bench.published(1, 8, Err((FaultKind::Input, "disk full".to_owned())));
     assert_eq!(actions, ["Transient fault \"disk full\" of run/1", "void"]);
     assert_eq!(bench.done(1, Outcome::Voided), ["left Fault of run/1"]);
 }
@@ -695,17 +704,17 @@ fn rank_0_publishes_the_checkpoint_to_start_from() {
 }
 
 #[test]
-fn a_missing_checkpoint_to_start_from_is_an_input_fault() {
-    let mut bench = Bench::attached();
-    bench.says(1, restoring(0));
-    let actions = bench.published(1, 8, Err("no manifest".to_owned()));
-    assert_eq!(
-        actions,
-        [
-            "Input fault \"no manifest\" of run/1",
-            "left Fault of run/1"
-        ]
-    );
+fn a_checkpoint_to_start_from_that_is_missing_is_an_input_fault_and_a_silent_store_is_none() {
+    for (kind, shown) in [
+        (FaultKind::Input, "Input"),
+        (FaultKind::Transient, "Transient"),
+    ] {
+        let mut bench = Bench::attached();
+        bench.says(1, restoring(0));
+        let actions = bench.published(1, 8, Err((kind, "no manifest".to_owned())));
+        let fault = format!("{shown} fault \"no manifest\" of run/1");
+        assert_eq!(actions, [fault.as_str(), "left Fault of run/1"]);
+    }
 }
 
 #[test]

@@ -253,7 +253,7 @@ fn a_checkpoint_is_published_between_two_steps() {
     let root = tempfile::tempdir().unwrap();
     let mut coordinator = Coordinator::start(None);
     let thread = start(options(&coordinator.url), move |job| {
-        let directory = job.checkpoint_root.join("step-1");
+        let directory = job.checkpoint_root.local_path("step-1").unwrap();
         std::fs::create_dir_all(&directory).unwrap();
         job.link.checkpoint_filled(Unfinished {
             step: 1,

@@ -7,7 +7,7 @@ use std::{
 
 use thiserror::Error;
 
-use crate::store;
+use crate::store::{self, Refusal};
 
 /// Why a checkpoint cannot be written or read.
 #[derive(Debug, Error)]
@@ -76,8 +76,21 @@ pub enum StoredError {
         /// What differs.
         problem: String,
     },
+    /// An object store does not do what it is asked.
+    #[error("cannot {action} {path}: {refusal}")]
+    Remote {
+        /// What was tried.
+        action: &'static str,
+        /// URL of the object, or of the prefix.
+        path: PathBuf,
+        /// What came back.
+        refusal: Refusal,
+    },
     /// No store has such a name.
-    #[error("{location:?} names no store of checkpoints: write a directory or file:///directory")]
+    #[error(
+        "{location:?} names no store of checkpoints: write a directory, file:///directory, s3://bucket/prefix or \
+         gs://bucket/prefix"
+    )]
     NotAStore {
         /// What was to be opened.
         location: String,
@@ -107,6 +120,10 @@ impl StoredError {
     /// Wraps an error of writing `path`.
     pub fn writing(path: &Path, source: io::Error) -> StoredError {
         let path = path.to_owned();
+        let source = match source.downcast::<Refusal>() {
+            Ok(refusal) => return StoredError::remote("write", path, refusal),
+            Err(source) => source,
+        };
         match source.kind() {
             io::ErrorKind::StorageFull
             | io::ErrorKind::QuotaExceeded
@@ -128,6 +145,27 @@ impl StoredError {
                 path,
                 source,
             },
+        }
+    }
+
+    /// Whether another try may succeed without anybody changing anything.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            StoredError::Full { .. } | StoredError::RanOut { .. } | StoredError::Io { .. } => true,
+            StoredError::Remote { refusal, .. } => refusal.is_transient(),
+            _ => false,
+        }
+    }
+
+    /// Wraps what an object store answered. What is not there is damage, as in a directory.
+    pub(crate) fn remote(action: &'static str, path: PathBuf, refusal: Refusal) -> StoredError {
+        if refusal.is_missing() && action == "read" {
+            return StoredError::reading(&path, io::ErrorKind::NotFound.into());
+        }
+        StoredError::Remote {
+            action,
+            path,
+            refusal,
         }
     }
 

@@ -1,12 +1,13 @@
 //! Checkpoints without libtorch: everything that training changes, in a directory that is complete or not there.
 //!
-//! [`manifest`] says what a checkpoint holds, [`store`] where it lies and what may go, [`publish`] what makes it exist, and
-//! [`verify`] whether it is what was written, by the hashes
-//! of [`tree`]. Coordinator and worker use the same code; tensors are the worker's.
+//! [`manifest`] says what a checkpoint holds, [`store`] where it lies and what may go, [`publish`] what makes it exist, [`verify`]
+//! whether it is what was written, by the hashes of [`tree`], and [`fetch`] gets the model out of it. Coordinator and worker use
+//! the same code; tensors are the worker's.
 
 #![forbid(unsafe_code)]
 
 pub mod error;
+pub mod fetch;
 pub mod manifest;
 pub mod publish;
 pub mod store;
@@ -16,6 +17,7 @@ pub mod verify;
 pub use error::StoredError;
 pub use manifest::{Environment, Manifest};
 pub use publish::{PENDING, PUBLISHED};
+pub use store::Store;
 
 /// Prefix of the first moments' names.
 pub const EXP_AVG: &str = "exp_avg.";

@@ -40,6 +40,11 @@ impl TreeHasher {
         }
     }
 
+    /// How many it took.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
     /// What was written.
     pub fn finish(mut self) -> StoredFile {
         let blake3 = if self.groups.is_empty() {

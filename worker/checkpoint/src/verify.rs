@@ -1,18 +1,23 @@
 //! Whether a checkpoint is what was written: every byte is proved before anything is used.
 
-use std::{
-    collections::BTreeSet,
-    fs::{self, File},
-    io,
-    path::Path,
+use std::{collections::BTreeSet, path::Path};
+
+use crate::{
+    EXP_AVG, EXP_AVG_SQ, Manifest, PUBLISHED, Store, StoredError, manifest::StoredFile, store::join,
 };
 
-use crate::{EXP_AVG, EXP_AVG_SQ, Manifest, PUBLISHED, StoredError, manifest::StoredFile};
+/// Bytes of a file that are in memory at once: some pieces of an object store.
+const PIECE: u64 = 64 << 20;
 
-/// Reads the manifest of a published checkpoint; with `hash`, only the one that has this BLAKE3.
-pub fn manifest(dir: &Path, hash: Option<&[u8; 32]>) -> Result<Manifest, StoredError> {
-    let path = dir.join(PUBLISHED);
-    let bytes = fs::read(&path).map_err(|source| StoredError::reading(&path, source))?;
+/// Reads the manifest of the published checkpoint in `dir`; with `hash`, only the one that has this BLAKE3.
+pub fn manifest(
+    store: &Store,
+    dir: &str,
+    hash: Option<&[u8; 32]>,
+) -> Result<Manifest, StoredError> {
+    let name = join(dir, PUBLISHED);
+    let bytes = store.read_all(&name)?;
+    let path = store.at(&name);
     let found = blake3::hash(&bytes);
     if hash.is_some_and(|hash| found.as_bytes() != hash) {
         let problem = format!(
@@ -25,35 +30,52 @@ pub fn manifest(dir: &Path, hash: Option<&[u8; 32]>) -> Result<Manifest, StoredE
 }
 
 /// BLAKE3 of the manifest of a published checkpoint, for whoever has it from nobody else.
-pub fn manifest_hash(dir: &Path) -> Result<[u8; 32], StoredError> {
-    let path = dir.join(PUBLISHED);
-    let bytes = fs::read(&path).map_err(|source| StoredError::reading(&path, source))?;
+pub fn manifest_hash(store: &Store, dir: &str) -> Result<[u8; 32], StoredError> {
+    let bytes = store.read_all(&join(dir, PUBLISHED))?;
     Ok(*blake3::hash(&bytes).as_bytes())
 }
 
 /// Proves every file of a checkpoint but the optimizer's, which a model does not need.
-pub fn model(dir: &Path, manifest: &Manifest) -> Result<(), StoredError> {
+pub fn model(store: &Store, dir: &str, manifest: &Manifest) -> Result<(), StoredError> {
+    let mut files = model_files(manifest);
+    files.try_for_each(|(name, stored)| file(store, &join(dir, name), stored))
+}
+
+/// The files of a checkpoint that hold no moments.
+pub(crate) fn model_files(manifest: &Manifest) -> impl Iterator<Item = (&String, &StoredFile)> {
     let is_moment = |key: &str| key.starts_with(EXP_AVG) || key.starts_with(EXP_AVG_SQ);
     let moments = manifest.tensors.iter().filter(|(key, _)| is_moment(key));
     let skipped: BTreeSet<&str> = moments
         .flat_map(|(_, tensor)| &tensor.slices)
         .map(|slice| slice.file.as_str())
         .collect();
-    let mut files = manifest
-        .files
-        .iter()
-        .filter(|(name, _)| !skipped.contains(name.as_str()));
-    files.try_for_each(|(name, stored)| file(&dir.join(name), stored))
+    let files = manifest.files.iter();
+    files.filter(move |(name, _)| !skipped.contains(name.as_str()))
 }
 
 /// Streams a file through BLAKE3 and compares.
-pub fn file(path: &Path, stored: &StoredFile) -> Result<(), StoredError> {
-    let failed = |source| StoredError::reading(path, source);
-    let mut opened = File::open(path).map_err(failed)?;
-    size(path, stored, opened.metadata().map_err(failed)?.len())?;
+pub fn file(store: &Store, name: &str, stored: &StoredFile) -> Result<(), StoredError> {
+    stream(store, name, stored, |_| Ok(()))
+}
+
+/// The same, and hands the bytes on, which are proved when it returns and not before.
+pub(crate) fn stream(
+    store: &Store,
+    name: &str,
+    stored: &StoredFile,
+    mut take: impl FnMut(&[u8]) -> Result<(), StoredError>,
+) -> Result<(), StoredError> {
+    let (path, bytes) = (store.at(name), store.size(name)?);
+    size(&path, stored, bytes)?;
+    let mut piece = vec![0; bytes.min(PIECE) as usize];
     let mut hasher = blake3::Hasher::new();
-    io::copy(&mut opened, &mut hasher).map_err(failed)?;
-    hash(path, stored, hasher.finalize())
+    while hasher.count() < bytes {
+        let rest = (bytes - hasher.count()).min(PIECE) as usize;
+        store.read_into(name, hasher.count(), &mut piece[..rest])?;
+        hasher.update(&piece[..rest]);
+        take(&piece[..rest])?;
+    }
+    hash(&path, stored, hasher.finalize())
 }
 
 /// Whether a file has the length that was written.

@@ -11,7 +11,7 @@ use std::{
 };
 
 use supra_agent::collective::Solo;
-use supra_checkpoint::{Manifest, store::directory_name};
+use supra_checkpoint::{Manifest, Store, store::directory_name};
 use tch::{Device, Kind};
 
 use crate::{
@@ -127,6 +127,7 @@ impl CheckpointBench {
         let replica = self.replica(place, Part::WHOLE);
         let room = HostRoom::of(&replica, Part::WHOLE);
         let (mut copy, room_seconds) = timed(place, || room.allocate());
+        let store = self.store()?;
         let (mut stalls, mut copies) = (Vec::new(), Vec::new());
         for round in 0..ROUNDS as u64 {
             let (begun, seconds) = timed(place, || -> Result<(), CheckpointBenchError> {
@@ -134,7 +135,7 @@ impl CheckpointBench {
                     .prints(kernels, &mut Solo)
                     .map_err(CheckpointError::from)?;
                 let relative = directory_name(round, 0);
-                write::begin(&self.directory, &relative, 0).map_err(CheckpointError::from)?;
+                write::begin(&store, &relative, 0).map_err(CheckpointError::from)?;
                 copy.copy_from(&replica, Part::WHOLE);
                 Ok(())
             });
@@ -168,12 +169,12 @@ impl CheckpointBench {
             .iter()
             .map(|file| file.pieces.iter().map(shard::Piece::bytes).sum())
             .collect();
+        let store = self.store()?;
         let mut times = [const { Vec::new() }; 4];
         for _ in 0..ROUNDS {
             let relative = directory_name(0, 0);
-            let dir = self.directory.join(&relative);
-            write::begin(&self.directory, &relative, bytes).map_err(CheckpointError::from)?;
-            let write = || write::shard(&dir, &files, &copy.numbers(), &|| false);
+            write::begin(&store, &relative, bytes).map_err(CheckpointError::from)?;
+            let write = || write::shard(&store, &relative, &files, &copy.numbers(), &|| false);
             let (stored, seconds) = timed(place, write);
             times[0].push(seconds);
             let stored = stored.map_err(CheckpointError::from)?.unwrap_or_default();
@@ -185,11 +186,11 @@ impl CheckpointBench {
                 vec![stored],
                 BTreeMap::new(),
             );
-            let read = || read::part(&dir, &manifest, &replica);
+            let read = || read::part(&store, &relative, &manifest, &replica);
             let (done, seconds) = timed(place, read);
             done.map_err(CheckpointError::from)?;
             times[2].push(seconds);
-            let _ = fs::remove_dir_all(&dir);
+            store.remove_dir(&relative).map_err(CheckpointError::from)?;
             let (raw_write, raw_read) = self.plain(&sizes)?;
             times[1].push(raw_write);
             times[3].push(raw_read);
@@ -202,6 +203,10 @@ impl CheckpointBench {
             measured.raw_read,
         ] = times.map(median);
         Ok(())
+    }
+
+    fn store(&self) -> Result<Store, CheckpointError> {
+        Ok(Store::open(&self.directory.to_string_lossy())?)
     }
 
     /// Seconds of writing and of reading plain files of these sizes.

@@ -41,9 +41,7 @@ impl CheckpointError {
         match self {
             CheckpointError::Exchange(DeviceCollectiveError::Host(_)) => FaultKind::Peer,
             CheckpointError::Exchange(_) | CheckpointError::Model(_) => FaultKind::Transient,
-            CheckpointError::Stored(
-                StoredError::Full { .. } | StoredError::RanOut { .. } | StoredError::Io { .. },
-            ) => FaultKind::Transient,
+            CheckpointError::Stored(error) if error.is_transient() => FaultKind::Transient,
             CheckpointError::Stored(_) => FaultKind::Input,
         }
     }

@@ -1,9 +1,9 @@
 //! Whether all ranks see the same storage.
 
-use std::{fs, path::Path, thread, time::Duration};
+use std::{thread, time::Duration};
 
 use supra_agent::{Collective, CollectiveError};
-use supra_checkpoint::{StoredError, store::sync_directory};
+use supra_checkpoint::{Store, StoredError};
 
 /// How often and how long a rank looks for the probe: network file systems show new files late.
 const PROBE_TRIES: u32 = 20;
@@ -20,16 +20,16 @@ pub enum ProbeError {
     Collective(#[from] CollectiveError),
 }
 
-/// Checks that every rank sees what rank 0 writes below `root`, which is created if need be. All ranks return alike.
+/// Checks that every rank sees what rank 0 writes in `store`, which is created if need be. All ranks return alike.
 pub fn probe(
-    root: &Path,
+    store: &Store,
     generation: u64,
     collective: &mut dyn Collective,
 ) -> Result<(), ProbeError> {
-    let path = root.join(format!(".probe-gen-{generation}"));
+    let name = format!(".probe-gen-{generation}");
     let secret: [u8; 16] = rand::random();
     let written = if collective.rank() == 0 {
-        write_probe(root, &path, &secret)
+        store.replace(&name, &secret)
     } else {
         Ok(())
     };
@@ -42,15 +42,15 @@ pub fn probe(
     if expected.is_empty() {
         let problem = "rank 0 cannot write to it".to_owned();
         return Err(StoredError::NotShared {
-            path: root.to_owned(),
+            path: store.at(""),
             problem,
         }
         .into());
     }
-    let problems = collective.all_gather(look_for_probe(&path, &expected).as_bytes())?;
+    let problems = collective.all_gather(look_for_probe(store, &name, &expected).as_bytes())?;
     if collective.rank() == 0 {
         // Harmless if it stays: the next generation's probe has another name.
-        let _ = fs::remove_file(&path);
+        let _ = store.remove(&name);
     }
     let blind: Vec<String> = problems
         .iter()
@@ -62,29 +62,23 @@ pub fn probe(
         return Ok(());
     }
     Err(StoredError::NotShared {
-        path: root.to_owned(),
+        path: store.at(""),
         problem: blind.join("; "),
     }
     .into())
 }
 
-fn write_probe(root: &Path, path: &Path, secret: &[u8]) -> Result<(), StoredError> {
-    fs::create_dir_all(root).map_err(|source| StoredError::writing(root, source))?;
-    fs::write(path, secret).map_err(|source| StoredError::writing(path, source))?;
-    sync_directory(root)
-}
-
 /// Empty if the probe is there, else what is wrong, in words that follow "rank N".
-fn look_for_probe(path: &Path, expected: &[u8]) -> String {
-    for _ in 1..PROBE_TRIES {
-        if fs::read(path).is_ok_and(|found| found == expected) {
-            return String::new();
-        }
+fn look_for_probe(store: &Store, name: &str, expected: &[u8]) -> String {
+    let mut problem = String::new();
+    for _ in 0..PROBE_TRIES {
+        problem = match store.read_if_there(name) {
+            Ok(Some(found)) if found == expected => return String::new(),
+            Ok(Some(_)) => "sees another file than the one that rank 0 wrote".to_owned(),
+            Ok(None) => "does not see the file that rank 0 wrote".to_owned(),
+            Err(error) => return format!("cannot look for the file that rank 0 wrote ({error})"),
+        };
         thread::sleep(PROBE_PAUSE);
     }
-    match fs::read(path) {
-        Ok(found) if found == expected => String::new(),
-        Ok(_) => "sees another file than the one that rank 0 wrote".to_owned(),
-        Err(error) => format!("does not see the file that rank 0 wrote ({error})"),
-    }
+    problem
 }

@@ -3,19 +3,17 @@
 
 use std::{
     collections::BTreeMap,
-    fs::File,
-    io,
     ops::Range,
-    os::unix::fs::FileExt,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     thread,
 };
 
 use safetensors::tensor::Metadata;
 use supra_checkpoint::{
-    EXP_AVG, EXP_AVG_SQ, Manifest, StoredError,
+    EXP_AVG, EXP_AVG_SQ, Manifest, Store, StoredError,
     manifest::{Slice, StoredFile},
+    store::join,
     tree::GROUP,
     verify,
 };
@@ -34,32 +32,38 @@ const THREADS: usize = 8;
 /// checkpoint covers every parameter exactly once and every byte of this rank's part is right. After an error the replica is of
 /// no use.
 pub fn replica(
-    dir: &Path,
+    store: &Store,
+    dir: &str,
     manifest: &Manifest,
     replica: &mut Replica,
     collective: &mut dyn DeviceCollective,
 ) -> Result<(), CheckpointError> {
-    part(dir, manifest, replica)?;
+    part(store, dir, manifest, replica)?;
     replica.updates = manifest.updates;
     // Of the parameters, too, each rank has read its part.
     Ok(replica.gather_parameters(collective)?)
 }
 
 /// Reads what this rank keeps, and checks the files that hold no tensors.
-pub fn part(dir: &Path, manifest: &Manifest, replica: &Replica) -> Result<(), StoredError> {
-    let wanted = wanted(dir, manifest, replica)?;
+pub fn part(
+    store: &Store,
+    dir: &str,
+    manifest: &Manifest,
+    replica: &Replica,
+) -> Result<(), StoredError> {
+    let wanted = wanted(store.at(dir), manifest, replica)?;
     let holds_tensors = |name: &str| {
         let mut slices = manifest.tensors.values().flat_map(|tensor| &tensor.slices);
         slices.any(|slice| slice.file == name)
     };
     for (name, stored) in &manifest.files {
         if !holds_tensors(name) {
-            verify::file(&dir.join(name), stored)?;
+            verify::file(store, &join(dir, name), stored)?;
         }
     }
     let mut groups = Vec::new();
     for (name, pieces) in wanted {
-        let file = Source::open(dir, name, &manifest.files[name])?;
+        let file = Source::open(store, join(dir, name), &manifest.files[name])?;
         groups.extend(file.groups(pieces)?);
     }
     load(&groups, &replica.numbers(replica.part()))
@@ -78,13 +82,13 @@ struct Piece<'a> {
 
 /// What this rank wants of each file; the checkpoint holds exactly the tensors of the replica.
 fn wanted<'a>(
-    dir: &Path,
+    dir: PathBuf,
     manifest: &'a Manifest,
     replica: &Replica,
 ) -> Result<BTreeMap<&'a str, Vec<Piece<'a>>>, StoredError> {
     let slots = replica.layout().slots();
     let foreign = |problem| StoredError::Foreign {
-        path: dir.to_owned(),
+        path: dir.clone(),
         problem,
     };
     let mut wanted: BTreeMap<&str, Vec<Piece>> = BTreeMap::new();
@@ -166,8 +170,10 @@ fn pieces<'a>(
 
 /// A file whose header is proved.
 struct Source<'a> {
+    store: &'a Store,
+    name: String,
+    /// Path or URL, for messages.
     path: PathBuf,
-    file: File,
     stored: &'a StoredFile,
     header: Metadata,
     /// Byte at which the data begins.
@@ -183,17 +189,20 @@ struct Group<'a> {
 }
 
 impl<'a> Source<'a> {
-    fn open(dir: &Path, name: &str, stored: &'a StoredFile) -> Result<Source<'a>, StoredError> {
-        let path = dir.join(name);
-        let failed = |source: io::Error| StoredError::reading(&path, source);
-        let file = File::open(&path).map_err(failed)?;
-        verify::size(&path, stored, file.metadata().map_err(failed)?.len())?;
+    fn open(
+        store: &'a Store,
+        name: String,
+        stored: &'a StoredFile,
+    ) -> Result<Source<'a>, StoredError> {
+        let path = store.at(&name);
+        verify::size(&path, stored, store.size(&name)?)?;
         let damaged = |problem: &str| StoredError::Damaged {
             path: path.clone(),
             problem: problem.to_owned(),
         };
         let mut source = Source {
-            file,
+            store,
+            name,
             stored,
             header: Metadata::new(None, Vec::new()).map_err(|error| damaged(&error.to_string()))?,
             data: 0,
@@ -215,9 +224,7 @@ impl<'a> Source<'a> {
     fn read(&self, index: u64, bytes: &mut Vec<u8>) -> Result<(), StoredError> {
         let range = self.stored.group(index);
         bytes.resize((range.end - range.start) as usize, 0);
-        self.file
-            .read_exact_at(bytes, range.start)
-            .map_err(|source| StoredError::reading(&self.path, source))?;
+        self.store.read_into(&self.name, range.start, bytes)?;
         if self.stored.proves(index, bytes) {
             return Ok(());
         }

@@ -16,7 +16,7 @@ use std::{
 };
 
 use supra_agent::Link;
-use supra_checkpoint::manifest::StoredFile;
+use supra_checkpoint::{Store, manifest::StoredFile};
 
 use super::{
     CheckpointError,
@@ -33,8 +33,10 @@ use crate::{
 pub struct Order {
     /// Step whose state it is.
     pub step: u64,
-    /// The checkpoint's directory, which is there.
-    pub dir: PathBuf,
+    /// Where checkpoints are kept.
+    pub store: Store,
+    /// The checkpoint's directory.
+    pub dir: String,
     /// The rank's files.
     pub files: Vec<ShardFile>,
     /// The model's configuration, and the directory with its tokenizer: for rank 0.
@@ -199,11 +201,11 @@ impl Order {
         let companions = match &self.companions {
             Some((config, base)) => {
                 let base = base.as_deref();
-                write::companions(&self.dir, &Companions { config, base })?
+                write::companions(&self.store, &self.dir, &Companions { config, base })?
             }
             None => BTreeMap::new(),
         };
-        let files = write::shard(&self.dir, &self.files, numbers, stop)?;
+        let files = write::shard(&self.store, &self.dir, &self.files, numbers, stop)?;
         Ok(files.map(|files| Written {
             files,
             companions,

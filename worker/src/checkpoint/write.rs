@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{self, File},
+    fs,
     io::{self, Write},
     path::Path,
     sync::{Mutex, PoisonError},
@@ -10,9 +10,10 @@ use std::{
 };
 
 use supra_checkpoint::{
-    Manifest, PUBLISHED, StoredError, manifest::StoredFile, store, tree::TreeHasher,
+    Manifest, PUBLISHED, Store, StoredError, manifest::StoredFile, store::join,
 };
 use tch::Kind;
+use tempfile::TempDir;
 
 use super::{
     CheckpointError,
@@ -40,27 +41,24 @@ pub struct Companions<'a> {
     pub base: Option<&'a Path>,
 }
 
-/// Makes the directory of a checkpoint, for whose tensors there is room. What another run's crash left under this name is
-/// replaced; a published checkpoint never is.
-pub fn begin(root: &Path, relative: &str, bytes: u64) -> Result<(), StoredError> {
-    let dir = root.join(relative);
-    let failed = |source| StoredError::writing(&dir, source);
-    store::ensure_room(root, bytes + OVERHEAD_BYTES)?;
-    if dir.join(PUBLISHED).exists() {
-        let problem = "it is published already and is never overwritten".to_owned();
-        return Err(StoredError::Foreign { path: dir, problem });
+/// Makes room for the tensors of a checkpoint, `bytes` of them, in `dir`. What another run's crash left there is removed; a
+/// published checkpoint never is.
+pub fn begin(store: &Store, dir: &str, bytes: u64) -> Result<(), StoredError> {
+    store.ensure_room(bytes + OVERHEAD_BYTES)?;
+    if store.exists(&join(dir, PUBLISHED))? {
+        return Err(StoredError::Foreign {
+            path: store.at(dir),
+            problem: "it is published already and is never overwritten".to_owned(),
+        });
     }
-    if dir.is_dir() {
-        fs::remove_dir_all(&dir).map_err(failed)?;
-    }
-    fs::create_dir_all(&dir).map_err(failed)?;
-    store::sync_directory(root)
+    store.remove_dir(dir)
 }
 
 /// Writes and syncs the files of one rank, some of them at the same time, until `stop` says that nobody wants them any more.
 /// Returns what is in them, in their order, or nothing after a stop. When writing fails or is stopped, none of them stays.
 pub fn shard(
-    dir: &Path,
+    store: &Store,
+    dir: &str,
     files: &[ShardFile],
     numbers: &Numbers,
     stop: &(dyn Fn() -> bool + Sync),
@@ -79,7 +77,7 @@ pub fn shard(
     };
     let work = |numbers: Numbers| {
         while let Some((index, file)) = next() {
-            match write(dir, file, &numbers, stop) {
+            match write(store, &join(dir, &file.name), file, &numbers, stop) {
                 Ok(Some(stored)) => {
                     let mut written = written.lock().unwrap_or_else(PoisonError::into_inner);
                     written.insert(index, stored);
@@ -103,12 +101,13 @@ pub fn shard(
     let written = written.into_inner().unwrap_or_else(PoisonError::into_inner);
     let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
     if failed.is_none() && written.len() == files.len() {
-        store::sync_directory(dir)?;
+        store.sync_dir(dir)?;
+        store.sync_dir("")?;
         return Ok(Some(written.into_values().collect()));
     }
     // Half a checkpoint is of no use and takes room.
     for file in files {
-        let _ = fs::remove_file(dir.join(&file.name));
+        let _ = store.remove(&join(dir, &file.name));
     }
     failed.map_or(Ok(None), Err)
 }
@@ -121,20 +120,17 @@ pub fn threads(files: usize) -> usize {
 
 /// Writes and syncs one file. None after a stop.
 fn write(
-    dir: &Path,
+    store: &Store,
+    name: &str,
     file: &ShardFile,
     numbers: &Numbers,
     stop: &(dyn Fn() -> bool + Sync),
 ) -> Result<Option<StoredFile>, StoredError> {
-    let path = dir.join(&file.name);
+    let path = store.at(name);
     let failed = |source: io::Error| StoredError::writing(&path, source);
-    let mut out = File::create_new(&path).map_err(failed)?;
-    let mut hasher = TreeHasher::default();
-    let mut put = |bytes: &[u8]| {
-        hasher.update(bytes);
-        out.write_all(bytes).map_err(failed)
-    };
-    put(&file.head().map_err(failed)?)?;
+    let mut out = store.create(name)?;
+    out.write_all(&file.head().map_err(failed)?)
+        .map_err(failed)?;
     let mut bytes = Vec::new();
     for piece in &file.pieces {
         for first in (0..piece.run.length).step_by(PIECE as usize) {
@@ -147,50 +143,41 @@ fn write(
                 length: PIECE.min(piece.run.length - first),
             };
             numbers.read(piece.section, run, &mut bytes);
-            put(&bytes)?;
+            out.write_all(&bytes).map_err(failed)?;
         }
     }
-    out.sync_all().map_err(failed)?;
-    Ok(Some(hasher.finish()))
+    out.finish().map(Some).map_err(failed)
 }
 
-/// Writes and syncs what makes the directory a model's: configuration and tokenizer. Returns what is in these files.
+/// Writes what makes the directory a model's: configuration and tokenizer. Returns what is in these files.
 pub fn companions(
-    dir: &Path,
+    store: &Store,
+    dir: &str,
     companions: &Companions,
 ) -> Result<BTreeMap<String, StoredFile>, CheckpointError> {
     let Companions { config, base } = companions;
+    let temporary = std::env::temp_dir();
+    let folder = TempDir::new().map_err(|source| CheckpointError::writing(&temporary, source))?;
+    let folder = folder.path();
     config
-        .save(dir)
-        .and_then(|()| base.map_or(Ok(()), |base| copy_companions(base, dir)))
+        .save(folder)
+        .and_then(|()| base.map_or(Ok(()), |base| copy_companions(base, folder)))
         .map_err(CheckpointError::companions)?;
+    let failed = |source| CheckpointError::writing(folder, source);
     let mut files = BTreeMap::new();
-    let entries = fs::read_dir(dir).map_err(|source| StoredError::writing(dir, source))?;
-    for entry in entries {
-        let path = entry
-            .map_err(|source| StoredError::writing(dir, source))?
-            .path();
-        // Those are the ranks' parts.
-        if path
-            .extension()
-            .is_some_and(|extension| extension == "safetensors")
-        {
-            continue;
-        }
-        let stored = adopt(&path).map_err(|source| StoredError::writing(&path, source))?;
-        let name = path.file_name().unwrap_or_default();
-        files.insert(name.to_string_lossy().into_owned(), stored);
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let entry = entry.map_err(failed)?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let bytes = fs::read(entry.path()).map_err(failed)?;
+        let mut file = store.create(&join(dir, &name))?;
+        let path = file.at().to_owned();
+        let stored = file.write_all(&bytes).and_then(|()| file.finish());
+        files.insert(
+            name,
+            stored.map_err(|source| CheckpointError::writing(&path, source))?,
+        );
     }
-    store::sync_directory(dir)?;
     Ok(files)
-}
-
-/// Syncs a small file that is there, and says what is in it.
-fn adopt(path: &Path) -> io::Result<StoredFile> {
-    File::open(path)?.sync_all()?;
-    let mut hasher = TreeHasher::default();
-    hasher.update(&fs::read(path)?);
-    Ok(hasher.finish())
 }
 
 /// The files and tensors of a checkpoint whose parts, in the order of the ranks, hold what `parts` says.

@@ -7,6 +7,7 @@ use std::{
 
 use clap::Args;
 use serde::Serialize;
+use supra_checkpoint::fetch::ModelDirectory;
 use supra_data::Reader;
 use supra_worker::inference::{
     evaluate::{EvaluateOptions, Evaluation, evaluate},
@@ -23,9 +24,9 @@ use super::{
 /// in the dataset's own order.
 #[derive(Debug, Args)]
 pub struct Eval {
-    /// Model directory or checkpoint
-    #[arg(long, value_name = "DIR")]
-    model: PathBuf,
+    /// Model directory or checkpoint, or a checkpoint's URL (s3://, gs://)
+    #[arg(long, value_name = "DIR|URL")]
+    model: String,
     /// Dataset manifest (dataset.json, heldout.json), or its directory
     #[arg(long, value_name = "MANIFEST")]
     data: PathBuf,
@@ -64,8 +65,9 @@ struct Answer<'a> {
 impl Eval {
     /// Measures and prints.
     pub fn execute(self) -> Result<(), Failure> {
+        let files = ModelDirectory::open(&self.model)?;
         let place = self.device.open()?;
-        let model = LoadedModel::open(&self.model, place.device, self.dtype.into())?;
+        let model = LoadedModel::open(files.path(), place.device, self.dtype.into())?;
         let sequence_length = self
             .sequence_length
             .unwrap_or_else(|| model.usual_sequence_length());
@@ -87,12 +89,9 @@ impl Eval {
         };
         let evaluation = evaluate(&model, &mut reader, sequence_length, options, progress)?;
         if self.json {
-            let (name, data) = (
-                self.model.display().to_string(),
-                self.data.display().to_string(),
-            );
+            let data = self.data.display().to_string();
             return out::json(&Answer {
-                model: &name,
+                model: &self.model,
                 attention: model.attention(),
                 data: &data,
                 evaluation: &evaluation,
@@ -100,7 +99,7 @@ impl Eval {
         }
         out::line(&format!(
             "{} ({}): loss {:.4}, perplexity {:.2}, over {} tokens in {} windows of {}, {:.1} s",
-            self.model.display(),
+            self.model,
             model.attention(),
             evaluation.loss,
             evaluation.perplexity,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::{failure::Failure, options::Dtype, out};
 use clap::Args;
-use supra_checkpoint::verify;
+use supra_checkpoint::{Store, fetch::ModelDirectory, verify};
 use supra_worker::{
     checkpoint::{ORIGIN, Origin},
     model::{self, ModelConfig, NewWeights, SaveFormat},
@@ -15,9 +15,9 @@ use supra_worker::{
 /// step and the head of the ledger, for `supra audit --export`.
 #[derive(Debug, Args)]
 pub struct Export {
-    /// Directory of one checkpoint (`supra checkpoints` lists them)
-    #[arg(long, value_name = "DIR")]
-    checkpoint: PathBuf,
+    /// Directory or URL of one checkpoint (`supra checkpoints` lists them)
+    #[arg(long, value_name = "DIR|URL")]
+    checkpoint: String,
     /// Directory to write, new or empty
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -29,11 +29,12 @@ pub struct Export {
 impl Export {
     /// Verifies and writes.
     pub fn execute(self) -> Result<(), Failure> {
-        let hash = verify::manifest_hash(&self.checkpoint)?;
-        let manifest = verify::manifest(&self.checkpoint, Some(&hash))?;
-        verify::model(&self.checkpoint, &manifest)?;
-        let config = ModelConfig::load(&self.checkpoint)?;
-        let (params, _) = model::load_params(&self.checkpoint, &config, NewWeights::Refuse)?;
+        let store = Store::open(&self.checkpoint)?;
+        let hash = verify::manifest_hash(&store, "")?;
+        let manifest = verify::manifest(&store, "", Some(&hash))?;
+        let files = ModelDirectory::of_checkpoint(&store, &manifest)?;
+        let config = ModelConfig::load(files.path())?;
+        let (params, _) = model::load_params(files.path(), &config, NewWeights::Refuse)?;
         let format = SaveFormat::Interchange {
             kind: self.dtype.into(),
         };
@@ -42,7 +43,7 @@ impl Export {
             &self.out,
             &config,
             &params,
-            Some(&self.checkpoint),
+            Some(files.path()),
             format,
             &[(ORIGIN, &origin)],
         )?;

@@ -88,6 +88,7 @@ impl From<StoredError> for Failure {
     fn from(error: StoredError) -> Failure {
         let code = match error {
             StoredError::Damaged { .. } => BROKEN,
+            ref error if error.is_transient() => FAILED,
             _ => INPUT,
         };
         Failure::with_code(code, &error)

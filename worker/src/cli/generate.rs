@@ -1,9 +1,8 @@
 //! `supra-worker generate`: continues a text.
 
-use std::path::PathBuf;
-
 use clap::Args;
 use serde::Serialize;
+use supra_checkpoint::fetch::ModelDirectory;
 use supra_worker::inference::{
     generate::{GenerateOptions, Generated, generate},
     load::LoadedModel,
@@ -20,9 +19,9 @@ use super::{
 /// per token do not grow with the text.
 #[derive(Debug, Args)]
 pub struct Generate {
-    /// Model directory or checkpoint
-    #[arg(long, value_name = "DIR")]
-    model: PathBuf,
+    /// Model directory or checkpoint, or a checkpoint's URL (s3://, gs://)
+    #[arg(long, value_name = "DIR|URL")]
+    model: String,
     /// Text to continue; may be given several times
     #[arg(long, required = true, value_name = "TEXT")]
     prompt: Vec<String>,
@@ -65,8 +64,9 @@ struct Answer<'a> {
 impl Generate {
     /// Generates and prints.
     pub fn execute(self) -> Result<(), Failure> {
+        let files = ModelDirectory::open(&self.model)?;
         let place = self.device.open()?;
-        let model = LoadedModel::open(&self.model, place.device, self.dtype.into())?;
+        let model = LoadedModel::open(files.path(), place.device, self.dtype.into())?;
         let tokenizer = model.tokenizer()?;
         let options = GenerateOptions {
             max_tokens: self.max_tokens,

@@ -8,7 +8,7 @@ use std::{
 use clap::Args;
 use serde::{Serialize, Serializer};
 use supra_agent::{FaultKind, StepReport};
-use supra_checkpoint::{Manifest, verify};
+use supra_checkpoint::{Manifest, Store, verify};
 use supra_proto::BUILD;
 use supra_recipes::Recipe;
 use supra_worker::trainer::{self, MicroBatch, Replayed, TrainError};
@@ -20,9 +20,9 @@ use super::{failure::Failure, options::DeviceOptions, out};
 /// written. `supra replay --rerun` compares it with what the run logged.
 #[derive(Debug, Args)]
 pub struct Replay {
-    /// Directory of one checkpoint (`supra checkpoints` lists them)
-    #[arg(long, value_name = "DIR")]
-    checkpoint: PathBuf,
+    /// Directory or URL of one checkpoint (`supra checkpoints` lists them)
+    #[arg(long, value_name = "DIR|URL")]
+    checkpoint: String,
     /// Last step to train
     #[arg(long, value_name = "STEP")]
     step: u64,
@@ -93,12 +93,12 @@ impl Serialize for Number {
 impl Replay {
     /// Trains and prints.
     pub fn execute(self) -> Result<(), Failure> {
-        let dir = &self.checkpoint;
+        let store = &Store::open(&self.checkpoint)?;
         let hash = match &self.manifest_hash {
             Some(hash) => *hash.as_bytes(),
-            None => verify::manifest_hash(dir)?,
+            None => verify::manifest_hash(store, "")?,
         };
-        let manifest = verify::manifest(dir, Some(&hash))?;
+        let manifest = verify::manifest(store, "", Some(&hash))?;
         let mut recipe = Recipe::parse(&manifest.recipe, &manifest.run)
             .map_err(|error| Failure::input(error.to_string()))?;
         if let Some(data) = self.data {
@@ -123,7 +123,7 @@ impl Replay {
             }
         };
         let replayed = trainer::replay(
-            dir,
+            store,
             (&manifest, hash),
             recipe,
             last,

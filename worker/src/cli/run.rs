@@ -23,7 +23,7 @@ use super::{
 const PARENT_PIPE: &str = "SUPRA_PARENT_PIPE";
 
 /// Joins a coordinator and trains until it says goodbye. Runs as two processes: a small one that restarts the one
-/// that computes.
+/// that computes. Where checkpoints go to s3:// or gs://, credentials are those of the environment (AWS_* or GOOGLE_*).
 #[derive(Debug, Args)]
 pub struct Run {
     /// Address of the coordinator

@@ -1,13 +1,13 @@
 //! Steps seen again: the one loop, alone, from a checkpoint up to a step, with nothing written.
 
-use std::{path::Path, thread};
+use std::thread;
 
 use supra_agent::{
     Job, Restore, StepReport,
     collective::Solo,
     link::{self, Report},
 };
-use supra_checkpoint::Manifest;
+use supra_checkpoint::{Manifest, Store};
 use supra_recipes::{Plan, Recipe};
 use tch::Kind;
 
@@ -56,7 +56,7 @@ impl MicroLoss {
     }
 }
 
-/// Trains `recipe`, which is the manifest's with paths that hold here, from the checkpoint in `dir` to step `until`, and
+/// Trains `recipe`, which is the manifest's with paths that hold here, from the checkpoint that `store` is to step `until`, and
 /// hands every step to `tell` when it is done. `build` is the program's version and commit.
 ///
 /// # Errors
@@ -64,7 +64,7 @@ impl MicroLoss {
 /// `Checkpoint` when the manifest does not hash to `manifest_hash`, or a file is not what it says; `Mismatch` when `until` is
 /// not behind the checkpoint, or beyond the plan; those of training.
 pub fn replay(
-    dir: &Path,
+    store: &Store,
     (manifest, manifest_hash): (&Manifest, [u8; 32]),
     recipe: Recipe,
     until: u64,
@@ -75,14 +75,14 @@ pub fn replay(
         return Err(TrainError::Mismatch(format!(
             "{} is the state behind step {}: only later steps can be run from there, not step {until}. Take an earlier \
              checkpoint",
-            dir.display(),
+            store.url(),
             manifest.step
         )));
     }
     let restore = Restore {
         step: manifest.step,
-        path: dir.to_owned(),
-        relative: String::new(),
+        store: store.clone(),
+        path: String::new(),
         manifest_hash,
     };
     let (link, _control, mut reports) = link::pair();
@@ -91,7 +91,7 @@ pub fn replay(
         manifest.run.as_str(),
         recipe,
         Some(restore),
-        dir.to_owned(),
+        store.clone(),
         link,
         alone,
     );

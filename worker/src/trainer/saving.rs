@@ -1,7 +1,5 @@
 //! When and how the training loop writes checkpoints: every rank its own part, beside the training that goes on.
 
-use std::path::PathBuf;
-
 use supra_agent::{CollectiveError, Job, Phase, Unfinished, Voided};
 use supra_checkpoint::{
     Manifest,
@@ -88,9 +86,9 @@ impl Trainer<'_> {
             });
             link.checkpoint_begun(self.step);
         }
-        // Nobody writes before the directory is there.
+        // Nobody writes before what was there is gone.
         self.exchange.host().barrier()?;
-        let order = self.order(self.job.checkpoint_root.join(relative));
+        let order = self.order(relative);
         self.saver.begin(order, &self.replica)?;
         // Nobody trained meanwhile: this is no part of a step.
         self.exchange.forget_waits();
@@ -156,7 +154,7 @@ impl Trainer<'_> {
     }
 
     /// What this rank is to write of the step just done.
-    fn order(&self, dir: PathBuf) -> Order {
+    fn order(&self, dir: String) -> Order {
         let Job {
             rank,
             world,
@@ -166,6 +164,7 @@ impl Trainer<'_> {
         let part = Part::of_rank(*rank, *world);
         Order {
             step: self.step,
+            store: self.job.checkpoint_root.clone(),
             dir,
             files: shard::files(self.replica.layout(), part, self.moments()),
             companions: (*rank == 0).then(|| {
@@ -215,9 +214,11 @@ impl Trainer<'_> {
             // One of them may be journalled, and this generation was not told.
             return;
         }
-        let spare = job.restore.as_ref().map(|restore| restore.path.as_path());
+        let restore = job.restore.as_ref();
+        let spare = restore.filter(|restore| restore.store == job.checkpoint_root);
+        let spare = spare.map(|restore| restore.path.as_str());
         if let Err(error) = store::sweep(&job.checkpoint_root, job.generation, spare) {
-            let root = job.checkpoint_root.display();
+            let root = job.checkpoint_root.url();
             job.link.log(
                 "WARN",
                 format!("cannot remove unfinished checkpoints in {root}: {error}"),

@@ -89,12 +89,21 @@ impl Start {
                 (replica, 0)
             }
             (None, Some(restore)) => {
-                let manifest = verify::manifest(&restore.path, Some(&restore.manifest_hash))?;
-                check_checkpoint(&manifest, &restore.path, &plan, &reader, restore.step)?;
+                let store = &restore.store;
+                let hash = &restore.manifest_hash;
+                let manifest = verify::manifest(store, &restore.path, Some(hash))?;
+                let path = store.at(&restore.path);
+                check_checkpoint(&manifest, &path, &plan, &reader, restore.step)?;
                 notes.extend(resumed(&differences(&manifest, environment, job.world)));
                 *kept = None;
                 let mut replica = room.empty();
-                checkpoint::read::replica(&restore.path, &manifest, &mut replica, collective)?;
+                checkpoint::read::replica(
+                    store,
+                    &restore.path,
+                    &manifest,
+                    &mut replica,
+                    collective,
+                )?;
                 (replica, restore.step)
             }
         };

@@ -1,12 +1,12 @@
 //! From which checkpoint a step is run again.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::Deserialize;
+use supra_checkpoint::{PUBLISHED, Store};
 
-use crate::cli::checkpoints::{Checkpoint, MANIFEST};
+use crate::cli::checkpoints::Checkpoint;
 use crate::cli::failure::{Exit, Failure};
 use crate::cli::format;
 use crate::ledger::Hash;
@@ -18,7 +18,7 @@ pub enum Start {
     Newest,
     /// That of this step.
     Step(u64),
-    /// The one in this directory: kept aside, or moved.
+    /// The one in this directory or at this URL: kept aside, or moved.
     Directory(PathBuf),
 }
 
@@ -70,7 +70,8 @@ pub fn choose(
             there_are(kept)
         )));
     };
-    if !chosen.path.is_dir() {
+    let store = Store::open(&chosen.path.display().to_string());
+    if store.is_ok_and(|store| store.is_local()) && !chosen.path.is_dir() {
         return Err(Failure::input(format!(
             "the checkpoint of step {} is not on this machine: there is no directory {}. Run this where it is, or name it \
              with --rerun=DIR.",
@@ -101,10 +102,13 @@ struct Manifest {
 }
 
 fn read(path: &Path, step: u64, run: &str, durable: &[(u64, Hash)]) -> Result<Checkpoint, Failure> {
-    let file = path.join(MANIFEST);
-    let bytes = fs::read(&file).map_err(|error| {
+    let file = path.join(PUBLISHED);
+    let store = Store::open(&path.display().to_string());
+    let bytes = store.and_then(|store| store.read_if_there(PUBLISHED));
+    let bytes = bytes.map_err(|error| Failure::input(error.to_string()))?;
+    let bytes = bytes.ok_or_else(|| {
         Failure::input(format!(
-            "cannot read {}: {error}. Name the directory of one checkpoint.",
+            "there is no {}. Name the directory or URL of one checkpoint.",
             file.display()
         ))
     })?;
@@ -143,6 +147,8 @@ fn read(path: &Path, step: u64, run: &str, durable: &[(u64, Hash)]) -> Result<Ch
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn kept(root: &Path, steps: &[u64]) -> Vec<Checkpoint> {

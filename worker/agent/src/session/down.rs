@@ -158,7 +158,7 @@ impl Session {
                     job,
                     step: restore.step,
                     root: current.root.clone(),
-                    path: restore.relative.clone(),
+                    path: restore.path.clone(),
                     manifest_hash: restore.manifest_hash,
                 });
                 current.stage = Stage::Preparing(Box::new(place));

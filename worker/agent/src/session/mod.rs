@@ -14,9 +14,9 @@ mod down;
 mod standing;
 mod up;
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use supra_checkpoint::Store;
 use supra_proto::v1::worker_message::Body as Up;
 use supra_proto::v1::{
     CheckpointWritten, CoordinatorMessage, Fault, FaultKind, Heartbeat, Held, Left, LeftReason,
@@ -38,7 +38,7 @@ pub enum Input {
     Detached,
     /// The training loop said something.
     Report(Tagged),
-    /// A publication has ended; the error is one line.
+    /// A publication has ended; the error says whether it may go well another time, and why it did not on one line.
     Published {
         /// Job that asked for it.
         job: u64,
@@ -47,7 +47,7 @@ pub enum Input {
         /// Hash of its manifest.
         manifest_hash: [u8; 32],
         /// How it went.
-        result: Result<(), String>,
+        result: Result<(), (FaultKind, String)>,
     },
     /// The manifest of a checkpoint is written, or is not; the error is one line.
     Finished {
@@ -100,7 +100,7 @@ pub enum Action {
         /// Step of the checkpoint.
         step: u64,
         /// Root of the run's checkpoints.
-        root: PathBuf,
+        root: Store,
         /// Directory below it, as it came over the wire.
         path: String,
         /// Hash of the manifest.
@@ -113,7 +113,7 @@ pub enum Action {
         /// Job that wrote the rest.
         job: u64,
         /// Root of the run's checkpoints.
-        root: PathBuf,
+        root: Store,
         /// What is there.
         unfinished: Box<Unfinished>,
         /// The ledger's head behind its step.
@@ -163,7 +163,7 @@ struct Current {
     job: u64,
     run: String,
     generation: u64,
-    root: PathBuf,
+    root: Store,
     stage: Stage,
     /// A stop was asked for.
     stop: bool,

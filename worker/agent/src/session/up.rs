@@ -78,7 +78,7 @@ impl Session {
         job: u64,
         step: u64,
         hash: [u8; 32],
-        result: Result<(), String>,
+        result: Result<(), (FaultKind, String)>,
         now: Instant,
         actions: &mut Actions,
     ) {
@@ -88,10 +88,10 @@ impl Session {
         if matches!(current.stage, Stage::Leaving { .. }) {
             return;
         }
-        if let Err(message) = result {
+        if let Err((kind, message)) = result {
             let kind = match current.stage {
                 // Nothing can start from a checkpoint that is not there.
-                Stage::Preparing(_) => FaultKind::Input,
+                Stage::Preparing(_) => kind,
                 _ => FaultKind::Transient,
             };
             return self.fail(kind, message, now, actions);

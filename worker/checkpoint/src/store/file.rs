@@ -5,8 +5,8 @@ use std::{
     path::PathBuf,
 };
 
-use super::local::LocalFile;
-use crate::manifest::StoredFile;
+use super::{local::LocalFile, object::ObjectFile};
+use crate::{manifest::StoredFile, tree::TreeHasher};
 
 /// A new file, hashed while it is written. It is there once [`finish`](Self::finish) has returned; dropped before, nothing of it
 /// stays. Memory is bounded, so that a slow store slows the writer.
@@ -15,17 +15,18 @@ use crate::manifest::StoredFile;
 pub struct StoreFile {
     /// Path or URL, for messages.
     at: PathBuf,
-    hasher: blake3::Hasher,
+    hasher: TreeHasher,
     sink: Sink,
 }
 
 pub(super) enum Sink {
     Local(LocalFile),
+    Object(ObjectFile),
 }
 
 impl StoreFile {
     pub(super) fn new(at: PathBuf, sink: Sink) -> StoreFile {
-        let hasher = blake3::Hasher::new();
+        let hasher = TreeHasher::default();
         StoreFile { at, hasher, sink }
     }
 
@@ -36,7 +37,7 @@ impl StoreFile {
 
     /// Bytes written.
     pub fn bytes(&self) -> u64 {
-        self.hasher.count()
+        self.hasher.bytes()
     }
 
     /// Makes it durable (a directory has to be synced besides, [`Store::sync_dir`](super::Store::sync_dir)) and says what it is.
@@ -48,11 +49,9 @@ impl StoreFile {
         let StoreFile { hasher, sink, .. } = self;
         match sink {
             Sink::Local(file) => file.finish()?,
+            Sink::Object(file) => file.finish()?,
         }
-        Ok(StoredFile {
-            bytes: hasher.count(),
-            blake3: hasher.finalize().to_hex().to_string(),
-        })
+        Ok(hasher.finish())
     }
 }
 
@@ -60,6 +59,7 @@ impl Write for StoreFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let written = match &mut self.sink {
             Sink::Local(file) => file.write(bytes)?,
+            Sink::Object(file) => file.write(bytes)?,
         };
         self.hasher.update(&bytes[..written]);
         Ok(written)

@@ -38,14 +38,17 @@ impl Local {
         })
     }
 
-    /// Writes beside the file and renames: readers see the old bytes or the new ones.
+    /// Writes beside the file and renames: readers see the old bytes or the new ones. Only the root is made: a manifest whose
+    /// directory is gone would stand for files that are not there.
     pub(super) fn replace(&self, relative: &str, bytes: &[u8]) -> Result<(), StoredError> {
         let path = self.path(relative);
         let name = path.file_name().map(|name| name.to_string_lossy());
         let beside = path.with_file_name(format!(".{}.new", name.unwrap_or_default()));
         let directory = path.parent().unwrap_or(&self.root);
         let write = || {
-            fs::create_dir_all(directory)?;
+            if directory == self.root {
+                fs::create_dir_all(directory)?;
+            }
             let mut file = File::create(&beside)?;
             file.write_all(bytes)?;
             file.sync_all()?;
@@ -75,9 +78,13 @@ impl Local {
         })
     }
 
-    pub(super) fn read_all(&self, relative: &str) -> Result<Vec<u8>, StoredError> {
+    pub(super) fn read_all(&self, relative: &str) -> Result<Option<Vec<u8>>, StoredError> {
         let path = self.path(relative);
-        fs::read(&path).map_err(|source| StoredError::reading(&path, source))
+        match fs::read(&path) {
+            Ok(bytes) => Ok(Some(bytes)),
+            Err(source) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(source) => Err(StoredError::reading(&path, source)),
+        }
     }
 
     pub(super) fn size(&self, relative: &str) -> Result<Option<u64>, StoredError> {

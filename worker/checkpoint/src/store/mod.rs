@@ -3,11 +3,12 @@
 mod file;
 mod local;
 mod names;
+mod object;
+mod refusal;
+mod sweep;
 
 use std::{
-    fmt,
-    fs::{self, File},
-    io,
+    fmt, io,
     ops::Range,
     path::{Component, Path, PathBuf},
     sync::Arc,
@@ -17,11 +18,14 @@ use crate::{PENDING, PUBLISHED, StoredError, publish::PublishError};
 
 use file::Sink;
 use local::Local;
-use names::parse_directory_name;
+use object::Bucket;
 
 pub use file::StoreFile;
 pub use local::free_bytes;
-pub use names::directory_name;
+pub use names::{directory_name, parse_directory_name};
+pub use object::{Access, PATIENCE};
+pub use refusal::Refusal;
+pub use sweep::sweep;
 
 /// A directory of checkpoints, wherever it is. Paths are relative to it, with `/`; "" is the directory itself.
 ///
@@ -35,31 +39,52 @@ pub struct Store {
 
 enum Backend {
     Local(Local),
+    Object(Bucket),
 }
 
 impl Store {
-    /// The store at a path or at `file:///path`. Nothing is created, and nobody asked: a store that is not there shows
-    /// when it is used.
+    /// The store at a path, at `file:///path`, `s3://bucket/prefix` or `gs://bucket/prefix`. Nothing is created, and nobody
+    /// asked: a store that is not there shows when it is used. Credentials and endpoints of object stores are those of the
+    /// environment.
     ///
     /// # Errors
     ///
-    /// The scheme is none of these.
+    /// The scheme is none of these, the URL has no bucket, or what the environment says of the store cannot be.
     pub fn open(location: &str) -> Result<Store, StoredError> {
-        let path = match location.split_once("://") {
-            None => location,
-            Some(("file", path)) if path.starts_with('/') => path,
-            Some(_) => {
-                return Err(StoredError::NotAStore {
-                    location: location.to_owned(),
-                });
+        Store::open_with(location, &Access::default())
+    }
+
+    /// As [`open`](Self::open), with other ways to reach object stores than those of the environment.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open).
+    pub fn open_with(location: &str, access: &Access) -> Result<Store, StoredError> {
+        let not_a_store = || StoredError::NotAStore {
+            location: location.to_owned(),
+        };
+        let trimmed = location.trim_end_matches('/');
+        let (url, backend) = match trimmed.split_once("://") {
+            Some(parts @ (scheme, _)) if scheme != "file" => {
+                let bucket = Bucket::open(trimmed, parts, access)?;
+                (trimmed, Backend::Object(bucket))
+            }
+            _ => {
+                let path = location.strip_prefix("file://");
+                if location.is_empty() || path.is_some_and(|path| !path.starts_with('/')) {
+                    return Err(not_a_store());
+                }
+                let path = path.unwrap_or(location);
+                let path = match path.trim_end_matches('/') {
+                    "" => "/",
+                    path => path,
+                };
+                (path, Backend::Local(Local::new(PathBuf::from(path))))
             }
         };
-        let trimmed = path.trim_end_matches('/');
-        let url = if trimmed.is_empty() { "/" } else { trimmed };
-        let local = Local::new(PathBuf::from(url));
         Ok(Store {
             url: url.into(),
-            backend: Arc::new(Backend::Local(local)),
+            backend: Arc::new(backend),
         })
     }
 
@@ -80,6 +105,7 @@ impl Store {
     pub fn is_local(&self) -> bool {
         match &*self.backend {
             Backend::Local(_) => true,
+            Backend::Object(_) => false,
         }
     }
 
@@ -87,6 +113,7 @@ impl Store {
     pub fn local_path(&self, relative: &str) -> Option<PathBuf> {
         match &*self.backend {
             Backend::Local(local) => Some(local.path(relative)),
+            Backend::Object(_) => None,
         }
     }
 
@@ -99,6 +126,7 @@ impl Store {
         self.check(relative)?;
         let sink = match &*self.backend {
             Backend::Local(local) => Sink::Local(local.create(relative)?),
+            Backend::Object(bucket) => Sink::Object(bucket.create(relative)?),
         };
         Ok(StoreFile::new(self.at(relative), sink))
     }
@@ -112,6 +140,7 @@ impl Store {
         self.check(relative)?;
         match &*self.backend {
             Backend::Local(local) => local.replace(relative, bytes),
+            Backend::Object(bucket) => bucket.replace(relative, bytes),
         }
     }
 
@@ -140,6 +169,7 @@ impl Store {
         self.check(relative)?;
         match &*self.backend {
             Backend::Local(local) => local.read_into(relative, start, buffer),
+            Backend::Object(bucket) => bucket.read_into(relative, start, buffer),
         }
     }
 
@@ -149,9 +179,20 @@ impl Store {
     ///
     /// As [`read_into`](Self::read_into).
     pub fn read_all(&self, relative: &str) -> Result<Vec<u8>, StoredError> {
+        let read = self.read_if_there(relative)?;
+        read.ok_or_else(|| self.missing(relative))
+    }
+
+    /// All of a small file; none if there is no such file.
+    ///
+    /// # Errors
+    ///
+    /// The store refuses.
+    pub fn read_if_there(&self, relative: &str) -> Result<Option<Vec<u8>>, StoredError> {
         self.check(relative)?;
         match &*self.backend {
             Backend::Local(local) => local.read_all(relative),
+            Backend::Object(bucket) => bucket.read_all(relative),
         }
     }
 
@@ -161,10 +202,12 @@ impl Store {
     ///
     /// `Damaged` if it is missing; the store refuses.
     pub fn size(&self, relative: &str) -> Result<u64, StoredError> {
-        self.find(relative)?.ok_or_else(|| {
-            let missing = io::Error::from(io::ErrorKind::NotFound);
-            StoredError::reading(&self.at(relative), missing)
-        })
+        let found = self.find(relative)?;
+        found.ok_or_else(|| self.missing(relative))
+    }
+
+    fn missing(&self, relative: &str) -> StoredError {
+        StoredError::reading(&self.at(relative), io::ErrorKind::NotFound.into())
     }
 
     /// Whether there is such a file. A directory is none.
@@ -180,6 +223,7 @@ impl Store {
         self.check(relative)?;
         match &*self.backend {
             Backend::Local(local) => local.size(relative),
+            Backend::Object(bucket) => bucket.size(relative),
         }
     }
 
@@ -192,6 +236,7 @@ impl Store {
         self.check(relative)?;
         match &*self.backend {
             Backend::Local(local) => local.list(relative),
+            Backend::Object(bucket) => bucket.list(relative),
         }
     }
 
@@ -204,6 +249,7 @@ impl Store {
         self.check(relative)?;
         match &*self.backend {
             Backend::Local(local) => local.remove(relative),
+            Backend::Object(bucket) => bucket.remove(relative),
         }
     }
 
@@ -214,12 +260,10 @@ impl Store {
     ///
     /// The store refuses.
     pub fn remove_dir(&self, relative: &str) -> Result<(), StoredError> {
-        self.check(relative)?;
+        self.remove(&join(relative, PUBLISHED))?;
         match &*self.backend {
-            Backend::Local(local) => {
-                local.remove(&format!("{relative}/{PUBLISHED}"))?;
-                local.remove_dir(relative)
-            }
+            Backend::Local(local) => local.remove_dir(relative),
+            Backend::Object(bucket) => bucket.remove_dir(relative),
         }
     }
 
@@ -232,6 +276,7 @@ impl Store {
         self.check(relative)?;
         match &*self.backend {
             Backend::Local(local) => local.sync_dir(relative),
+            Backend::Object(_) => Ok(()),
         }
     }
 
@@ -239,6 +284,7 @@ impl Store {
     pub fn free_bytes(&self) -> Option<u64> {
         match &*self.backend {
             Backend::Local(local) => free_bytes(&local.path("")),
+            Backend::Object(_) => None,
         }
     }
 
@@ -266,29 +312,39 @@ impl Store {
     /// The manifest is missing or another one than `manifest_hash` (BLAKE3), or the store refuses.
     pub fn publish(&self, directory: &str, manifest_hash: [u8; 32]) -> Result<(), PublishError> {
         let journalled = blake3::Hash::from_bytes(manifest_hash);
-        let pending = format!("{directory}/{PENDING}");
-        let published = format!("{directory}/{PUBLISHED}");
-        if !self.exists(&pending)? {
-            return self.check_manifest(&published, journalled).map(drop);
-        }
-        self.check_manifest(&pending, journalled)?;
+        let (pending, published) = (join(directory, PENDING), join(directory, PUBLISHED));
+        let Some(bytes) = self.read_if_there(&pending)? else {
+            let bytes = self.read_all(&published)?;
+            return self.expect(&published, &bytes, journalled);
+        };
+        self.expect(&pending, &bytes, journalled)?;
         match &*self.backend {
             Backend::Local(local) => {
                 local.rename(&pending, &published)?;
                 Ok(local.sync_dir(directory)?)
             }
+            Backend::Object(bucket) => {
+                if !bucket.put_new(&published, &bytes)? {
+                    // This one, by a request whose answer was lost, or another one.
+                    let there = self.read_all(&published)?;
+                    self.expect(&published, &there, journalled)?;
+                }
+                // It says nothing any more, so it may as well stay.
+                let _ = bucket.remove(&pending);
+                Ok(())
+            }
         }
     }
 
-    fn check_manifest(
+    fn expect(
         &self,
         relative: &str,
+        bytes: &[u8],
         journalled: blake3::Hash,
-    ) -> Result<Vec<u8>, PublishError> {
-        let bytes = self.read_all(relative)?;
-        let found = blake3::hash(&bytes);
+    ) -> Result<(), PublishError> {
+        let found = blake3::hash(bytes);
         if found == journalled {
-            return Ok(bytes);
+            return Ok(());
         }
         Err(PublishError::Changed {
             path: self.at(relative),
@@ -306,6 +362,14 @@ impl Store {
             root: self.at(""),
             path: relative.to_owned(),
         })
+    }
+}
+
+/// A path below a directory of the store, which may be the store itself.
+pub fn join(directory: &str, name: &str) -> String {
+    match directory {
+        "" => name.to_owned(),
+        _ => format!("{directory}/{name}"),
     }
 }
 
@@ -329,149 +393,5 @@ impl fmt::Debug for Store {
     }
 }
 
-/// Refuses to start writing what cannot fit.
-pub fn ensure_room(path: &Path, needed: u64) -> Result<(), StoredError> {
-    match free_bytes(path) {
-        Some(free) if free < needed => Err(StoredError::Full {
-            path: path.to_owned(),
-            needed,
-            free,
-        }),
-        _ => Ok(()),
-    }
-}
-
-/// Makes a directory's entries durable.
-pub fn sync_directory(path: &Path) -> Result<(), StoredError> {
-    File::open(path)
-        .and_then(|dir| dir.sync_all())
-        .map_err(|source| StoredError::writing(path, source))
-}
-
-/// Removes what crashed writers of generations before `generation` left unpublished. `spare` stays: it is the one that
-/// this generation started from. Returns what was removed.
-///
-/// Only rank 0 may call it. Published checkpoints are the coordinator's: it knows which of them are retired.
-pub fn sweep(root: &Path, generation: u64, spare: Option<&Path>) -> io::Result<Vec<PathBuf>> {
-    let mut leftovers = Vec::new();
-    for entry in fs::read_dir(root)? {
-        let path = entry?.path();
-        let name = path.file_name().and_then(|name| name.to_str());
-        let writer = name
-            .and_then(parse_directory_name)
-            .map(|(_, writer)| writer);
-        let older = writer.is_some_and(|writer| writer < generation);
-        if older && spare != Some(path.as_path()) && !path.join(PUBLISHED).exists() {
-            leftovers.push(path);
-        }
-    }
-    for path in &leftovers {
-        fs::remove_dir_all(path)?;
-    }
-    Ok(leftovers)
-}
-
 #[cfg(test)]
-mod tests {
-    use std::io::Write;
-
-    use super::*;
-
-    fn checkpoint(root: &Path, step: u64, generation: u64, manifest: &str) -> PathBuf {
-        let dir = root.join(directory_name(step, generation));
-        fs::create_dir_all(&dir).unwrap();
-        fs::write(dir.join(manifest), b"{}").unwrap();
-        dir
-    }
-
-    #[test]
-    fn only_what_an_earlier_generation_left_unpublished_is_swept() {
-        let root = tempfile::tempdir().unwrap();
-        let root = root.path();
-        let published = checkpoint(root, 10, 1, PUBLISHED);
-        let spare = checkpoint(root, 20, 1, PENDING);
-        let crashed = checkpoint(root, 25, 1, PENDING);
-        let in_flight = checkpoint(root, 40, 2, PENDING);
-        fs::create_dir(root.join("notes")).unwrap();
-        assert_eq!(sweep(root, 2, Some(&spare)).unwrap(), [crashed]);
-        for kept in [published, spare, in_flight, root.join("notes")] {
-            assert!(kept.exists(), "{}", kept.display());
-        }
-    }
-
-    #[test]
-    fn a_checkpoint_that_cannot_fit_is_not_begun() {
-        let root = tempfile::tempdir().unwrap();
-        let error = ensure_room(&root.path().join("not/there/yet"), u64::MAX).unwrap_err();
-        assert!(error.to_string().contains("no room"), "{error}");
-        ensure_room(root.path(), 1).unwrap();
-    }
-
-    fn store() -> (tempfile::TempDir, Store) {
-        let root = tempfile::tempdir().unwrap();
-        let store = Store::open(root.path().to_str().unwrap()).unwrap();
-        (root, store)
-    }
-
-    #[test]
-    fn a_finished_file_is_there_with_its_hash_and_is_never_overwritten() {
-        let (_root, store) = store();
-        let mut file = store.create("step-1/a").unwrap();
-        file.write_all(b"hello").unwrap();
-        let stored = file.finish().unwrap();
-        assert_eq!(stored.bytes, 5);
-        assert_eq!(stored.blake3, blake3::hash(b"hello").to_hex().as_str());
-        assert_eq!(store.read("step-1/a", 1..4).unwrap(), b"ell");
-        assert_eq!(store.size("step-1/a").unwrap(), 5);
-        assert_eq!(store.list("").unwrap(), ["step-1"]);
-        assert!(store.create("step-1/a").is_err());
-        let error = store.read("step-1/a", 3..9).unwrap_err();
-        assert!(error.to_string().contains("ends before byte 9"), "{error}");
-    }
-
-    #[test]
-    fn a_file_that_is_not_finished_leaves_nothing() {
-        let (_root, store) = store();
-        let mut file = store.create("step-1/a").unwrap();
-        file.write_all(b"hello").unwrap();
-        drop(file);
-        assert!(!store.exists("step-1/a").unwrap());
-        store.remove("step-1/a").unwrap();
-        store.remove_dir("step-1").unwrap();
-        store.remove_dir("step-1").unwrap();
-        assert_eq!(store.list("").unwrap(), [""; 0]);
-    }
-
-    #[test]
-    fn paths_stay_below_the_root_and_schemes_are_known() {
-        let (_root, store) = store();
-        for path in ["..", "a/../b", "/etc", "a/.."] {
-            let error = store.read_all(path).unwrap_err().to_string();
-            assert!(error.contains("plain relative path"), "{error}");
-        }
-        assert_eq!(Store::open("file:///a/b/").unwrap().url(), "/a/b");
-        let error = Store::open("ftp://a/b").unwrap_err().to_string();
-        assert!(
-            error.contains("ftp://a/b") && error.contains("file:///"),
-            "{error}"
-        );
-    }
-
-    #[test]
-    fn publishing_renames_and_a_repeat_changes_nothing() {
-        let (_root, store) = store();
-        let hash = *blake3::hash(b"{}").as_bytes();
-        store.replace("step-1/manifest.pending", b"{}").unwrap();
-        let error = store.publish("step-1", [7; 32]).unwrap_err().to_string();
-        assert!(error.contains("not the journalled one"), "{error}");
-        assert!(!store.exists("step-1/manifest.json").unwrap());
-        for _ in 0..2 {
-            store.publish("step-1", hash).unwrap();
-            assert_eq!(store.list("step-1").unwrap(), [PUBLISHED]);
-        }
-        let error = store.publish("step-1", [7; 32]).unwrap_err().to_string();
-        assert!(error.contains("not the journalled one"), "{error}");
-        let error = store.publish("step-2", hash).unwrap_err().to_string();
-        assert!(error.contains(PUBLISHED), "{error}");
-    }
-}
+mod tests;

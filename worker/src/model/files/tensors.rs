@@ -7,7 +7,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::path::{Component, Path, PathBuf};
 
 use safetensors::tensor::{Dtype, Metadata, TensorInfo, View};
-use supra_checkpoint::{EXP_AVG, EXP_AVG_SQ, PUBLISHED, verify};
+use supra_checkpoint::{EXP_AVG, EXP_AVG_SQ, Manifest, PUBLISHED};
 use tch::{Device, Kind, Tensor};
 
 use crate::model::ModelError;
@@ -150,11 +150,18 @@ impl TensorFiles {
     /// Opens the masters of a checkpoint, of which each rank has written its part. Its hashes are for whoever reads all of it to
     /// prove.
     fn open_checkpoint(dir: &Path) -> Result<TensorFiles, ModelError> {
+        let path = dir.join(PUBLISHED);
         let damaged = |reason: String| ModelError::NoWeights {
-            path: dir.join(PUBLISHED),
+            path: path.clone(),
             reason,
         };
-        let manifest = verify::manifest(dir, None).map_err(|error| damaged(error.to_string()))?;
+        let bytes = fs::read(&path).map_err(|source| ModelError::Io {
+            action: "read",
+            path: path.clone(),
+            source,
+        })?;
+        let manifest =
+            Manifest::parse(&bytes, &path).map_err(|error| damaged(error.to_string()))?;
         let is_moment = |name: &str| name.starts_with(EXP_AVG) || name.starts_with(EXP_AVG_SQ);
         let mut headers = BTreeMap::new();
         let (mut files, mut tensors) = (Vec::new(), BTreeMap::new());
