@@ -4,7 +4,8 @@
 //! Pure: it reads records and answers with a [`Verdict`]. It checks the chain (index, previous hash,
 //! own hash), the opening, that the steps which no void record takes back follow each other without
 //! gap or repeat, that each of them holds the samples that the opening promises, that durable steps
-//! are never taken back, and that the close, if there is one, is the end of the budget to the token.
+//! are never taken back unless the checkpoint that held them is on record as damaged, and that the
+//! close, if there is one, is the end of the budget to the token.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -91,6 +92,8 @@ pub struct Verdict {
     pub files: u64,
     /// Steps behind the weights whose update was skipped, ascending.
     pub skipped: Vec<u64>,
+    /// Checkpoints that made steps durable and turned out to be damaged.
+    pub damaged_checkpoints: u64,
     /// Applied steps that were taken back and trained again, or lie after the recovery point.
     pub voided_steps: u64,
     /// The ledger is closed: the budget is spent.
@@ -144,6 +147,7 @@ pub struct Auditor<'a> {
     generations: u64,
     skipped: BTreeSet<u64>,
     voided: u64,
+    damaged: u64,
     closed: bool,
     /// Remembered heads that the chain passed through; the others are still in the options.
     passed: u64,
@@ -166,6 +170,7 @@ impl<'a> Auditor<'a> {
             generations: 0,
             skipped: BTreeSet::new(),
             voided: 0,
+            damaged: 0,
             closed: false,
             passed: 0,
             breaks: Vec::new(),
@@ -197,6 +202,7 @@ impl<'a> Auditor<'a> {
                 step,
                 manifest_hash,
             } => self.made_durable(*generation, *step, manifest_hash),
+            Body::Lost { step, durable, .. } => self.lost(*step, *durable),
             Body::Close { step, samples } => self.close(*step, *samples),
         }
         self.records += 1;
@@ -261,6 +267,7 @@ impl<'a> Auditor<'a> {
             checkpoints: self.passed,
             files,
             skipped: self.skipped.into_iter().collect(),
+            damaged_checkpoints: self.damaged,
             voided_steps: self.voided,
             finished: self.closed,
             breaks: self.breaks,
@@ -437,6 +444,18 @@ impl<'a> Auditor<'a> {
             ));
         }
         self.durable = self.durable.max(step);
+    }
+
+    /// A checkpoint turned out to be damaged: what only it held may be void from here on.
+    fn lost(&mut self, step: u64, durable: u64) {
+        if step != self.durable || durable >= step {
+            self.found(format!(
+                "calls the checkpoint of step {step} damaged and steps up to {durable} durable, but steps up to {} were",
+                self.durable
+            ));
+        }
+        self.durable = self.durable.min(durable);
+        self.damaged += 1;
     }
 
     fn close(&mut self, step: u64, samples: u64) {

@@ -313,6 +313,9 @@ impl Account {
             | Fact::StopAsked { .. }
             | Fact::Logged { .. }
             | Fact::Published { .. }
+            | Fact::Verified { .. }
+            | Fact::Damaged { .. }
+            | Fact::Named { .. }
             | Fact::Retired { .. }
             | Fact::Deleted { .. }
             | Fact::PutAside { .. }

@@ -39,6 +39,19 @@ pub enum Body {
         /// BLAKE3 of its manifest.
         manifest_hash: Hash,
     },
+    /// The checkpoint that made steps up to `step` durable is damaged: those after `durable` are durable no more.
+    Lost {
+        /// Generation that wrote the checkpoint.
+        generation: u64,
+        /// Step of the checkpoint.
+        step: u64,
+        /// BLAKE3 of its manifest.
+        manifest_hash: Hash,
+        /// Step of the newest published checkpoint that is left; 0 = there is none.
+        durable: u64,
+        /// What is wrong with it, in one line.
+        reason: String,
+    },
     /// The budget is spent. Always the last record.
     Close {
         /// Last step.
@@ -242,22 +255,33 @@ mod tests {
         ]
     }
 
+    /// Bodies that came later: the hash of the others stays what it was.
+    fn later_bodies() -> Vec<Body> {
+        vec![Body::Lost {
+            generation: 2,
+            step: 3,
+            manifest_hash: [4; 32],
+            durable: 1,
+            reason: "model.safetensors: the file is missing".into(),
+        }]
+    }
+
     #[test]
     fn bodies_and_records_survive_both_encodings() {
         let mut tail = Tail::default();
-        for body in bodies() {
+        for body in bodies().into_iter().chain(later_bodies()) {
             assert_eq!(Body::decode(&body.encode()), Some(body.clone()));
             let record = tail.next(body);
             tail.advance(&record);
             let wire = v1::LedgerRecord::from(&record);
             assert_eq!(Record::try_from(wire).unwrap(), record);
         }
-        assert_eq!(tail.length, 5);
+        assert_eq!(tail.length, 6);
     }
 
     #[test]
     fn a_cut_or_lengthened_body_is_no_body() {
-        for body in bodies() {
+        for body in bodies().into_iter().chain(later_bodies()) {
             let mut bytes = body.encode();
             bytes.push(0);
             assert_eq!(Body::decode(&bytes), None);

@@ -26,12 +26,15 @@ mod ending;
 mod fact;
 mod forming;
 mod generation;
+mod keeping;
 mod muster;
 mod pacing;
+mod proofs;
 mod pulse;
 mod recovery;
 mod regroup;
 mod replicas;
+mod retention;
 #[cfg(test)]
 mod rig;
 mod snapshots;
@@ -47,15 +50,17 @@ mod worker;
 
 pub use clients::{Refused, Submission};
 pub use fact::{Fact, Outcome};
-pub use state::{Aside, Checkpoint, Failures, Run, RunNumber, RunPhase, State, Workers};
+pub use proofs::Found;
+pub use state::{Aside, Checkpoint, Damaged, Failures, Run, RunNumber, RunPhase, State, Workers};
 pub use verify::Logged;
 pub use view::FindError;
 pub use worker::Conn;
 
 use crate::interval;
-use crate::ledger::Body;
+use crate::ledger::{Body, Hash};
 use aside::Conduct;
 use generation::Generation;
+use proofs::Proofs;
 use steps::Unapplied;
 use stuck::Watch;
 use worker::Worker;
@@ -161,7 +166,35 @@ pub enum Event {
     /// A client wants a run stopped.
     Cancel(RunNumber),
     /// A client wants a stopped run continued.
-    Resume(RunNumber),
+    Resume {
+        /// Run.
+        run: RunNumber,
+        /// A damaged checkpoint is to stop it.
+        strict: bool,
+    },
+    /// A client wants the checkpoint of a step kept under a name.
+    NameCheckpoint {
+        /// Run.
+        run: RunNumber,
+        /// Step of the checkpoint.
+        step: u64,
+        /// The name.
+        name: String,
+    },
+    /// A client drops such a name.
+    DropName {
+        /// Run.
+        run: RunNumber,
+        /// The name.
+        name: String,
+    },
+    /// A client wants old and damaged checkpoints deleted.
+    Prune {
+        /// Run.
+        run: RunNumber,
+        /// So many of the newest stay; none = as many as the recipe says.
+        keep: Option<u32>,
+    },
     /// A client wants no generation to take the worker of this name any more.
     Drain(String),
     /// The coordinator is to end.
@@ -172,6 +205,15 @@ pub enum Event {
         run: RunNumber,
         /// Which checkpoint.
         path: String,
+    },
+    /// A checkpoint was read again.
+    Verified {
+        /// Run.
+        run: RunNumber,
+        /// Number that came with [`Action::Verify`].
+        attempt: u64,
+        /// What it showed.
+        found: Found,
     },
     /// The ledger of a run that spent its budget under `chaos` was audited.
     Audited {
@@ -223,6 +265,17 @@ pub enum Action {
         /// Its directory.
         directory: PathBuf,
     },
+    /// Read all of a published checkpoint, then say [`Event::Verified`].
+    Verify {
+        /// Run.
+        run: RunNumber,
+        /// Number of the attempt.
+        attempt: u64,
+        /// Directory of the checkpoint.
+        directory: PathBuf,
+        /// BLAKE3 of its manifest.
+        manifest_hash: Hash,
+    },
     /// Keep the metrics of an applied step.
     Measured {
         /// Run.
@@ -255,6 +308,7 @@ pub struct Machine {
     unapplied: Option<Unapplied>,
     watch: Watch,
     conduct: Conduct,
+    proofs: Proofs,
     clock: chaos::Clock,
     /// Why the coordinator is ending, once it is.
     shutdown: Option<String>,
@@ -286,6 +340,7 @@ impl Machine {
             unapplied: None,
             watch: Watch::default(),
             conduct: Conduct::default(),
+            proofs: Proofs::default(),
             clock: chaos::Clock::default(),
             shutdown: None,
             said_goodbye: false,
@@ -317,10 +372,18 @@ impl Machine {
             Event::Lost { conn, cause } => self.drop_worker(conn, &cause),
             Event::Submit(submission) => self.submit(submission)?,
             Event::Cancel(run) => self.cancel(run)?,
-            Event::Resume(run) => self.resume(run)?,
+            Event::Resume { run, strict } => self.resume(run, strict)?,
+            Event::NameCheckpoint { run, step, name } => self.name_checkpoint(run, step, name)?,
+            Event::DropName { run, name } => self.drop_name(run, &name)?,
+            Event::Prune { run, keep } => self.prune(run, keep)?,
             Event::Drain(worker) => self.drain(&worker)?,
             Event::Shutdown(reason) => self.shut_down(reason),
             Event::Deleted { run, path } => self.deleted(run, path),
+            Event::Verified {
+                run,
+                attempt,
+                found,
+            } => self.proved(run, attempt, found),
             Event::Audited { run, result } => self.audited(run, result),
             Event::Tick => self.tick(),
         }

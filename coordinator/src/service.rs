@@ -29,6 +29,7 @@ mod receipt;
 mod runs;
 mod speed;
 mod streams;
+mod verifier;
 mod workers;
 
 use handle::Handle;

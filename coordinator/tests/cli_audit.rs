@@ -21,6 +21,8 @@ fn journal(state: &Path) {
         recipe: RECIPE.to_owned(),
         checkpoint_root: state.join("checkpoints"),
         keep: 3,
+        keep_every: 0,
+        strict: false,
         budget_tokens: 80,
         workers: Workers {
             min: 1,

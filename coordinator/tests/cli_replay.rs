@@ -113,6 +113,8 @@ fn journal(root: &Path, fed: Option<[u8; 32]>) {
         recipe,
         checkpoint_root: root.join("checkpoints"),
         keep: 3,
+        keep_every: 0,
+        strict: false,
         budget_tokens: 80,
         workers: Workers {
             min: 1,

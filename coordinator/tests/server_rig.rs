@@ -61,6 +61,7 @@ pub async fn submit(client: &mut Client, recipe: String) -> String {
         recipe,
         file_name: "server.yaml".into(),
         base_directory: "/nowhere".into(),
+        strict: false,
     };
     client.submit(request).await.expect("is accepted")
 }

@@ -5,7 +5,8 @@ use tonic::{Response, Status, Streaming};
 use crate::channel::{Authorized, connect};
 use crate::v1::runs_client::RunsClient;
 use crate::v1::{
-    Checkpoint, DrainRequest, LedgerRecord, ListRequest, LogEntry, LogsRequest, RunRequest,
+    Checkpoint, DrainRequest, DropCheckpointNameRequest, KeepCheckpointRequest, LedgerRecord,
+    ListRequest, LogEntry, LogsRequest, PruneCheckpointsRequest, ResumeRequest, RunRequest,
     RunStatus, ShutdownRequest, StepMetrics, SubmitRequest, WorkerStatus, WorkersRequest,
 };
 use crate::{ClientError, Token};
@@ -83,13 +84,44 @@ impl Client {
         self.answer(response)
     }
 
-    /// Queues a stopped run again, from its last checkpoint.
-    pub async fn resume(&mut self, run: &str) -> Result<RunStatus, ClientError> {
-        let response = self.runs.resume(request(run)).await;
+    /// Queues a stopped run again, from its last checkpoint; with `strict`, from no older one should that be damaged.
+    pub async fn resume(&mut self, run: &str, strict: bool) -> Result<RunStatus, ClientError> {
+        let run = run.to_owned();
+        let response = self.runs.resume(ResumeRequest { run, strict }).await;
         self.answer(response)
     }
 
-    /// Journalled checkpoints, oldest first.
+    /// Gives the checkpoint of a step a name, by which it is kept; all checkpoints then.
+    pub async fn keep_checkpoint(
+        &mut self,
+        request: KeepCheckpointRequest,
+    ) -> Result<Vec<Checkpoint>, ClientError> {
+        let response = self.runs.keep_checkpoint(request).await;
+        Ok(self.answer(response)?.checkpoints)
+    }
+
+    /// Drops the name of a checkpoint; all checkpoints then.
+    pub async fn drop_checkpoint_name(
+        &mut self,
+        run: &str,
+        name: &str,
+    ) -> Result<Vec<Checkpoint>, ClientError> {
+        let (run, name) = (run.to_owned(), name.to_owned());
+        let request = DropCheckpointNameRequest { run, name };
+        let response = self.runs.drop_checkpoint_name(request).await;
+        Ok(self.answer(response)?.checkpoints)
+    }
+
+    /// Checkpoints that may be deleted, or are being deleted from here on.
+    pub async fn prune_checkpoints(
+        &mut self,
+        request: PruneCheckpointsRequest,
+    ) -> Result<Vec<Checkpoint>, ClientError> {
+        let response = self.runs.prune_checkpoints(request).await;
+        Ok(self.answer(response)?.checkpoints)
+    }
+
+    /// Journalled checkpoints, damaged ones too, oldest first.
     pub async fn checkpoints(&mut self, run: &str) -> Result<Vec<Checkpoint>, ClientError> {
         let response = self.runs.checkpoints(request(run)).await;
         Ok(self.answer(response)?.checkpoints)

@@ -203,7 +203,10 @@ impl World {
             },
             Event::Noticed { stream, by_worker } => by_worker.then(|| self.streams[*stream].worker),
             Event::Unanswered { stream } => Some(self.streams[*stream].worker),
-            Event::CoordinatorTick | Event::Deleted { .. } | Event::Client => None,
+            Event::CoordinatorTick
+            | Event::Deleted { .. }
+            | Event::Verified { .. }
+            | Event::Client => None,
             _ => return None,
         };
         let until = worker.map_or(self.coordinator.paused_until, |worker| {
@@ -246,6 +249,13 @@ impl World {
             Event::Interrupt { worker, epoch } => self.interrupt(worker, epoch),
             Event::CoordinatorStarts => self.coordinator_starts(),
             Event::Deleted { epoch, run, path } => self.deleted(epoch, run, path),
+            Event::Verified {
+                epoch,
+                run,
+                attempt,
+                path,
+                manifest_hash,
+            } => self.verified(epoch, run, attempt, &path, manifest_hash),
             Event::Client => self.client(),
             Event::Fault(number) => self.faults.due(number),
             Event::Calm => self.calm_down(),
@@ -282,7 +292,7 @@ impl World {
             .map(|(run, _)| run)
             .collect();
         for run in stopped {
-            self.happen(machine::Event::Resume(run));
+            self.happen(machine::Event::Resume { run, strict: false });
         }
     }
 

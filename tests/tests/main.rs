@@ -9,6 +9,7 @@ mod bad_input;
 mod bad_network;
 mod campaigns;
 mod chaos;
+mod damage;
 mod end_to_end;
 mod gpu;
 mod object_store;

@@ -106,7 +106,7 @@ fn a_tampered_checkpoint_is_refused_and_found_by_the_audit() -> Result<()> {
     cluster
         .supra(&["audit", &run, "--files"])?
         .expect_code(4)?
-        .expect_words(&["model-rank-000-of-001-00001.safetensors was altered"])?;
+        .expect_words(&["model-rank-000-of-001-00001.safetensors: its BLAKE3 is"])?;
 
     alter(&checkpoint(&cluster, &run, 16)?.join("manifest.json"))?;
     let state = cluster.state();

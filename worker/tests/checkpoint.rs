@@ -119,7 +119,7 @@ fn damage_is_found_before_anything_is_used() {
         assert!(matches!(
             rank.outcome,
             Outcome::Fault {
-                kind: FaultKind::Input,
+                kind: FaultKind::CheckpointDamaged,
                 ..
             }
         ));

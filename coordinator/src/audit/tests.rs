@@ -102,7 +102,7 @@ fn the_json_shape_is_stable() {
     let json = serde_json::to_value(audit(finished(), Options::default())).unwrap();
     let mut keys: Vec<_> = json.as_object().unwrap().keys().cloned().collect();
     keys.sort();
-    let expected = "breaks budget_steps budget_tokens checkpoints durable_step files finished generations head more_breaks \
+    let expected = "breaks budget_steps budget_tokens checkpoints damaged_checkpoints durable_step files finished generations head more_breaks \
                     records run samples skipped steps tokens verdict voided_steps";
     assert_eq!(keys.join(" "), expected);
     assert_eq!(json["verdict"], "ok");
@@ -236,6 +236,39 @@ fn each_wrong_account_is_named() {
         vec![opening(), short],
         "holds samples 0..3, the plan says 0..4",
     );
+}
+
+#[test]
+fn steps_that_only_a_damaged_checkpoint_held_may_be_trained_again() {
+    let lost = |step, durable| Body::Lost {
+        generation: 1,
+        step,
+        manifest_hash: [9; 32],
+        durable,
+        reason: "model.safetensors: the file is missing".into(),
+    };
+    let begun = vec![opening(), step(1, 1), step(1, 2), durable(1, 2)];
+    let again = [
+        lost(2, 0),
+        void(1, 0),
+        step(2, 1),
+        step(2, 2),
+        durable(2, 2),
+    ];
+    let verdict = audit(
+        chain([begun.clone(), again.to_vec()].concat()),
+        Options::default(),
+    );
+    assert_eq!(verdict.breaks, []);
+    assert_eq!((verdict.damaged_checkpoints, verdict.voided_steps), (1, 2));
+    for (wrong, rest) in [
+        (lost(1, 0), void(1, 0)),
+        (lost(2, 2), void(1, 1)),
+        (lost(2, 1), void(1, 0)),
+    ] {
+        let bodies = [begun.clone(), vec![wrong, rest]].concat();
+        assert_ne!(audit(chain(bodies), Options::default()).breaks, []);
+    }
 }
 
 #[test]

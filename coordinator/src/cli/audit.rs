@@ -4,9 +4,10 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use supra_checkpoint::examine::Care;
 use supra_recipes::Recipe;
 
-use super::checkpoints::{self, Care, Checkpoint};
+use super::checkpoints::{self, Checkpoint};
 use super::connect::{Connect, TokenFile};
 use super::failure::{Exit, Failure};
 use super::format::{self, Table};
@@ -102,9 +103,12 @@ async fn online<'a>(
     };
     let mut client = connect.client().await?;
     let run = client.status(&command.which.run).await?.run;
-    let known = checkpoints::of_answer(client.checkpoints(&run).await?);
-    let root = known.first().and_then(|known| known.path.parent());
-    let mut witnesses = command.witnesses(&run, root.unwrap_or(Path::new("")), &known)?;
+    let named = client.checkpoints(&run).await?;
+    let damaged = checkpoints::damaged_of_answer(&named);
+    let first = named.first().map(|known| PathBuf::from(&known.path));
+    let root = first.as_deref().and_then(Path::parent);
+    let known = checkpoints::of_answer(named);
+    let mut witnesses = command.witnesses(&run, root.unwrap_or(Path::new("")), &known, &damaged)?;
     // After the checkpoints were read: what a live run adds meanwhile is left for the next audit.
     witnesses.forget_retired(&checkpoints::of_answer(client.checkpoints(&run).await?));
     let status = client.status(&run).await?;
@@ -125,7 +129,9 @@ fn offline<'a>(
 ) -> Result<Verdict, Failure> {
     let mut ledger = Offline::open(state, &command.which.run)?;
     let (run, root) = (&ledger.run.id, &ledger.run.checkpoint_root);
-    let mut witnesses = command.witnesses(run, root, &checkpoints::of_run(&ledger.run))?;
+    let damaged = checkpoints::damaged_of_run(&ledger.run);
+    let known = checkpoints::of_run(&ledger.run);
+    let mut witnesses = command.witnesses(run, root, &known, &damaged)?;
     // After the checkpoints were read: what a live coordinator publishes meanwhile is left for the next audit.
     ledger.refresh()?;
     witnesses.forget_retired(&checkpoints::of_run(&ledger.run));
@@ -148,14 +154,16 @@ struct Witnesses {
 }
 
 impl Audit {
-    /// Reads the checkpoints below `root`, those that are `known`, and the exported model that the command names.
+    /// Reads the checkpoints below `root` but for `damaged` ones, those that are `known`, and the exported model that the
+    /// command names.
     fn witnesses(
         &self,
         run: &str,
         root: &Path,
         known: &[Checkpoint],
+        damaged: &[PathBuf],
     ) -> Result<Witnesses, Failure> {
-        let (mut remembered, manifests) = heads::remembered(root, run);
+        let (mut remembered, manifests) = heads::remembered(root, run, damaged);
         if let Some(directory) = &self.export {
             let (of, head) = heads::of_export(directory)?;
             if of != run {
@@ -268,6 +276,10 @@ fn render(verdict: &Verdict) -> String {
     if verdict.files > 0 {
         let files = format::counted(verdict.files, "file");
         fact("files", format!("{files} of checkpoints as written"));
+    }
+    if verdict.damaged_checkpoints > 0 {
+        let damaged = format::counted(verdict.damaged_checkpoints, "checkpoint");
+        fact("damaged", format!("{damaged}, started from no more"));
     }
     fact("generations", format::grouped(verdict.generations));
     let again = match verdict.voided_steps {

@@ -2,7 +2,7 @@
 
 use std::io::IsTerminal;
 
-use supra_proto::v1::{self, Checkpoint, LogEntry, RunStatus, WorkerStatus};
+use supra_proto::v1::{self, LogEntry, RunStatus, WorkerStatus};
 
 use super::format::{self, Table};
 use super::{json, progress};
@@ -75,6 +75,13 @@ pub fn facts(status: &RunStatus) -> String {
             format!("step {step}, {size}, {}", checkpoint.path),
         );
     }
+    for damaged in &status.damaged {
+        let step = format::grouped(damaged.step);
+        fact(
+            "DAMAGED",
+            format!("checkpoint of step {step}: {}", damaged.damaged),
+        );
+    }
     if let Some(interval) = &status.checkpoint_interval {
         let every = format::duration(interval.seconds);
         fact("interval", format!("{every}: {}", interval.reason));
@@ -139,26 +146,6 @@ pub fn runs(runs: &[RunStatus]) -> String {
             },
             format::moment(run.submitted_unix_ms),
             run.reason.clone(),
-        ]);
-    }
-    table.render()
-}
-
-/// A run's checkpoints, a line each.
-pub fn checkpoints(checkpoints: &[Checkpoint]) -> String {
-    let mut table = Table::new(&[">STEP", ">TOKENS", ">SIZE", "STATE", "PATH"]);
-    for checkpoint in checkpoints {
-        table.row([
-            format::grouped(checkpoint.step),
-            format::short(checkpoint.tokens as f64),
-            format::bytes(checkpoint.bytes),
-            if checkpoint.published {
-                "published"
-            } else {
-                "pending"
-            }
-            .to_owned(),
-            checkpoint.path.clone(),
         ]);
     }
     table.render()

@@ -4,7 +4,7 @@
 //! lost with it.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use supra_checkpoint::{PUBLISHED, Store, store};
@@ -27,8 +27,12 @@ struct Said {
 }
 
 /// What the published checkpoints of a run below `root` say: the heads that they remember, and themselves. One that cannot be
-/// read, on another machine or of a build that kept no head, says nothing.
-pub(super) fn remembered(root: &Path, run: &str) -> (Vec<Remembered>, Vec<Manifest>) {
+/// read, on another machine or of a build that kept no head, says nothing; nor do those in the `damaged` directories.
+pub(super) fn remembered(
+    root: &Path,
+    run: &str,
+    damaged: &[PathBuf],
+) -> (Vec<Remembered>, Vec<Manifest>) {
     let store = Store::open(&root.display().to_string());
     let Ok((store, names)) = store.and_then(|store| {
         let names = store.list("")?;
@@ -38,6 +42,7 @@ pub(super) fn remembered(root: &Path, run: &str) -> (Vec<Remembered>, Vec<Manife
     };
     let mut said: Vec<(Remembered, Manifest)> = names
         .iter()
+        .filter(|name| !damaged.contains(&store.at(name)))
         .filter_map(|name| {
             let name = store::join(name, PUBLISHED);
             let bytes = store.read_all(&name).ok()?;

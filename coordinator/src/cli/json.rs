@@ -35,6 +35,8 @@ pub struct Run {
     submitted_unix_ms: u64,
     ended_unix_ms: Option<u64>,
     checkpoint: Option<Checkpoint>,
+    /// Checkpoints that were found damaged and still lie there.
+    damaged: Vec<Checkpoint>,
     ledger_head: Option<String>,
     /// Where the wall time went; `null` for a run that is older than accounts of time.
     goodput: Option<Goodput>,
@@ -117,6 +119,7 @@ impl From<&v1::RunStatus> for Run {
             submitted_unix_ms: status.submitted_unix_ms,
             ended_unix_ms: (status.ended_unix_ms > 0).then_some(status.ended_unix_ms),
             checkpoint: status.checkpoint.as_ref().map(Checkpoint::from),
+            damaged: status.damaged.iter().map(Checkpoint::from).collect(),
             ledger_head: hash(&status.ledger_head),
             goodput: status.goodput.as_ref().map(Goodput::from),
             checkpoint_interval: status
@@ -138,6 +141,16 @@ pub struct Checkpoint {
     bytes: u64,
     manifest_hash: Option<String>,
     published: bool,
+    verified: bool,
+    /// Workers that wrote it; `null` in runs of older builds, as is the next one.
+    world: Option<u32>,
+    written_unix_ms: Option<u64>,
+    /// The name by which it is kept; `null` without one.
+    name: Option<String>,
+    /// Why it is kept; `null` when it is not.
+    kept: Option<String>,
+    /// What is wrong with it; `null` when nothing is known to be.
+    damaged: Option<String>,
 }
 
 impl From<&v1::Checkpoint> for Checkpoint {
@@ -150,6 +163,12 @@ impl From<&v1::Checkpoint> for Checkpoint {
             bytes: checkpoint.bytes,
             manifest_hash: hash(&checkpoint.manifest_hash),
             published: checkpoint.published,
+            verified: checkpoint.verified,
+            world: (checkpoint.world > 0).then_some(checkpoint.world),
+            written_unix_ms: (checkpoint.written_unix_ms > 0).then_some(checkpoint.written_unix_ms),
+            name: filled(&checkpoint.name),
+            kept: filled(&checkpoint.kept),
+            damaged: filled(&checkpoint.damaged),
         }
     }
 }

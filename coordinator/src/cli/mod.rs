@@ -1,6 +1,6 @@
 //! The `supra` command line: thin commands over the coordinator's client and the library crates.
 //!
-//! Exit codes: 0 done, 1 failed, 2 bad input, 3 unreachable, 4 audit broken, 75 stopped and
+//! Exit codes: 0 done, 1 failed, 2 bad input, 3 unreachable, 4 audit or checkpoint broken, 75 stopped and
 //! resumable, 130 interrupted.
 
 mod audit;
@@ -36,7 +36,7 @@ use failure::{Exit, Failure};
     name = "supra",
     version = supra_proto::BUILD,
     max_term_width = 100,
-    after_help = "Exit codes: 0 done, 1 failed, 2 bad input, 3 coordinator unreachable, 4 audit broken,\n\
+    after_help = "Exit codes: 0 done, 1 failed, 2 bad input, 3 coordinator unreachable, 4 audit or checkpoint broken,\n\
                   75 stopped and resumable, 130 interrupted."
 )]
 struct Cli {
@@ -66,8 +66,8 @@ enum Command {
     Cancel(runs::Cancel),
     /// Queue a stopped run again, from its last checkpoint
     Resume(runs::Resume),
-    /// List a run's checkpoints, oldest first
-    Checkpoints(runs::OfRun),
+    /// List a run's checkpoints, oldest first, verify, keep or prune them
+    Checkpoints(checkpoints::command::Checkpoints),
     /// List the workers, attached and lost
     Workers(runs::Runs),
     /// Have a worker finish its step, leave its generation and train no more
@@ -99,7 +99,7 @@ fn run(command: Command) -> Result<Exit, Failure> {
         Command::Logs(command) => block_on(runs::logs(command)),
         Command::Cancel(command) => block_on(runs::cancel(command)),
         Command::Resume(command) => block_on(runs::resume(command)),
-        Command::Checkpoints(command) => block_on(runs::checkpoints(command)),
+        Command::Checkpoints(command) => block_on(checkpoints::command::run(command)),
         Command::Workers(command) => block_on(runs::workers(command)),
         Command::Drain(command) => block_on(drain::run(command)),
         Command::Audit(command) => block_on(audit::run(command)),

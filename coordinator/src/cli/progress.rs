@@ -123,7 +123,7 @@ pub fn ended(status: &RunStatus) -> bool {
 
 /// The exit code of a command that waited for the end of a run.
 pub fn exit(status: &RunStatus) -> Exit {
-    if chaos_failed(status) {
+    if chaos_failed(status) || status.broken {
         return Exit::Broken;
     }
     match status.state() {
@@ -337,5 +337,11 @@ mod tests {
         };
         assert_eq!(end(RunState::Cancelled), Exit::Stopped);
         assert_eq!(end(RunState::Failed), Exit::Failed);
+        let strict = RunStatus {
+            state: RunState::Failed as i32,
+            broken: true,
+            ..RunStatus::default()
+        };
+        assert_eq!(exit(&strict), Exit::Broken);
     }
 }

@@ -1,5 +1,4 @@
-//! Commands that ask a coordinator about runs: submit, runs, status, watch, logs, cancel, resume,
-//! checkpoints, workers.
+//! Commands that ask a coordinator about runs: submit, runs, status, watch, logs, cancel, resume, workers.
 
 use std::path::{Path, PathBuf};
 
@@ -27,6 +26,15 @@ pub struct Which {
     /// Id of the run or a unique beginning of it [default: the newest run]
     #[arg(value_name = "RUN", default_value = "", hide_default_value = true)]
     pub run: String,
+}
+
+/// What is done about a damaged checkpoint.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub struct Strict {
+    /// When a checkpoint is damaged, do not start from an older one: the run fails, naming file and cause, with exit code
+    /// 4. Holds until the run is resumed again
+    #[arg(long)]
+    pub strict: bool,
 }
 
 /// Queue a recipe
@@ -97,6 +105,8 @@ pub struct Cancel {
 pub struct Resume {
     #[command(flatten)]
     which: Which,
+    #[command(flatten)]
+    strict: Strict,
     /// Then follow the run to its end, as `supra watch` does
     #[arg(long)]
     watch: bool,
@@ -122,6 +132,7 @@ pub fn submission(path: &Path) -> Result<(Recipe, SubmitRequest), Failure> {
             recipe: std::fs::read_to_string(path)?,
             file_name: path.display().to_string(),
             base_directory: directory.display().to_string(),
+            strict: false,
         })
     };
     let request = read()
@@ -243,7 +254,9 @@ pub async fn cancel(command: Cancel) -> Result<Exit, Failure> {
 /// An unreachable coordinator, an unknown run, or one that cannot be resumed.
 pub async fn resume(command: Resume) -> Result<Exit, Failure> {
     let mut client = command.connect.client().await?;
-    let status = client.resume(&command.which.run).await?;
+    let status = client
+        .resume(&command.which.run, command.strict.strict)
+        .await?;
     if command.watch {
         return follow(&mut client, &status.run, command.json.json).await;
     }
@@ -259,34 +272,6 @@ pub async fn resume(command: Resume) -> Result<Exit, Failure> {
             status.run
         ))?;
     }
-    Ok(Exit::Done)
-}
-
-/// `supra checkpoints`.
-///
-/// # Errors
-/// An unreachable coordinator or an unknown run.
-pub async fn checkpoints(command: OfRun) -> Result<Exit, Failure> {
-    let checkpoints = command
-        .connect
-        .client()
-        .await?
-        .checkpoints(&command.which.run)
-        .await?;
-    if command.json.json {
-        out::json(
-            &checkpoints
-                .iter()
-                .map(json::Checkpoint::from)
-                .collect::<Vec<_>>(),
-        )?;
-        return Ok(Exit::Done);
-    }
-    if checkpoints.is_empty() {
-        out::line("No checkpoints yet.")?;
-        return Ok(Exit::Done);
-    }
-    out::text(&describe::checkpoints(&checkpoints))?;
     Ok(Exit::Done)
 }
 

@@ -64,9 +64,10 @@ enum Leave {
 /// A bad recipe, a missing program, a child that ended.
 pub async fn run(command: Up) -> Result<Exit, Failure> {
     check(&command)?;
-    let job = command.recipe.as_deref().map(submission).transpose()?;
-    if let Some((recipe, _)) = &job {
+    let mut job = command.recipe.as_deref().map(submission).transpose()?;
+    if let Some((recipe, request)) = &mut job {
         check_workers(&command, recipe)?;
+        request.strict = command.strict.strict;
     }
     let signals = Signals::new()?;
     let programs = Programs::beside_this_one()?;

@@ -48,6 +48,10 @@ fn written(step: u64) -> Fact {
         bytes: 0,
         manifest_hash: [0; 32],
         published: false,
+        world: 1,
+        at: 0,
+        verified: false,
+        name: String::new(),
     };
     Fact::Written { run: 1, checkpoint }
 }
@@ -58,6 +62,7 @@ fn ended(at: u64) -> Fact {
         outcome: Outcome::Finished,
         reason: String::new(),
         at,
+        broken: false,
     }
 }
 
@@ -153,7 +158,14 @@ fn a_run_that_ended_stands_still_and_idles_until_it_is_queued_again() {
     let mut account = training();
     account.decided(&ended(3000), 3000);
     assert_eq!(account.parts(50_000), account.parts(3000));
-    account.decided(&Fact::Queued { run: 1, at: 10_000 }, 10_000);
+    account.decided(
+        &Fact::Queued {
+            run: 1,
+            strict: false,
+            at: 10_000,
+        },
+        10_000,
+    );
     assert_eq!(account.parts(11_000).idle, 8_000_000);
 }
 
@@ -244,7 +256,7 @@ fn happening() -> impl Strategy<Value = Happening> {
         1 => Just(Happening::Decided(formed())),
         1 => Just(Happening::Decided(broke())),
         1 => Just(Happening::Decided(ended(0))),
-        1 => Just(Happening::Decided(Fact::Queued { run: 1, at: 0 })),
+        1 => Just(Happening::Decided(Fact::Queued { run: 1, strict: false, at: 0 })),
         1 => (0..20u64).prop_map(|step| Happening::Decided(void(step))),
         1 => (0..20u64).prop_map(|step| Happening::Decided(written(step))),
         1 => Just(Happening::Restarted),

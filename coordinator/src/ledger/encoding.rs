@@ -7,6 +7,7 @@ const STEP: u8 = 2;
 const VOID: u8 = 3;
 const DURABLE: u8 = 4;
 const CLOSE: u8 = 5;
+const LOST: u8 = 6;
 
 impl Body {
     /// The canonical bytes of a body.
@@ -45,6 +46,19 @@ impl Body {
                 out.tag(DURABLE)
                     .numbers(&[*generation, *step])
                     .raw(manifest_hash);
+            }
+            Body::Lost {
+                generation,
+                step,
+                manifest_hash,
+                durable,
+                reason,
+            } => {
+                out.tag(LOST)
+                    .numbers(&[*generation, *step])
+                    .raw(manifest_hash)
+                    .numbers(&[*durable])
+                    .text(reason);
             }
             Body::Close { step, samples } => {
                 out.tag(CLOSE).numbers(&[*step, *samples]);
@@ -88,6 +102,13 @@ impl Body {
                 generation: input.number()?,
                 step: input.number()?,
                 manifest_hash: input.raw()?,
+            },
+            LOST => Body::Lost {
+                generation: input.number()?,
+                step: input.number()?,
+                manifest_hash: input.raw()?,
+                durable: input.number()?,
+                reason: input.text()?,
             },
             CLOSE => Body::Close {
                 step: input.number()?,

@@ -44,6 +44,19 @@ impl From<&Record> for v1::LedgerRecord {
                 step: *step,
                 manifest_hash: manifest_hash.to_vec(),
             }),
+            Body::Lost {
+                generation,
+                step,
+                manifest_hash,
+                durable,
+                reason,
+            } => Wire::Lost(v1::LedgerLost {
+                generation: *generation,
+                step: *step,
+                manifest_hash: manifest_hash.to_vec(),
+                durable: *durable,
+                reason: reason.clone(),
+            }),
             Body::Close { step, samples } => Wire::Close(v1::LedgerClose {
                 step: *step,
                 samples: *samples,
@@ -99,6 +112,13 @@ impl TryFrom<v1::LedgerRecord> for Record {
                 generation: durable.generation,
                 step: durable.step,
                 manifest_hash: fixed("manifest_hash", &durable.manifest_hash)?,
+            },
+            Wire::Lost(lost) => Body::Lost {
+                generation: lost.generation,
+                step: lost.step,
+                manifest_hash: fixed("manifest_hash", &lost.manifest_hash)?,
+                durable: lost.durable,
+                reason: lost.reason,
             },
             Wire::Close(close) => Body::Close {
                 step: close.step,

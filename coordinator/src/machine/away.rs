@@ -56,6 +56,7 @@ impl Machine {
             },
             from_step: run.from_step,
             from_held: None,
+            restores: None,
             plan,
             whole: false,
             verify_steps: recipe.resume.verify_steps.into(),

@@ -21,6 +21,10 @@ pub struct Submission {
     pub checkpoint_root: PathBuf,
     /// Published checkpoints that are kept.
     pub keep: u32,
+    /// Of each multiple of so many tokens, the first checkpoint at or after it is kept, too; 0 = of none.
+    pub keep_every: u64,
+    /// A damaged checkpoint stops the run.
+    pub strict: bool,
     /// Tokens of the whole samples of the budget.
     pub budget_tokens: u64,
     /// Workers that a generation needs, and may have.
@@ -47,6 +51,27 @@ pub enum Refused {
         /// Names like it, the nearest first.
         near: Vec<String>,
     },
+    /// The run has no such checkpoint.
+    #[error("run {run} has no published checkpoint {what}; `supra checkpoints` lists them")]
+    NoCheckpoint {
+        /// Id of the run.
+        run: String,
+        /// What was asked for.
+        what: String,
+    },
+    /// Another checkpoint has the name.
+    #[error(
+        "the checkpoint of step {step} is called {name} already; drop that name, or choose another"
+    )]
+    NameTaken {
+        /// The name.
+        name: String,
+        /// Step of the checkpoint that has it.
+        step: u64,
+    },
+    /// A name that cannot be shown or typed as a word.
+    #[error("{0:?} is no name for a checkpoint: write up to 64 letters, digits, '.', '_' or '-'")]
+    BadName(String),
     /// An id that is taken.
     #[error("there is a run {0} already")]
     Taken(String),
@@ -80,6 +105,8 @@ impl Machine {
             recipe,
             checkpoint_root,
             keep,
+            keep_every,
+            strict,
             budget_tokens,
             workers,
         } = submission;
@@ -92,6 +119,8 @@ impl Machine {
             recipe,
             checkpoint_root,
             keep,
+            keep_every,
+            strict,
             budget_tokens,
             workers,
             at,
@@ -122,7 +151,7 @@ impl Machine {
         Ok(())
     }
 
-    pub(super) fn resume(&mut self, number: RunNumber) -> Result<(), Refused> {
+    pub(super) fn resume(&mut self, number: RunNumber, strict: bool) -> Result<(), Refused> {
         self.not_ending()?;
         let run = self.known(number)?;
         let id = run.id.clone();
@@ -139,6 +168,7 @@ impl Machine {
         let step = run.recovery_step();
         self.decide(Fact::Queued {
             run: number,
+            strict,
             at: self.moment.unix_ms,
         });
         self.log(

@@ -5,7 +5,7 @@ use supra_proto::v1::{LeftReason, Void, coordinator_message::Body as Down};
 use super::fact::{Fact, Outcome};
 use super::generation::{Generation, Stage};
 use super::state::{Run, RunNumber, RunPhase};
-use super::{Action, Machine};
+use super::{Action, Machine, retention};
 use crate::ledger::Body;
 
 /// What a broken generation means for its run.
@@ -122,6 +122,17 @@ impl Machine {
 
     /// Ends a run. One that has not finished stands at its newest checkpoint from here on.
     pub(super) fn end_run(&mut self, run: RunNumber, outcome: Outcome, reason: String) {
+        self.end_run_as(run, outcome, reason, false);
+    }
+
+    /// The same; `broken` when it ends since it is strict and a checkpoint is damaged.
+    pub(super) fn end_run_as(
+        &mut self,
+        run: RunNumber,
+        outcome: Outcome,
+        reason: String,
+        broken: bool,
+    ) {
         let (level, how) = match outcome {
             Outcome::Finished => ("INFO", "has finished"),
             Outcome::Cancelled => ("INFO", "is stopped"),
@@ -142,6 +153,7 @@ impl Machine {
             outcome,
             reason,
             at: self.moment.unix_ms,
+            broken,
         });
     }
 
@@ -227,6 +239,7 @@ impl Machine {
         }
         self.close(number);
         self.retire(number);
+        self.prove(number);
     }
 
     /// Ends a run whose last step is durable.
@@ -255,26 +268,18 @@ impl Machine {
         }
     }
 
-    /// Retires what is older than the last `keep` published checkpoints.
+    /// Retires what nothing keeps any more.
     fn retire(&mut self, number: RunNumber) {
         let Some(run) = self.state.run(number) else {
             return;
         };
-        let keep = run.keep.max(1) as usize;
-        let published = run
-            .checkpoints
-            .iter()
-            .enumerate()
-            .filter(|(_, known)| known.published);
-        let places: Vec<usize> = published.map(|(place, _)| place).collect();
-        let Some(oldest) = places.len().checked_sub(keep).map(|place| places[place]) else {
-            return;
-        };
-        let old: Vec<String> = run.checkpoints[..oldest]
-            .iter()
-            .map(|known| known.path.clone())
-            .collect();
-        for path in old {
+        let old = retention::removable(run, run.keep, run.keep_every);
+        self.remove(number, old);
+    }
+
+    /// Lets go of checkpoints, and has their directories deleted.
+    pub(super) fn remove(&mut self, number: RunNumber, paths: Vec<String>) {
+        for path in paths {
             self.decide(Fact::Retired {
                 run: number,
                 path: path.clone(),

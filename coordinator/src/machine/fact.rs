@@ -28,6 +28,13 @@ pub enum Fact {
         checkpoint_root: PathBuf,
         /// Published checkpoints that are kept.
         keep: u32,
+        /// Of each multiple of so many tokens, the first checkpoint at or after it is kept, too; 0 = of none, as in journals that
+        /// are older.
+        #[serde(default)]
+        keep_every: u64,
+        /// A damaged checkpoint stops the run.
+        #[serde(default)]
+        strict: bool,
         /// Tokens of the whole samples of the budget.
         budget_tokens: u64,
         /// Workers that a generation needs, and may have.
@@ -39,6 +46,9 @@ pub enum Fact {
     Queued {
         /// Run.
         run: RunNumber,
+        /// From here on, a damaged checkpoint stops it.
+        #[serde(default)]
+        strict: bool,
         /// Milliseconds since the Unix epoch.
         at: u64,
     },
@@ -114,6 +124,31 @@ pub enum Fact {
         /// Which checkpoint.
         path: String,
     },
+    /// All of a published checkpoint was read again and is what was written: older ones may go.
+    Verified {
+        /// Run.
+        run: RunNumber,
+        /// Which checkpoint.
+        path: String,
+    },
+    /// A checkpoint is not what was written: nothing starts from it from here on.
+    Damaged {
+        /// Run.
+        run: RunNumber,
+        /// Which checkpoint.
+        path: String,
+        /// File and cause, in one line.
+        problem: String,
+    },
+    /// A user has a checkpoint kept under a name, or drops that.
+    Named {
+        /// Run.
+        run: RunNumber,
+        /// Which checkpoint.
+        path: String,
+        /// The name; empty = it has none from here on.
+        name: String,
+    },
     /// A checkpoint is not needed any more: nothing starts from it from here on.
     Retired {
         /// Run.
@@ -177,6 +212,9 @@ pub enum Fact {
         reason: String,
         /// Milliseconds since the Unix epoch.
         at: u64,
+        /// It failed since a checkpoint is damaged and it is strict.
+        #[serde(default)]
+        broken: bool,
     },
     /// No generation takes a worker any more, until its supervisor is started anew.
     PutAside {
@@ -224,6 +262,9 @@ impl Fact {
             | Fact::Logged { run, .. }
             | Fact::Written { run, .. }
             | Fact::Published { run, .. }
+            | Fact::Verified { run, .. }
+            | Fact::Damaged { run, .. }
+            | Fact::Named { run, .. }
             | Fact::Retired { run, .. }
             | Fact::Deleted { run, .. }
             | Fact::Trained { run, .. }

@@ -30,6 +30,9 @@ impl Machine {
         let Some(run) = self.state.run(number) else {
             return;
         };
+        if self.proofs.doubt(number).is_some() {
+            return;
+        }
         let Ok(world) = self.muster(run) else { return };
         let holders: Vec<recovery::Holder> = self
             .idle()
@@ -89,6 +92,7 @@ impl Machine {
             return;
         };
         let (generation, from_step) = (run.generation + 1, run.step);
+        let restores = run.recovery().map(|checkpoint| checkpoint.path.clone());
         let restore = run.recovery().map(|checkpoint| RestoreFrom {
             step: checkpoint.step,
             path: checkpoint.path.clone(),
@@ -148,6 +152,7 @@ impl Machine {
             stage: Stage::Forming,
             from_step,
             from_held: held,
+            restores,
             plan: None,
             whole: false,
             verify_steps: 0,

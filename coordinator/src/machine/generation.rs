@@ -31,6 +31,8 @@ pub(crate) struct Generation {
     pub from_step: u64,
     /// State in the memory of workers that it starts from; none = a checkpoint, or the base.
     pub from_held: Option<Held>,
+    /// The checkpoint that its assignments name; none = the base. Only while it forms is it read.
+    pub restores: Option<String>,
     /// Known once all have formed.
     pub plan: Option<Plan>,
     /// What it leaves in memory when it regroups is all of the state: every rank has that, or they take snapshots of it.

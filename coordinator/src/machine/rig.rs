@@ -108,6 +108,8 @@ pub(crate) fn submission(id: &str) -> Submission {
         recipe: RECIPE.into(),
         checkpoint_root: "/checkpoints".into(),
         keep: 1,
+        keep_every: 0,
+        strict: false,
         budget_tokens: 100,
         workers: Workers {
             min: 1,
@@ -127,6 +129,8 @@ pub(crate) struct Rig {
     pub sent: Vec<(Conn, u64, Down)>,
     pub closed: Vec<Conn>,
     pub deleted: Vec<String>,
+    /// Checkpoints that are to be read again: the number of the attempt, and the directory.
+    pub verify: Vec<(u64, PathBuf)>,
     pub logs: Vec<String>,
     pub exited: bool,
 }
@@ -148,6 +152,7 @@ impl Rig {
             sent: Vec::new(),
             closed: Vec::new(),
             deleted: Vec::new(),
+            verify: Vec::new(),
             logs: Vec::new(),
             exited: false,
         }
@@ -187,6 +192,9 @@ impl Rig {
                 } => self.sent.push((conn, generation, body)),
                 Action::Close(conn) => self.closed.push(conn),
                 Action::Delete { path, .. } => self.deleted.push(path),
+                Action::Verify {
+                    attempt, directory, ..
+                } => self.verify.push((attempt, directory)),
                 Action::Exit => self.exited = true,
                 Action::Log { entry, .. } => self.logs.push(entry.text),
                 Action::Measured { .. } | Action::Sync => {}
@@ -206,6 +214,7 @@ impl Rig {
         );
         self.machine = machine;
         self.sent.clear();
+        self.verify.clear();
         self.carry_out(actions);
     }
 
@@ -335,6 +344,20 @@ impl Rig {
                 manifest_hash,
             }),
         );
+    }
+
+    /// The checkpoint that was to be read again last has been; the name of its directory.
+    pub fn verified(&mut self, found: Found) -> String {
+        let (attempt, directory) = self.verify.pop().expect("one is to be read again");
+        let run = self.run().number;
+        self.event(Event::Verified {
+            run,
+            attempt,
+            found,
+        })
+        .unwrap();
+        let name = directory.file_name().unwrap_or_default();
+        name.to_string_lossy().into_owned()
     }
 
     pub fn left(&mut self, conn: Conn, generation: u64, reason: v1::LeftReason) {

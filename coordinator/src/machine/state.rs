@@ -51,6 +51,12 @@ pub struct Run {
     pub checkpoint_root: PathBuf,
     /// Published checkpoints that are kept.
     pub keep: u32,
+    /// Of each multiple of so many tokens, the first checkpoint at or after it is kept, too; 0 = of none.
+    #[serde(default)]
+    pub keep_every: u64,
+    /// A damaged checkpoint stops the run, instead of having it start from an older one.
+    #[serde(default)]
+    pub strict: bool,
     /// Tokens of the whole samples of the budget.
     pub budget_tokens: u64,
     /// Workers that a generation needs, and may have.
@@ -101,8 +107,14 @@ pub struct Run {
     /// All steps after the newest checkpoint were trained in them.
     #[serde(default)]
     pub uniform: bool,
-    /// Journalled checkpoints, oldest first.
+    /// Journalled checkpoints that may be started from, oldest first.
     pub checkpoints: Vec<Checkpoint>,
+    /// Checkpoints that were found damaged and not deleted since, as they were found.
+    #[serde(default)]
+    pub damaged: Vec<Damaged>,
+    /// It has failed since a checkpoint is damaged and it is strict.
+    #[serde(default)]
+    pub broken: bool,
     /// Retired checkpoints whose directories may still exist, relative to the root.
     pub doomed: Vec<String>,
     /// What its failures and checkpoints have cost so far.
@@ -175,6 +187,27 @@ pub struct Checkpoint {
     pub manifest_hash: Hash,
     /// Its manifest has its final name.
     pub published: bool,
+    /// Workers of the generation that wrote it; 0 in journals that are older than this field, as is the next one.
+    #[serde(default)]
+    pub world: u32,
+    /// When it was journalled, milliseconds since the Unix epoch.
+    #[serde(default)]
+    pub at: u64,
+    /// Since it was published, all of it was read again and is what was written.
+    #[serde(default)]
+    pub verified: bool,
+    /// Under which a user has it kept; empty = none.
+    #[serde(default)]
+    pub name: String,
+}
+
+/// A checkpoint that nothing starts from any more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Damaged {
+    /// What was journalled.
+    pub checkpoint: Checkpoint,
+    /// File and cause, in one line.
+    pub problem: String,
 }
 
 impl State {
@@ -232,6 +265,8 @@ impl State {
             recipe,
             checkpoint_root,
             keep,
+            keep_every,
+            strict,
             budget_tokens,
             workers,
             at,
@@ -246,6 +281,8 @@ impl State {
             recipe: recipe.clone(),
             checkpoint_root: checkpoint_root.clone(),
             keep: *keep,
+            keep_every: *keep_every,
+            strict: *strict,
             budget_tokens: *budget_tokens,
             workers: *workers,
             phase: RunPhase::Queued,
@@ -268,6 +305,8 @@ impl State {
             circumstances: Hash::default(),
             uniform: false,
             checkpoints: Vec::new(),
+            damaged: Vec::new(),
+            broken: false,
             doomed: Vec::new(),
             experience: Experience::default(),
             chaos: None,
@@ -317,7 +356,8 @@ impl Run {
             | Fact::TakenUp { .. }
             | Fact::PutAside { .. }
             | Fact::TakenBack { .. } => {}
-            Fact::Queued { .. } => {
+            Fact::Queued { strict, .. } => {
+                (self.strict, self.broken) = (*strict, false);
                 self.phase = RunPhase::Queued;
                 self.reason.clear();
                 self.stop = None;
@@ -367,17 +407,15 @@ impl Run {
                     .retain(|known| known.path != checkpoint.path);
                 self.checkpoints.push(checkpoint.clone());
             }
-            Fact::Published { path, .. } => {
-                if let Some(known) = self
-                    .checkpoints
-                    .iter_mut()
-                    .find(|known| known.path == *path)
-                {
-                    known.published = true;
-                }
+            Fact::Published { path, .. } => self.change(path, |known| known.published = true),
+            Fact::Verified { path, .. } => self.change(path, |known| known.verified = true),
+            Fact::Named { path, name, .. } => {
+                self.change(path, |known| known.name.clone_from(name));
             }
+            Fact::Damaged { path, problem, .. } => self.give_up(path, problem),
             Fact::Retired { path, .. } => {
                 self.checkpoints.retain(|known| known.path != *path);
+                self.damaged.retain(|known| known.checkpoint.path != *path);
                 self.doomed.push(path.clone());
             }
             Fact::Deleted { path, .. } => self.doomed.retain(|doomed| doomed != path),
@@ -395,8 +433,10 @@ impl Run {
                 outcome,
                 reason,
                 at,
+                broken,
                 ..
             } => {
+                self.broken = *broken;
                 self.phase = match outcome {
                     Outcome::Finished => RunPhase::Finished,
                     Outcome::Cancelled => RunPhase::Cancelled,
@@ -408,6 +448,27 @@ impl Run {
                 self.stop = None;
             }
         }
+    }
+
+    fn change(&mut self, path: &str, how: impl FnOnce(&mut Checkpoint)) {
+        if let Some(known) = self.checkpoints.iter_mut().find(|it| it.path == path) {
+            how(known);
+        }
+    }
+
+    /// A checkpoint is damaged. What steps behind the newest one came to is no longer what training from the newest one gives.
+    fn give_up(&mut self, path: &str, problem: &str) {
+        let Some(place) = self.checkpoints.iter().position(|it| it.path == path) else {
+            return;
+        };
+        if place + 1 == self.checkpoints.len() {
+            self.logged.clear();
+            self.uniform = false;
+        }
+        self.damaged.push(Damaged {
+            checkpoint: self.checkpoints.remove(place),
+            problem: problem.to_owned(),
+        });
     }
 
     fn broke(&mut self, step: u64, counts: bool, cause: &str) {
@@ -467,6 +528,7 @@ impl Run {
                 let at = self.trained.partition_point(|(first, _)| first <= step);
                 self.trained.drain(..at.saturating_sub(1));
             }
+            Body::Lost { durable, .. } => self.durable = self.durable.min(*durable),
             Body::Close { .. } => self.closed = true,
         }
     }

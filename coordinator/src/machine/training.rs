@@ -262,6 +262,10 @@ impl Machine {
                 bytes: written.bytes,
                 manifest_hash,
                 published: false,
+                world: generation.members.len() as u32,
+                at: self.moment.unix_ms,
+                verified: false,
+                name: String::new(),
             };
             self.decide(Fact::Written {
                 run: number,
@@ -296,12 +300,15 @@ impl Machine {
             format!("checkpoint of step {} is published: {path}", published.step),
         );
         self.decide(Fact::Published { run: number, path });
+        self.prove_newest(number);
         self.settle(number);
     }
 
     pub(super) fn fault(&mut self, rank: usize, fault: &Fault) {
-        if fault.kind() == FaultKind::Hardware {
-            return self.hardware_fault(rank, fault);
+        match fault.kind() {
+            FaultKind::Hardware => return self.hardware_fault(rank, fault),
+            FaultKind::CheckpointDamaged => return self.checkpoint_fault(rank, fault),
+            _ => {}
         }
         let Some(generation) = &self.generation else {
             return;
@@ -325,6 +332,7 @@ impl Machine {
             FaultKind::Unspecified
             | FaultKind::Transient
             | FaultKind::Peer
+            | FaultKind::CheckpointDamaged
             | FaultKind::Hardware => Severity::Transient,
             FaultKind::Input | FaultKind::Diverged => Severity::Fatal,
         };

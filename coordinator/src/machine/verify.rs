@@ -327,7 +327,11 @@ mod tests {
             for conn in [3, 4] {
                 rig.left(conn, 2, supra_proto::v1::LeftReason::Void);
             }
-            rig.event(Event::Resume(1)).unwrap();
+            rig.event(Event::Resume {
+                run: 1,
+                strict: false,
+            })
+            .unwrap();
             form(&mut rig, &[], 3, 0);
             rig.formed(3, 3, 0);
             rig.formed(4, 3, 0);
@@ -401,6 +405,10 @@ mod tests {
                 bytes: 0,
                 manifest_hash: [0; 32],
                 published: false,
+                world: 1,
+                at: 0,
+                verified: false,
+                name: String::new(),
             },
         };
         let facts = [

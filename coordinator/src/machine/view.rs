@@ -4,6 +4,7 @@ use supra_proto::v1::{self, RunState};
 
 use super::Machine;
 use super::generation::Stage;
+use super::keeping::{damaged, show};
 use super::state::{Run, RunNumber, RunPhase};
 use super::worker::{Conn, Worker, phase_name};
 
@@ -76,10 +77,12 @@ impl Machine {
             skipped_steps: run.skipped.len() as u64,
             submitted_unix_ms: run.submitted_unix_ms,
             ended_unix_ms: run.ended_unix_ms,
-            checkpoint: self.checkpoints(number).pop(),
+            checkpoint: run.recovery().map(|newest| show(run, newest, None, "")),
             ledger_head: run.ledger.head.to_vec(),
             checkpoint_interval: self.show_interval(number),
             chaos: run.chaos.as_ref().map(v1::Chaos::from),
+            damaged: damaged(run).collect(),
+            broken: run.broken,
             ..v1::RunStatus::default()
         })
     }
@@ -129,7 +132,10 @@ impl Machine {
         }
         let why = match &self.generation {
             Some(_) => "the workers are leaving the last run".to_owned(),
-            None => self.muster(run).err().unwrap_or_default(),
+            None => {
+                let doubt = self.proofs.doubt(run.number);
+                doubt.or(self.muster(run).err()).unwrap_or_default()
+            }
         };
         let before = if run.reason.is_empty() {
             String::new()
@@ -137,25 +143,6 @@ impl Machine {
             format!(" (before: {})", run.reason)
         };
         (RunState::Forming, format!("{why}{before}"))
-    }
-
-    /// Journalled checkpoints of a run, oldest first.
-    pub fn checkpoints(&self, number: RunNumber) -> Vec<v1::Checkpoint> {
-        let Some(run) = self.state.run(number) else {
-            return Vec::new();
-        };
-        run.checkpoints
-            .iter()
-            .map(|known| v1::Checkpoint {
-                step: known.step,
-                tokens: known.tokens,
-                generation: known.generation,
-                path: run.checkpoint_root.join(&known.path).display().to_string(),
-                bytes: known.bytes,
-                manifest_hash: known.manifest_hash.to_vec(),
-                published: known.published,
-            })
-            .collect()
     }
 
     /// Attached workers by name, then those that left, newest first.

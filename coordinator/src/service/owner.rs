@@ -16,6 +16,7 @@ use super::audits;
 use super::handle::{Ask, Handle};
 use super::receipt::Receipts;
 use super::speed::Speed;
+use super::verifier::Verifier;
 use crate::journal::{Journal, JournalError};
 use crate::ledger::Body;
 use crate::machine::{
@@ -80,6 +81,7 @@ pub(super) struct Owner {
     state: PathBuf,
     changed: watch::Sender<u64>,
     logs: broadcast::Sender<(RunNumber, LogEntry)>,
+    verifier: Verifier,
     events: mpsc::WeakSender<Ask>,
     stopped_a_run: bool,
     exit: bool,
@@ -136,6 +138,7 @@ impl Owner {
             state: state.to_owned(),
             changed,
             logs,
+            verifier: Verifier::default(),
             events: asks.downgrade(),
             stopped_a_run: false,
             exit: false,
@@ -165,6 +168,7 @@ impl Owner {
                 }
             }
         }
+        self.verifier.stop();
         self.journal.sync().await?;
         self.accounts.note(&self.telemetry, self.unix_ms());
         self.telemetry.written().await;
@@ -273,6 +277,15 @@ impl Owner {
                 } => {
                     self.write_down(&mut facts).await?;
                     self.delete(run, path, directory);
+                }
+                Action::Verify {
+                    run,
+                    attempt,
+                    directory,
+                    manifest_hash,
+                } => {
+                    self.verifier
+                        .read(run, attempt, directory, manifest_hash, &self.events);
                 }
                 Action::Exit => self.exit = true,
             }
@@ -432,6 +445,11 @@ impl Owner {
 
     pub fn checkpoints(&self, run: RunNumber) -> Vec<v1::Checkpoint> {
         self.machine.checkpoints(run)
+    }
+
+    /// Checkpoints that a user may have deleted now.
+    pub fn prunable(&self, run: RunNumber, keep: Option<u32>) -> Vec<v1::Checkpoint> {
+        self.machine.prunable(run, keep)
     }
 
     pub fn workers(&self) -> Vec<v1::WorkerStatus> {

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use supra_proto::v1::runs_server::Runs;
 use supra_proto::v1::{
-    CheckpointsResponse, DrainRequest, LedgerRecord, ListRequest, ListResponse, LogEntry,
-    LogsRequest, RunRequest, RunStatus, ShutdownRequest, ShutdownResponse, StepMetrics,
+    CheckpointsResponse, DrainRequest, DropCheckpointNameRequest, KeepCheckpointRequest,
+    LedgerRecord, ListRequest, ListResponse, LogEntry, LogsRequest, PruneCheckpointsRequest,
+    ResumeRequest, RunRequest, RunStatus, ShutdownRequest, ShutdownResponse, StepMetrics,
     SubmitRequest, SubmitResponse, WorkersRequest, WorkersResponse,
 };
 use supra_recipes::schema::Recipe;
@@ -56,13 +57,26 @@ impl RunsService {
     async fn act(
         &self,
         prefix: String,
-        event: fn(RunNumber) -> Event,
+        event: impl FnOnce(RunNumber) -> Event,
     ) -> Result<Response<RunStatus>, Status> {
         let run = self.find(prefix).await?;
-        self.owner.client(event(run)).await?.map_err(refused)?;
+        self.wish(event(run)).await?;
         Ok(Response::new(
             self.owner.look(move |owner| owner.status(run)).await?,
         ))
+    }
+
+    /// Lets a client's wish happen, or says why it cannot.
+    async fn wish(&self, event: Event) -> Result<(), Status> {
+        self.owner.client(event).await?.map_err(refused)
+    }
+
+    async fn list_checkpoints(
+        &self,
+        run: RunNumber,
+    ) -> Result<Response<CheckpointsResponse>, Status> {
+        let checkpoints = self.owner.look(move |owner| owner.checkpoints(run)).await?;
+        Ok(Response::new(CheckpointsResponse { checkpoints }))
     }
 }
 
@@ -80,10 +94,7 @@ impl Runs for RunsService {
         let submission =
             submission(&request.into_inner(), &self.state).map_err(Status::invalid_argument)?;
         let run = submission.id.clone();
-        self.owner
-            .client(Event::Submit(submission))
-            .await?
-            .map_err(refused)?;
+        self.wish(Event::Submit(submission)).await?;
         Ok(Response::new(SubmitResponse { run }))
     }
 
@@ -145,19 +156,50 @@ impl Runs for RunsService {
         self.act(request.into_inner().run, Event::Cancel).await
     }
 
-    async fn resume(&self, request: Request<RunRequest>) -> Result<Response<RunStatus>, Status> {
-        self.act(request.into_inner().run, Event::Resume).await
+    async fn resume(&self, request: Request<ResumeRequest>) -> Result<Response<RunStatus>, Status> {
+        let ResumeRequest { run, strict } = request.into_inner();
+        self.act(run, |run| Event::Resume { run, strict }).await
     }
 
     async fn checkpoints(
         &self,
         request: Request<RunRequest>,
     ) -> Result<Response<CheckpointsResponse>, Status> {
-        let checkpoints = self
-            .with(request.into_inner().run, |owner, run| {
-                owner.checkpoints(run)
-            })
-            .await?;
+        let run = self.find(request.into_inner().run).await?;
+        self.list_checkpoints(run).await
+    }
+
+    async fn keep_checkpoint(
+        &self,
+        request: Request<KeepCheckpointRequest>,
+    ) -> Result<Response<CheckpointsResponse>, Status> {
+        let KeepCheckpointRequest { run, step, name } = request.into_inner();
+        let run = self.find(run).await?;
+        self.wish(Event::NameCheckpoint { run, step, name }).await?;
+        self.list_checkpoints(run).await
+    }
+
+    async fn drop_checkpoint_name(
+        &self,
+        request: Request<DropCheckpointNameRequest>,
+    ) -> Result<Response<CheckpointsResponse>, Status> {
+        let DropCheckpointNameRequest { run, name } = request.into_inner();
+        let run = self.find(run).await?;
+        self.wish(Event::DropName { run, name }).await?;
+        self.list_checkpoints(run).await
+    }
+
+    async fn prune_checkpoints(
+        &self,
+        request: Request<PruneCheckpointsRequest>,
+    ) -> Result<Response<CheckpointsResponse>, Status> {
+        let PruneCheckpointsRequest { run, keep, delete } = request.into_inner();
+        let run = self.find(run).await?;
+        let look = move |owner: &Owner| owner.prunable(run, keep);
+        let checkpoints = self.owner.look(look).await?;
+        if delete {
+            self.wish(Event::Prune { run, keep }).await?;
+        }
         Ok(Response::new(CheckpointsResponse { checkpoints }))
     }
 
@@ -165,8 +207,7 @@ impl Runs for RunsService {
         &self,
         request: Request<DrainRequest>,
     ) -> Result<Response<WorkersResponse>, Status> {
-        let event = Event::Drain(request.into_inner().worker);
-        self.owner.client(event).await?.map_err(refused)?;
+        self.wish(Event::Drain(request.into_inner().worker)).await?;
         self.workers(Request::new(WorkersRequest {})).await
     }
 
@@ -226,9 +267,12 @@ async fn read_blocking<T: Send + 'static>(
 
 fn refused(refused: Refused) -> Status {
     match refused {
-        Refused::NoRun(_) | Refused::NoWorker { .. } => Status::not_found(refused.to_string()),
+        Refused::NoRun(_) | Refused::NoWorker { .. } | Refused::NoCheckpoint { .. } => {
+            Status::not_found(refused.to_string())
+        }
+        Refused::BadName(_) => Status::invalid_argument(refused.to_string()),
         Refused::ShuttingDown => Status::unavailable(refused.to_string()),
-        Refused::Taken(_) | Refused::Over { .. } => {
+        Refused::Taken(_) | Refused::NameTaken { .. } | Refused::Over { .. } => {
             Status::failed_precondition(refused.to_string())
         }
     }
@@ -262,6 +306,8 @@ fn submission(request: &SubmitRequest, state: &Path) -> Result<Submission, Strin
         name: recipe.name.to_string(),
         checkpoint_root,
         keep: recipe.checkpoint.keep,
+        keep_every: recipe.checkpoint.keep_every.map_or(0, |tokens| tokens.0),
+        strict: request.strict,
         budget_tokens: recipe.budget.tokens() / length * length,
         workers: Workers {
             min: recipe.workers.min,

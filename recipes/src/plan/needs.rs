@@ -5,7 +5,7 @@ use serde::Serialize;
 use super::memory::{self, CARDS, Card, Memory};
 use super::sizes::element;
 use super::{ModelShape, Plan, PlanError, Policy, Snapshots};
-use crate::schema::{Attention, Recipe, Sharding};
+use crate::schema::{Attention, Recipe, Sharding, Tokens};
 
 const FP32: u64 = 4;
 
@@ -46,7 +46,7 @@ pub struct Needs {
     pub checkpoints: Option<u64>,
     /// Bytes of one checkpoint: fp32 masters and two fp32 moments.
     pub checkpoint_bytes: u64,
-    /// Bytes of disk for the checkpoints kept, and the one being written.
+    /// Bytes of disk for the checkpoints kept, the one being written, and one that goes when the newest is verified.
     pub checkpoint_disk_bytes: u64,
     /// Floating-point operations per token, forward and backward, without recomputation.
     pub flops_per_token: f64,
@@ -113,7 +113,11 @@ impl Needs {
         let every = recipe.checkpoint.every_tokens.tokens();
         let checkpoints = every.map(|every| checkpoints(&plan, every));
         let most = checkpoints.unwrap_or(plan.steps);
-        let kept = most.min(u64::from(recipe.checkpoint.keep) + 1);
+        // One more is being written, and one may wait until the newest is verified.
+        let newest = u64::from(recipe.checkpoint.keep) + 2;
+        let every = recipe.checkpoint.keep_every.map_or(0, Tokens::get);
+        let for_ever = plan.tokens_after(plan.steps).checked_div(every);
+        let kept = most.min(newest.saturating_add(for_ever.unwrap_or(0)));
         Ok(Needs {
             parameters,
             new_parameters: parameters - shape.parameters(Attention::Softmax, false),

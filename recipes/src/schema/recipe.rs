@@ -364,6 +364,9 @@ pub struct Checkpoint {
     #[serde(deserialize_with = "bounds::counting")]
     #[schemars(range(min = 1))]
     pub keep: u32,
+    /// Of each multiple of so many tokens, the first checkpoint at or after it is kept, too, for ever; of none unless said.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keep_every: Option<Tokens>,
     /// Directory that all workers share, or `s3://bucket/prefix` or `gs://bucket/prefix`; the coordinator's state directory
     /// unless said.
     #[serde(
@@ -379,6 +382,7 @@ impl Default for Checkpoint {
         Checkpoint {
             every_tokens: CheckpointInterval::Tokens(Tokens(1_000_000_000)),
             keep: 3,
+            keep_every: None,
             to: None,
         }
     }

@@ -139,6 +139,7 @@ fn submit(url: &str, workers: usize) -> Result<String> {
         recipe,
         file_name: "scale.yaml".to_owned(),
         base_directory: "/".to_owned(),
+        strict: false,
     };
     runtime()?.block_on(async { Ok(Client::connect(url, None).await?.submit(request).await?) })
 }

@@ -666,7 +666,7 @@ impl World {
         let Some(model) = model else {
             let kind = match job.start {
                 Some(_) => FaultKind::Transient,
-                None => FaultKind::Input,
+                None => FaultKind::CheckpointDamaged,
             };
             return self.breaks(worker, kind, "there is nothing to start from");
         };

@@ -6,7 +6,7 @@ use std::time::Duration;
 use rand::RngExt;
 use supra_coordinator::interval::Bounds;
 use supra_coordinator::ledger::Body;
-use supra_coordinator::machine::{self, Action, Conn, Fact, Limits, Machine, Moment};
+use supra_coordinator::machine::{self, Action, Conn, Fact, Found, Limits, Machine, Moment};
 use supra_proto::v1::{
     CoordinatorMessage, WorkerMessage, coordinator_message::Body as Down,
     worker_message::Body as Up,
@@ -182,6 +182,27 @@ impl World {
                     self.queue
                         .push(self.now + after, Event::Deleted { epoch, run, path });
                 }
+                Action::Verify {
+                    run,
+                    attempt,
+                    directory,
+                    manifest_hash,
+                } => {
+                    let path = directory.file_name().unwrap_or_default();
+                    let path = path.to_string_lossy().into_owned();
+                    let after = self.random.random_range(MS..2 * SECOND);
+                    let epoch = self.coordinator.epoch;
+                    self.queue.push(
+                        self.now + after,
+                        Event::Verified {
+                            epoch,
+                            run,
+                            attempt,
+                            path,
+                            manifest_hash,
+                        },
+                    );
+                }
                 Action::Exit => {
                     if self.write_down(&mut facts) {
                         self.journal.sync();
@@ -344,6 +365,30 @@ impl World {
         self.coordinator.conns.remove(&conn);
         let cause = cause.to_owned();
         self.happen(machine::Event::Lost { conn, cause });
+    }
+
+    /// A checkpoint was read again.
+    pub(super) fn verified(
+        &mut self,
+        epoch: u32,
+        run: u32,
+        attempt: u64,
+        path: &str,
+        manifest_hash: [u8; 32],
+    ) {
+        if epoch != self.coordinator.epoch {
+            return;
+        }
+        let id = self.watch.id(run);
+        let found = match self.checkpoints.read(&id, path, manifest_hash) {
+            Some(_) => Found::Whole,
+            None => Found::Damaged(format!("{path} is not what was written")),
+        };
+        self.happen(machine::Event::Verified {
+            run,
+            attempt,
+            found,
+        });
     }
 
     pub(super) fn deleted(&mut self, epoch: u32, run: u32, path: String) {

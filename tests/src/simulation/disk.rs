@@ -70,6 +70,8 @@ pub(super) struct Saved {
     pub head: [u8; 32],
     pub manifest_hash: [u8; 32],
     pub published: bool,
+    /// A file is not what was written.
+    pub damaged: bool,
 }
 
 impl Saved {
@@ -81,6 +83,7 @@ impl Saved {
             head,
             manifest_hash: *blake3::hash(&manifest).as_bytes(),
             published: false,
+            damaged: false,
         }
     }
 }
@@ -115,11 +118,23 @@ impl Checkpoints {
         }
     }
 
-    /// A published checkpoint.
+    /// A published checkpoint that is whole.
     pub fn read(&self, run: &str, path: &str, manifest_hash: [u8; 32]) -> Option<&Saved> {
         self.0
             .get(&(run.to_owned(), path.to_owned()))
-            .filter(|saved| saved.published && saved.manifest_hash == manifest_hash)
+            .filter(|saved| saved.published && !saved.damaged)
+            .filter(|saved| saved.manifest_hash == manifest_hash)
+    }
+
+    /// Something happens to the newest published checkpoint of a run; false when there is none.
+    pub fn damage(&mut self, run: &str) -> bool {
+        let published = self
+            .0
+            .iter_mut()
+            .filter(|((of, _), saved)| of == run && saved.published);
+        // Paths are in the order of steps.
+        let newest = published.last();
+        newest.map(|(_, saved)| saved.damaged = true).is_some()
     }
 
     /// Published checkpoints of a run with their paths.

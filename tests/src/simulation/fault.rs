@@ -88,6 +88,8 @@ pub enum Kind {
     CoordinatorPause,
     /// The wall clock is set to another time.
     WallJump,
+    /// A file of the newest published checkpoint is not what was written any more.
+    Damage,
     /// A client stops the run.
     Cancel,
     /// A client drains the worker, and starts it anew later.
@@ -100,7 +102,7 @@ pub enum Kind {
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 25] = [
+    pub const ALL: [Kind; 26] = [
         Kind::Crash,
         Kind::Replace,
         Kind::Pause,
@@ -122,6 +124,7 @@ impl Kind {
         Kind::CoordinatorCrash,
         Kind::CoordinatorPause,
         Kind::WallJump,
+        Kind::Damage,
         Kind::Cancel,
         Kind::Drain,
         Kind::Shutdown,
@@ -308,6 +311,12 @@ impl World {
             Kind::CoordinatorPause => self.coordinator.paused_until = self.now + long,
             Kind::WallJump => {
                 self.coordinator.wall_error = self.random.random_range(-90_000_000..90_000_000);
+            }
+            Kind::Damage => {
+                if let Some(run) = self.watch.unfinished().next() {
+                    let id = self.watch.id(run);
+                    self.checkpoints.damage(&id);
+                }
             }
             Kind::Cancel => {
                 let run = self.watch.unfinished().next();

@@ -180,6 +180,8 @@ pub(super) fn submission(
         name: "simulated".into(),
         recipe,
         keep: 2,
+        keep_every: 0,
+        strict: false,
         budget_tokens: plan.samples * plan.sequence_length,
         workers: Workers {
             min: workers.0,

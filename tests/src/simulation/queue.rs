@@ -72,6 +72,14 @@ pub(super) enum Event {
     },
     /// The coordinator begins again.
     CoordinatorStarts,
+    /// A checkpoint was read again.
+    Verified {
+        epoch: u32,
+        run: RunNumber,
+        attempt: u64,
+        path: String,
+        manifest_hash: [u8; 32],
+    },
     /// The directory of a retired checkpoint is gone.
     Deleted {
         epoch: u32,

@@ -27,15 +27,76 @@ pub(super) struct Account {
     tail: Tail,
     generation: u64,
     durable: u64,
-    /// Step of the newest journalled checkpoint.
-    recovery: u64,
+    /// Journalled checkpoints, oldest first, and the hashes of those that are damaged.
+    checkpoints: Vec<Known>,
+    damaged: BTreeSet<[u8; 32]>,
     /// Steps behind it whose results are logged, and the generations that these are from.
     logged: BTreeMap<u64, u64>,
     closed: bool,
     pub outcome: Option<Outcome>,
 }
 
+/// A journalled checkpoint.
+#[derive(Clone, Debug)]
+struct Known {
+    path: String,
+    step: u64,
+    hash: [u8; 32],
+    verified: bool,
+}
+
 impl Account {
+    /// Step of the newest journalled checkpoint.
+    fn recovery(&self) -> u64 {
+        self.checkpoints.last().map_or(0, |known| known.step)
+    }
+
+    fn known(&self, path: &str) -> Option<usize> {
+        self.checkpoints.iter().position(|known| known.path == path)
+    }
+
+    /// What becomes of a journalled checkpoint: only what is verified lets older ones go.
+    fn keep(&mut self, fact: &Fact) -> Result<(), String> {
+        match fact {
+            Fact::Written { checkpoint, .. } => {
+                self.checkpoints.retain(|it| it.path != checkpoint.path);
+                self.checkpoints.push(Known {
+                    path: checkpoint.path.clone(),
+                    step: checkpoint.step,
+                    hash: checkpoint.manifest_hash,
+                    verified: false,
+                });
+            }
+            Fact::Verified { path, .. } => {
+                let place = self
+                    .known(path)
+                    .ok_or("what is not journalled is verified")?;
+                self.checkpoints[place].verified = true;
+            }
+            Fact::Damaged { path, .. } => {
+                let place = self
+                    .known(path)
+                    .ok_or("what is not journalled is damaged")?;
+                if place + 1 == self.checkpoints.len() {
+                    self.logged.clear();
+                }
+                self.damaged.insert(self.checkpoints.remove(place).hash);
+            }
+            Fact::Retired { path, .. } => {
+                let place = self
+                    .known(path)
+                    .ok_or("what is not journalled is retired")?;
+                let newer = &self.checkpoints[place + 1..];
+                if !newer.iter().any(|known| known.verified) {
+                    return Err(format!("{path} goes, and no newer one is verified"));
+                }
+                self.checkpoints.remove(place);
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
     /// The state that the standing steps lead to.
     pub fn model(&self) -> Model {
         self.standing
@@ -160,6 +221,14 @@ impl Watch {
         if let Err(what) = self.fold(fact) {
             self.broken(what);
         }
+        if let Fact::Damaged { run, .. } = fact {
+            let id = self.id(*run);
+            let left = self.account(*run).map_or(0, Account::recovery);
+            // A promise to publish is none to keep files whole.
+            self.promised
+                .entry(id)
+                .and_modify(|step| *step = left.min(*step));
+        }
     }
 
     /// A crash has taken back what was not on the disk.
@@ -174,10 +243,11 @@ impl Watch {
         }
         for account in &self.accounts {
             let promised = self.promised.get(&account.id).copied().unwrap_or(0);
-            if account.recovery < promised {
+            if account.recovery() < promised {
                 let what = format!(
                     "{}: a checkpoint of step {promised} was to be published, and a crash took the journal back to step {}",
-                    account.id, account.recovery
+                    account.id,
+                    account.recovery()
                 );
                 return self.broken(what);
             }
@@ -195,6 +265,14 @@ impl Watch {
             && !GROUNDS.iter().any(|ground| reason.contains(ground))
         {
             return Err(format!("{id}: failed without a ground: {reason}"));
+        }
+        if let Fact::Verified { path, .. } | Fact::Damaged { path, .. } = fact {
+            let account = self.account(fact.run());
+            let known = account.and_then(|it| Some(it.checkpoints[it.known(path)?].hash));
+            let whole = known.and_then(|hash| checkpoints.read(&id, path, hash));
+            if whole.is_some() != matches!(fact, Fact::Verified { .. }) {
+                return Err(format!("{id}: the disk does not bear out {fact:?}"));
+            }
         }
         let Fact::Recorded { record, .. } = fact else {
             return Ok(());
@@ -247,7 +325,7 @@ impl Watch {
                 .any(|(_, saved)| saved.manifest_hash == *manifest_hash)
                 .then_some(())
                 .ok_or(format!("{id}: durable, but no checkpoint is published")),
-            Body::Open(_) | Body::Close { .. } => Ok(()),
+            Body::Open(_) | Body::Lost { .. } | Body::Close { .. } => Ok(()),
         }
     }
 
@@ -311,7 +389,6 @@ impl Watch {
                         account.id, checkpoint.step
                     ));
                 }
-                account.recovery = account.recovery.max(checkpoint.step);
                 account.logged.retain(|step, _| *step > checkpoint.step);
             }
             Fact::Logged { result, .. } => {
@@ -321,7 +398,8 @@ impl Watch {
             Fact::Recorded { record, .. } => return account.record(record),
             _ => {}
         }
-        Ok(())
+        let id = account.id.clone();
+        account.keep(fact).map_err(|what| format!("{id}: {what}"))
     }
 
     /// A worker is told something: what stands behind it has to be on the disk by now.
@@ -411,6 +489,21 @@ impl Account {
             }
             Body::Durable { step, .. } => {
                 self.durable = *step;
+                Ok(())
+            }
+            Body::Lost {
+                step,
+                durable,
+                manifest_hash,
+                ..
+            } => {
+                if *step != self.durable || *durable >= *step {
+                    return Err(format!("{id}: step {step} cannot be lost now"));
+                }
+                if !self.damaged.contains(manifest_hash) {
+                    return Err(format!("{id}: step {step} is lost, but nothing is damaged"));
+                }
+                self.durable = *durable;
                 Ok(())
             }
             Body::Close { step, samples } => {

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use rand::RngExt;
 use supra_agent::Exit;
-use supra_agent::session::{Action, Input, Session};
+use supra_agent::session::{Action, Input, Session, Unpublished};
 use supra_proto::v1::{
     CoordinatorMessage, FaultKind, Hello, OrderedFaultKind, WorkerMessage,
     worker_message::Body as Up,
@@ -306,7 +306,10 @@ impl World {
             } => {
                 let run = root.url().rsplit('/').next().unwrap_or_default();
                 let result = self.checkpoints.publish(run, &path, manifest_hash);
-                let result = result.map_err(|problem| (FaultKind::Input, problem));
+                let result = result.map_err(|message| Unpublished {
+                    kind: FaultKind::CheckpointDamaged,
+                    message,
+                });
                 self.errand(
                     number,
                     Input::Published {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal::SIGXFSZ;
 use supra_proto::ClientError;
-use supra_proto::v1::{CoordinatorMessage, FaultKind, OrderedFaultKind};
+use supra_proto::v1::{CoordinatorMessage, OrderedFaultKind};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, Sleep, interval, sleep};
@@ -23,6 +23,7 @@ use crate::link::{self, LinkControl, Tagged};
 use crate::place::Place;
 use crate::session::{Action, Input, Session};
 use crate::supervisor;
+use crate::unpublished::Unpublished;
 use crate::worker::{Exit, WorkerOptions};
 
 /// How often the session looks at the clock.
@@ -192,10 +193,7 @@ impl Controller {
                         let done = self.published_in.clone();
                         tokio::task::spawn_blocking(move || {
                             let result = root.publish(&path, manifest_hash);
-                            let result = result.map_err(|error| match error.is_transient() {
-                                true => (FaultKind::Transient, error.to_string()),
-                                false => (FaultKind::Input, error.to_string()),
-                            });
+                            let result = result.map_err(|error| Unpublished::new(&root, &error));
                             // Nobody waits for it when the worker ends.
                             done.send(Input::Published {
                                 job,

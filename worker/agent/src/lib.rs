@@ -27,6 +27,7 @@ mod place;
 pub mod session;
 pub mod supervisor;
 mod unfinished;
+mod unpublished;
 mod worker;
 
 pub use advertise::{Advertise, BadAdvertise};

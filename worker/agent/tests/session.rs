@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use supra_agent::link::{Report, Tagged};
-use supra_agent::session::{Action, Input, Session};
+use supra_agent::session::{Action, Input, Session, Unpublished};
 use supra_agent::{FaultKind, Formed, Outcome, Phase, Unfinished};
 use supra_proto::v1::coordinator_message::Body as Down;
 use supra_proto::v1::worker_message::Body as Up;
@@ -92,7 +92,7 @@ impl Bench {
         &mut self,
         job: u64,
         step: u64,
-        result: Result<(), (FaultKind, String)>,
+        result: Result<(), Unpublished>,
     ) -> Vec<String> {
         self.feed(Input::Published {
             job,
@@ -675,7 +675,11 @@ fn a_failed_publication_ends_the_generation() {
     let mut bench = Bench::working();
     bench.written(1, 8);
     bench.says(1, publish(8));
-    let actions = bench.published(1, 8, Err((FaultKind::Input, "disk full".to_owned())));
+    let full = Unpublished {
+        kind: FaultKind::Input,
+        message: "disk full".to_owned(),
+    };
+    let actions = bench.published(1, 8, Err(full));
     assert_eq!(actions, ["Transient fault \"disk full\" of run/1", "void"]);
     assert_eq!(bench.done(1, Outcome::Voided), ["left Fault of run/1"]);
 }
@@ -704,14 +708,15 @@ fn rank_0_publishes_the_checkpoint_to_start_from() {
 }
 
 #[test]
-fn a_checkpoint_to_start_from_that_is_missing_is_an_input_fault_and_a_silent_store_is_none() {
+fn a_missing_checkpoint_to_start_from_is_damage_and_a_silent_store_is_none() {
     for (kind, shown) in [
-        (FaultKind::Input, "Input"),
+        (FaultKind::CheckpointDamaged, "CheckpointDamaged"),
         (FaultKind::Transient, "Transient"),
     ] {
         let mut bench = Bench::attached();
         bench.says(1, restoring(0));
-        let actions = bench.published(1, 8, Err((kind, "no manifest".to_owned())));
+        let message = "no manifest".to_owned();
+        let actions = bench.published(1, 8, Err(Unpublished { kind, message }));
         let fault = format!("{shown} fault \"no manifest\" of run/1");
         assert_eq!(actions, [fault.as_str(), "left Fault of run/1"]);
     }

@@ -60,7 +60,7 @@ pub enum StoredError {
     },
     /// A file is not what was written.
     #[error(
-        "checkpoint damaged: {path}: {problem}. Resume from an older checkpoint (`supra checkpoints` lists them)"
+        "checkpoint damaged: {path}: {problem}. `supra checkpoints` lists those that there are"
     )]
     Damaged {
         /// The damaged file.

@@ -1,12 +1,13 @@
 //! Checkpoints without libtorch: everything that training changes, in a directory that is complete or not there.
 //!
 //! [`manifest`] says what a checkpoint holds, [`store`] where it lies and what may go, [`publish`] what makes it exist, [`verify`]
-//! whether it is what was written, by the hashes of [`tree`], and [`fetch`] gets the model out of it. Coordinator and worker use
-//! the same code; tensors are the worker's.
+//! whether it is what was written, by the hashes of [`tree`], [`examine`] all that is not, and [`fetch`] gets the model out of it.
+//! Coordinator and worker use the same code; tensors are the worker's.
 
 #![forbid(unsafe_code)]
 
 pub mod error;
+pub mod examine;
 pub mod fetch;
 pub mod manifest;
 pub mod publish;

@@ -29,7 +29,7 @@ impl TreeHasher {
             // A full group ends when there is more: a file of one group has no subtrees.
             if self.hasher.count() == GROUP {
                 self.groups.push(self.hasher.finalize_non_root());
-                self.hasher.reset();
+                self.hasher = blake3::Hasher::new();
                 self.hasher.set_input_offset(self.bytes);
             }
             let room = (GROUP - self.hasher.count()) as usize;
@@ -157,7 +157,7 @@ mod tests {
     ];
 
     fn content(bytes: u64) -> Vec<u8> {
-        (0..bytes).map(|at| (at * 31 + (at >> 11)) as u8).collect()
+        (0..bytes).map(|at| (at * 31 + (at >> 11) + (at >> 24)) as u8).collect()
     }
 
     fn stored(content: &[u8]) -> StoredFile {

@@ -42,6 +42,7 @@ impl CheckpointError {
             CheckpointError::Exchange(DeviceCollectiveError::Host(_)) => FaultKind::Peer,
             CheckpointError::Exchange(_) | CheckpointError::Model(_) => FaultKind::Transient,
             CheckpointError::Stored(error) if error.is_transient() => FaultKind::Transient,
+            CheckpointError::Stored(StoredError::Damaged { .. }) => FaultKind::CheckpointDamaged,
             CheckpointError::Stored(_) => FaultKind::Input,
         }
     }

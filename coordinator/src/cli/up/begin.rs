@@ -74,7 +74,7 @@ pub async fn begin(
                 });
             }
             Decision::Resume => {
-                client.resume(&run).await?;
+                client.resume(&run, request.strict).await?;
                 let said =
                     format!("Run {run} of the same recipe is resumed (--new begins another).");
                 return Ok(Begun {

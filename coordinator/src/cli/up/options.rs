@@ -10,7 +10,7 @@ use supra_recipes::Recipe;
 use super::device::{Device, visible_gpus};
 use crate::cli::failure::Failure;
 use crate::cli::format;
-use crate::cli::runs::Json;
+use crate::cli::runs::{Json, Strict};
 
 /// Arguments of `supra up`.
 #[derive(Args, Debug)]
@@ -40,6 +40,8 @@ pub struct Up {
     #[arg(long, requires = "recipe")]
     pub(super) new: bool,
     #[command(flatten)]
+    pub(super) strict: Strict,
+    #[command(flatten)]
     pub(super) json: Json,
 }
 
@@ -54,6 +56,11 @@ pub(super) fn check(command: &Up) -> Result<(), Failure> {
              machines in, start `supra-coordinator run` and `supra-worker run` by themselves.",
             command.listen
         )));
+    }
+    if command.strict.strict && command.recipe.is_none() {
+        return Err(Failure::input(
+            "--strict is about the run of a recipe: name one, or give --strict to `supra resume`.",
+        ));
     }
     let (workers, gpus) = (command.workers(), visible_gpus());
     match command.device {

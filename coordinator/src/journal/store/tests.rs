@@ -17,6 +17,8 @@ fn submitted(run: RunNumber) -> Fact {
         recipe: "name: run\n".into(),
         checkpoint_root: "/checkpoints".into(),
         keep: 3,
+        keep_every: 0,
+        strict: false,
         budget_tokens: 1000,
         workers: Workers {
             min: 1,
@@ -69,6 +71,7 @@ fn what_was_committed_is_replayed() {
         outcome: Outcome::Failed,
         reason: "no data".into(),
         at: 9,
+        broken: false,
     };
     apply(&mut expected, std::slice::from_ref(&ended));
     store.commit(&[ended]).unwrap();

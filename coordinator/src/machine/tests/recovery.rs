@@ -395,7 +395,11 @@ fn survivors_that_hold_different_states_of_a_step_end_the_run() {
         status.reason
     );
     assert_eq!((rig.run().step, voids(&rig)), (0, vec![0]));
-    rig.event(Event::Resume(1)).unwrap();
+    rig.event(Event::Resume {
+        run: 1,
+        strict: false,
+    })
+    .unwrap();
     rig.wait(1.1);
     assert_eq!(starts(&mut rig), (None, None), "from the base");
 }
@@ -407,7 +411,11 @@ fn what_a_failed_run_has_voided_stays_void_when_it_is_resumed_before_all_have_le
     rig.fault(1, 1, v1::FaultKind::Input, "the base is gone");
     rig.left_holding(1, 1, LeftReason::Fault, None);
     assert_eq!(voids(&rig), [0]);
-    rig.event(Event::Resume(1)).unwrap();
+    rig.event(Event::Resume {
+        run: 1,
+        strict: false,
+    })
+    .unwrap();
     rig.report(2, 1, 1, 1, 2);
     rig.left_holding(2, 1, LeftReason::Void, Some(held(1, 1)));
     rig.wait(1.1);
@@ -471,7 +479,11 @@ fn a_run_that_is_cancelled_while_survivors_hold_it_stands_at_its_checkpoint() {
     rig.event(Event::Cancel(1)).unwrap();
     assert_eq!(rig.status().state(), RunState::Cancelled);
     assert_eq!((rig.run().step, voids(&rig)), (0, vec![0]));
-    rig.event(Event::Resume(1)).unwrap();
+    rig.event(Event::Resume {
+        run: 1,
+        strict: false,
+    })
+    .unwrap();
     rig.told();
     rig.wait(3.1);
     assert_eq!(starts(&mut rig), (None, None));

@@ -274,7 +274,11 @@ fn a_resumed_run_begins_from_its_checkpoint_whatever_is_in_memory() {
     rig.left(1, 1, LeftReason::Fault);
     rig.left_holding(2, 1, LeftReason::Void, Some(parts(1, 2, &[0, 1])));
     rig.told();
-    rig.event(Event::Resume(1)).unwrap();
+    rig.event(Event::Resume {
+        run: 1,
+        strict: false,
+    })
+    .unwrap();
     rig.wait(1.1);
     assert_eq!(start(&mut rig), None);
     sound(&rig);

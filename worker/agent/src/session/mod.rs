@@ -26,6 +26,7 @@ use supra_proto::v1::{
 use crate::link::Tagged;
 use crate::place::Place;
 use crate::unfinished::Unfinished;
+pub use crate::unpublished::Unpublished;
 use crate::worker::Exit;
 use standing::Standing;
 
@@ -38,7 +39,7 @@ pub enum Input {
     Detached,
     /// The training loop said something.
     Report(Tagged),
-    /// A publication has ended; the error says whether it may go well another time, and why it did not on one line.
+    /// A publication has ended.
     Published {
         /// Job that asked for it.
         job: u64,
@@ -47,7 +48,7 @@ pub enum Input {
         /// Hash of its manifest.
         manifest_hash: [u8; 32],
         /// How it went.
-        result: Result<(), (FaultKind, String)>,
+        result: Result<(), Unpublished>,
     },
     /// The manifest of a checkpoint is written, or is not; the error is one line.
     Finished {

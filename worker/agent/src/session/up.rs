@@ -7,7 +7,7 @@ use supra_proto::v1::{
     CheckpointBegun, CheckpointPublished, CheckpointWritten, Fault, FaultKind, LeftReason, Phase,
 };
 
-use super::{Action, Actions, Session, Stage};
+use super::{Action, Actions, Session, Stage, Unpublished};
 use crate::job::Outcome;
 use crate::link::{Report, Tagged};
 
@@ -78,7 +78,7 @@ impl Session {
         job: u64,
         step: u64,
         hash: [u8; 32],
-        result: Result<(), (FaultKind, String)>,
+        result: Result<(), Unpublished>,
         now: Instant,
         actions: &mut Actions,
     ) {
@@ -88,7 +88,7 @@ impl Session {
         if matches!(current.stage, Stage::Leaving { .. }) {
             return;
         }
-        if let Err((kind, message)) = result {
+        if let Err(Unpublished { kind, message }) = result {
             let kind = match current.stage {
                 // Nothing can start from a checkpoint that is not there.
                 Stage::Preparing(_) => kind,

@@ -132,6 +132,15 @@ impl Local {
         fs::rename(self.path(from), &to).map_err(|source| StoredError::writing(&to, source))
     }
 
+    /// Advice: without it the answer is still about what any reader gets.
+    pub(super) fn forget(&self, relative: &str) {
+        #[cfg(target_os = "linux")]
+        if let Ok(file) = File::open(self.path(relative)) {
+            use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+            let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
+        }
+    }
+
     pub(super) fn sync_dir(&self, relative: &str) -> Result<(), StoredError> {
         let path = self.path(relative);
         let synced = File::open(&path).and_then(|directory| directory.sync_all());

@@ -267,6 +267,13 @@ impl Store {
         }
     }
 
+    /// Gives up what the system has of a file in memory, where it has: the next reader is to see the disk.
+    pub fn forget(&self, relative: &str) {
+        if let Backend::Local(local) = &*self.backend {
+            local.forget(relative);
+        }
+    }
+
     /// Makes the entries of a directory durable, where that is not done with the files.
     ///
     /// # Errors
