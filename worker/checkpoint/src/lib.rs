@@ -2,7 +2,7 @@
 //!
 //! [`manifest`] says what a checkpoint holds, [`store`] where it lies and what may go, [`publish`] what makes it exist, [`verify`]
 //! whether it is what was written, by the hashes of [`tree`], [`examine`] all that is not, and [`fetch`] gets the model out of it.
-//! Coordinator and worker use the same code; tensors are the worker's.
+//! Coordinator and worker use the same code; tensors are the worker's. [`pytorch`] reads the weights of others.
 
 #![forbid(unsafe_code)]
 
@@ -11,6 +11,7 @@ pub mod examine;
 pub mod fetch;
 pub mod manifest;
 pub mod publish;
+pub mod pytorch;
 pub mod store;
 pub mod tree;
 pub mod verify;

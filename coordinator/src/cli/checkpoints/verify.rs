@@ -1,11 +1,10 @@
 //! `supra checkpoints --verify`: reads checkpoints again, on the machine where it is called.
 
 use std::io::{IsTerminal, stderr};
-use std::path::Path;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
-use supra_checkpoint::StoredError;
+use supra_checkpoint::{Store, StoredError};
 use supra_checkpoint::examine::{self, Care, Findings};
 use supra_proto::v1;
 
@@ -140,6 +139,8 @@ fn render(checked: &Checked) -> String {
 #[cfg(test)]
 mod tests {
     use std::fs;
+
+    use std::path::Path;
 
     use super::*;
 
