@@ -33,7 +33,8 @@ pub struct Options<'a> {
     pub checkpoints: Vec<Remembered>,
     /// Manifests of published checkpoints as they are now: what the ledger says about them has to be so.
     pub manifests: Vec<Manifest>,
-    /// What is wrong with the files of checkpoints, in one line each, and how many files are right.
+    /// What is wrong with the files of checkpoints and the journal's end, in one line each, and how many files of
+    /// checkpoints are right.
     pub files: (Vec<String>, u64),
     /// Digests from the data itself. Slow: reads every sample.
     pub recompute: Option<&'a mut Recompute<'a>>,
@@ -345,7 +346,7 @@ impl<'a> Auditor<'a> {
         let first = (step.step.saturating_sub(1)).saturating_mul(open.batch_samples);
         let samples = open.batch_samples.min(open.samples.saturating_sub(first));
         let promised = step.step >= 1 && step.step <= open.steps;
-        if step.step != self.step + 1 {
+        if self.step.checked_add(1) != Some(step.step) {
             self.found(format!(
                 "applies step {} after step {}: {}",
                 step.step,
@@ -422,7 +423,7 @@ impl<'a> Auditor<'a> {
         }
         self.voided += self.step.saturating_sub(after_step);
         self.step = self.step.min(after_step);
-        self.skipped.split_off(&(after_step + 1));
+        self.skipped.split_off(&after_step.saturating_add(1));
         self.voided_generation = self.voided_generation.max(generation);
     }
 

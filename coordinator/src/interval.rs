@@ -55,8 +55,9 @@ pub struct Experience {
 impl Experience {
     /// The run has trained for so long with so many workers; and wrote a checkpoint in the end, if it has a cost.
     pub fn trained(&mut self, milliseconds: u64, world: u32, cost_ms: Option<u64>) {
-        self.worker_ms += milliseconds * u64::from(world);
-        self.unsaved_ms += milliseconds;
+        let of_all = milliseconds.saturating_mul(u64::from(world));
+        self.worker_ms = self.worker_ms.saturating_add(of_all);
+        self.unsaved_ms = self.unsaved_ms.saturating_add(milliseconds);
         if let Some(cost) = cost_ms {
             self.unsaved_ms = 0;
             self.costs_ms.push_back(cost);

@@ -2,7 +2,7 @@
 //!
 //! One SQLite file, `STATE/journal.db` (WAL, `synchronous=FULL`), written by one thread. Facts are handed over in order
 //! and reach the disk as a prefix of that order: together when [`Journal::sync`] asks for it, else after a second or 256
-//! facts. Ledger records have a table of their own, one compact row each; a snapshot of the replayed state every few
+//! facts; how far they have come is also said beside it ([`head`]). Ledger records have a table of their own, one compact row each; a snapshot of the replayed state every few
 //! thousand facts keeps the start fast however long the run is.
 
 use std::fs::{self, File, OpenOptions};
@@ -19,6 +19,7 @@ use tokio::sync::oneshot;
 
 use crate::machine::{Fact, State};
 
+mod head;
 mod store;
 
 pub use store::Reader;
@@ -74,6 +75,24 @@ pub enum JournalError {
         path: PathBuf,
         /// What.
         what: String,
+    },
+    /// The last facts are gone.
+    #[error("{} has lost its end: its last fact is {found}, and fact {known} was on disk before\n  restore it from a backup; to go on from what is left, remove {}", path.display(), head.display())]
+    Cut {
+        /// The file.
+        path: PathBuf,
+        /// Number of its last fact.
+        found: u64,
+        /// Number of the last fact that was on disk.
+        known: u64,
+        /// The file that says so.
+        head: PathBuf,
+    },
+    /// It cannot be told any more whether the last facts are there.
+    #[error("{} is damaged: it does not say how far the journal has come\n  remove it if the journal beside it is the newest one", path.display())]
+    Headless {
+        /// The file.
+        path: PathBuf,
     },
     /// SQLite.
     #[error("{}: {cause}{}", path.display(), remedy(cause))]

@@ -163,7 +163,7 @@ impl Tail {
 
     /// Moves the tail behind `record`.
     pub fn advance(&mut self, record: &Record) {
-        self.length = record.index + 1;
+        self.length = record.index.saturating_add(1);
         self.head = record.hash;
     }
 }

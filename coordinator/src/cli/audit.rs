@@ -135,11 +135,13 @@ fn offline<'a>(
     // After the checkpoints were read: what a live coordinator publishes meanwhile is left for the next audit.
     ledger.refresh()?;
     witnesses.forget_retired(&checkpoints::of_run(&ledger.run));
+    let mut options = witnesses.options();
+    options.files.0.extend(ledger.lost_end()?);
     let mut auditor = Auditor::new(Options {
         head: ledger.head(),
         recipe_hash: Some(*blake3::hash(ledger.run.recipe.as_bytes()).as_bytes()),
         recompute,
-        ..witnesses.options()
+        ..options
     });
     ledger.each(|entry| push(&mut auditor, entry))?;
     Ok(auditor.finish())

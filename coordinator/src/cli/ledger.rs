@@ -54,6 +54,20 @@ impl Offline {
         Ok(())
     }
 
+    /// What is wrong with the end of the journal, if anything is.
+    ///
+    /// # Errors
+    /// An unreadable journal.
+    pub fn lost_end(&self) -> Result<Option<String>, Failure> {
+        match self.journal.check_end() {
+            Ok(()) => Ok(None),
+            Err(error @ (JournalError::Cut { .. } | JournalError::Headless { .. })) => {
+                Ok(Some(error.to_string().replace('\n', ";")))
+            }
+            Err(error) => Err(unreadable(error)),
+        }
+    }
+
     /// The head of the run's ledger; none while it has no records.
     pub fn head(&self) -> Option<Hash> {
         Some(self.run.ledger.head).filter(|head| *head != Hash::default())
@@ -148,7 +162,9 @@ fn find<'a>(runs: &'a [Run], prefix: &str) -> Result<&'a Run, Failure> {
 /// A damaged journal breaks the proof; anything else only prevents it.
 fn unreadable(error: JournalError) -> Failure {
     let exit = match &error {
-        JournalError::Damaged { .. } => Exit::Broken,
+        JournalError::Damaged { .. } | JournalError::Cut { .. } | JournalError::Headless { .. } => {
+            Exit::Broken
+        }
         JournalError::Sqlite { cause, .. } => match cause.sqlite_error_code() {
             Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => Exit::Broken,
             _ => Exit::Failed,

@@ -2,9 +2,9 @@
 //!
 //! | table | row |
 //! |---|---|
-//! | `facts` | `seq`, run, fact as JSON |
+//! | `facts` | `seq`, run, fact as JSON, a hash of these |
 //! | `ledger` | run, index, `seq`, hash, body bytes |
-//! | `snapshot` | one row: the state after fact `seq`, as JSON |
+//! | `snapshot` | one row: the state after fact `seq`, as JSON, a hash of these |
 //!
 //! `seq` numbers facts and ledger records together, in the order in which they were decided.
 
@@ -13,11 +13,20 @@ use std::path::{Path, PathBuf};
 use rusqlite::{Connection, OpenFlags, OptionalExtension, params};
 
 use super::JournalError;
+use super::head::{self, Head};
 use crate::ledger::{self, Body, Hash, Record, RecordError};
 use crate::machine::{Fact, RunNumber, State};
 
+mod replay;
+mod sum;
+
+use replay::{Row, facts_after, replay};
+
 /// Format of the tables, kept in `PRAGMA user_version`.
-const FORMAT: i64 = 1;
+const FORMAT: i64 = 2;
+
+/// The first format whose facts and snapshots have hashes.
+const SUMS_SINCE: i64 = 2;
 
 /// Shape of the snapshot. A snapshot of another shape is passed over and everything replayed.
 const SNAPSHOT_FORMAT: i64 = 3;
@@ -26,12 +35,12 @@ const SNAPSHOT_FORMAT: i64 = 3;
 const SNAPSHOT_EVERY: u64 = 4096;
 
 const TABLES: &str = "
-    CREATE TABLE facts (seq INTEGER PRIMARY KEY, run INTEGER NOT NULL, fact TEXT NOT NULL);
+    CREATE TABLE facts (seq INTEGER PRIMARY KEY, run INTEGER NOT NULL, fact TEXT NOT NULL, sum BLOB);
     CREATE TABLE ledger (
         run INTEGER NOT NULL, idx INTEGER NOT NULL, seq INTEGER NOT NULL, hash BLOB NOT NULL, body BLOB NOT NULL,
         PRIMARY KEY (run, idx)
     ) WITHOUT ROWID;
-    CREATE TABLE snapshot (id INTEGER PRIMARY KEY CHECK (id = 1), seq INTEGER NOT NULL, format INTEGER NOT NULL, state TEXT NOT NULL);
+    CREATE TABLE snapshot (id INTEGER PRIMARY KEY CHECK (id = 1), seq INTEGER NOT NULL, format INTEGER NOT NULL, state TEXT NOT NULL, sum BLOB);
 ";
 
 /// The journal file of a state directory.
@@ -47,6 +56,7 @@ pub(super) struct Store {
     state: State,
     seq: u64,
     snapshot_seq: u64,
+    head: Head,
 }
 
 impl Store {
@@ -68,15 +78,22 @@ impl Store {
                 let create = format!("BEGIN; {TABLES} PRAGMA user_version = {FORMAT}; COMMIT;");
                 connection.execute_batch(&create).map_err(sqlite)?;
             }
-            found => supported(&path, found)?,
+            found => {
+                supported(&path, found)?;
+                if found < SUMS_SINCE {
+                    add_sums(&connection).map_err(sqlite)?;
+                }
+            }
         }
         let (state, seq, snapshot_seq) = replay(&path, &connection)?;
+        head::compare(directory, head::read(directory)?, seq)?;
         let mut store = Store {
             path,
             connection,
             state,
             seq,
             snapshot_seq,
+            head: Head::open(directory, seq)?,
         };
         if store.seq - store.snapshot_seq > SNAPSHOT_EVERY {
             store.commit(&[])?;
@@ -101,15 +118,18 @@ impl Store {
             self.state.apply(fact);
         }
         if self.seq - self.snapshot_seq > SNAPSHOT_EVERY {
+            let state = json(&self.state).map_err(sqlite)?;
+            let sum = sum::of_snapshot(self.seq, SNAPSHOT_FORMAT, &state);
             transaction
                 .execute(
-                    "INSERT OR REPLACE INTO snapshot (id, seq, format, state) VALUES (1, ?1, ?2, ?3)",
-                    params![self.seq as i64, SNAPSHOT_FORMAT, json(&self.state).map_err(sqlite)?],
+                    "INSERT OR REPLACE INTO snapshot (id, seq, format, state, sum) VALUES (1, ?1, ?2, ?3, ?4)",
+                    params![self.seq as i64, SNAPSHOT_FORMAT, state, sum],
                 )
                 .map_err(sqlite)?;
             self.snapshot_seq = self.seq;
         }
-        transaction.commit().map_err(sqlite)
+        transaction.commit().map_err(sqlite)?;
+        self.head.advance(self.seq)
     }
 }
 
@@ -131,11 +151,29 @@ fn insert(connection: &Connection, seq: u64, fact: &Fact) -> rusqlite::Result<()
             record.body.encode()
         ])?;
     } else {
-        let mut statement =
-            connection.prepare_cached("INSERT INTO facts (seq, run, fact) VALUES (?1, ?2, ?3)")?;
-        statement.execute(params![seq as i64, fact.run(), json(fact)?])?;
+        let mut statement = connection
+            .prepare_cached("INSERT INTO facts (seq, run, fact, sum) VALUES (?1, ?2, ?3, ?4)")?;
+        let text = json(fact)?;
+        let sum = sum::of_fact(seq, fact.run(), &text);
+        statement.execute(params![seq as i64, fact.run(), text, sum])?;
     }
     Ok(())
+}
+
+/// Gives the facts of an older journal their hashes. Its snapshot has none and goes: the next one has.
+fn add_sums(connection: &Connection) -> rusqlite::Result<()> {
+    let transaction = connection.unchecked_transaction()?;
+    transaction.execute_batch(&format!(
+        "ALTER TABLE facts ADD COLUMN sum BLOB; ALTER TABLE snapshot ADD COLUMN sum BLOB; DELETE FROM snapshot;
+         PRAGMA user_version = {FORMAT};"
+    ))?;
+    for fact in facts_after(&transaction, 0)? {
+        transaction.execute(
+            "UPDATE facts SET sum = ?2 WHERE seq = ?1",
+            params![fact.seq as i64, fact.expected_sum()],
+        )?;
+    }
+    transaction.commit()
 }
 
 fn version(connection: &Connection) -> rusqlite::Result<i64> {
@@ -153,141 +191,10 @@ fn supported(path: &Path, found: i64) -> Result<(), JournalError> {
     Ok(())
 }
 
-/// The state that the journal holds, the number of its last fact and that of its snapshot.
-fn replay(path: &Path, connection: &Connection) -> Result<(State, u64, u64), JournalError> {
-    let sqlite = |cause| JournalError::Sqlite {
-        path: path.to_owned(),
-        cause,
-    };
-    let damaged = |what: String| JournalError::Damaged {
-        path: path.to_owned(),
-        what,
-    };
-    let (mut state, snapshot_seq) = snapshot(connection).map_err(sqlite)?;
-    let mut facts = facts_after(connection, snapshot_seq)
-        .map_err(sqlite)?
-        .into_iter()
-        .peekable();
-    let mut records = records_after(connection, &state).map_err(sqlite)?;
-    records.sort_by_key(|row| row.seq);
-    let mut records = records.into_iter().peekable();
-    let mut last = snapshot_seq;
-    loop {
-        let record_first = match (facts.peek(), records.peek()) {
-            (None, None) => return Ok((state, last, snapshot_seq)),
-            (Some((seq, _)), Some(record)) => record.seq < *seq,
-            (fact, _) => fact.is_none(),
-        };
-        let (seq, fact) = if record_first {
-            let Some(row) = records.next() else { continue };
-            let tail = state.run(row.run).map(|run| run.ledger).unwrap_or_default();
-            let what = || damaged(format!("ledger record {} of run {}", row.index, row.run));
-            let body = Body::decode(&row.body).ok_or_else(what)?;
-            let record = Record {
-                index: row.index,
-                previous: tail.head,
-                hash: row.hash,
-                body,
-            };
-            if tail.next(record.body.clone()) != record {
-                return Err(what());
-            }
-            (
-                row.seq,
-                Fact::Recorded {
-                    run: row.run,
-                    record,
-                },
-            )
-        } else {
-            let Some((seq, text)) = facts.next() else {
-                continue;
-            };
-            (seq, read_fact(path, seq, &text)?)
-        };
-        if seq != last + 1 {
-            return Err(damaged(format!("fact {} is missing", last + 1)));
-        }
-        state.apply(&fact);
-        last = seq;
-    }
-}
-
-/// A fact of a kind that this version does not know is no damage: going on without it would forget a decision.
-fn read_fact(path: &Path, seq: u64, text: &str) -> Result<Fact, JournalError> {
-    serde_json::from_str(text).map_err(|cause| {
-        let path = path.to_owned();
-        if cause.to_string().starts_with("unknown variant") {
-            return JournalError::Unknown { path, seq, cause };
-        }
-        let what = format!("fact {seq}: {cause}");
-        JournalError::Damaged { path, what }
-    })
-}
-
-fn snapshot(connection: &Connection) -> rusqlite::Result<(State, u64)> {
-    let row: Option<(i64, String)> = connection
-        .query_row(
-            "SELECT seq, state FROM snapshot WHERE format = ?1",
-            [SNAPSHOT_FORMAT],
-            |row| Ok((row.get(0)?, row.get(1)?)),
-        )
-        .optional()?;
-    let known = row.and_then(|(seq, text)| Some((serde_json::from_str(&text).ok()?, seq as u64)));
-    Ok(known.unwrap_or_default())
-}
-
-fn facts_after(connection: &Connection, seq: u64) -> rusqlite::Result<Vec<(u64, String)>> {
-    let mut statement =
-        connection.prepare("SELECT seq, fact FROM facts WHERE seq > ?1 ORDER BY seq")?;
-    let rows = statement.query_map([seq as i64], |row| {
-        Ok((row.get::<_, i64>(0)? as u64, row.get(1)?))
-    })?;
-    rows.collect()
-}
-
-struct Row {
-    run: RunNumber,
-    index: u64,
-    seq: u64,
-    hash: Hash,
-    body: Vec<u8>,
-}
-
-impl Row {
-    fn read(row: &rusqlite::Row<'_>) -> rusqlite::Result<Row> {
-        Ok(Row {
-            run: row.get(0)?,
-            index: row.get::<_, i64>(1)? as u64,
-            seq: row.get::<_, i64>(2)? as u64,
-            hash: row.get(3)?,
-            body: row.get(4)?,
-        })
-    }
-}
-
-/// Ledger rows that the snapshot does not hold, run by run.
-fn records_after(connection: &Connection, snapshot: &State) -> rusqlite::Result<Vec<Row>> {
-    let mut rows = Vec::new();
-    let mut of_run = connection
-        .prepare("SELECT run, idx, seq, hash, body FROM ledger WHERE run = ?1 AND idx >= ?2")?;
-    for run in snapshot.runs() {
-        for row in of_run.query_map(params![run.number, run.ledger.length as i64], Row::read)? {
-            rows.push(row?);
-        }
-    }
-    let newest = snapshot.runs().len() as i64;
-    let mut of_new =
-        connection.prepare("SELECT run, idx, seq, hash, body FROM ledger WHERE run > ?1")?;
-    for row in of_new.query_map([newest], Row::read)? {
-        rows.push(row?);
-    }
-    Ok(rows)
-}
-
 /// A second, reading connection: for clients, and for audits without a coordinator.
 #[derive(Debug)]
 pub struct Reader {
+    directory: PathBuf,
     path: PathBuf,
     connection: Connection,
 }
@@ -309,7 +216,22 @@ impl Reader {
             .busy_timeout(std::time::Duration::from_secs(5))
             .map_err(sqlite)?;
         supported(&path, version(&connection).map_err(sqlite)?)?;
-        Ok(Reader { path, connection })
+        Ok(Reader {
+            directory: directory.to_owned(),
+            path,
+            connection,
+        })
+    }
+
+    /// Whether the journal still has the last fact that is known to have been on disk.
+    ///
+    /// # Errors
+    /// It has lost its end, or is damaged.
+    pub fn check_end(&self) -> Result<(), JournalError> {
+        // What a running coordinator adds meanwhile comes after what was known before.
+        let known = head::read(&self.directory)?;
+        let (_, seq, _) = replay(&self.path, &self.connection)?;
+        head::compare(&self.directory, known, seq)
     }
 
     /// The state that the journal holds.

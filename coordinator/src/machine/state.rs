@@ -334,7 +334,7 @@ impl Run {
             self.step
                 .saturating_mul(open.batch_samples)
                 .min(open.samples)
-                * open.sequence_length
+                .saturating_mul(open.sequence_length)
         })
     }
 
@@ -367,7 +367,7 @@ impl Run {
                     chaos.mark = None;
                 }
                 // Whoever resumes a run means its checkpoint, not what was in memory when it failed.
-                self.lineage = self.generation + 1;
+                self.lineage = self.generation.saturating_add(1);
             }
             Fact::StopAsked { reason, .. } => self.stop = Some(reason.clone()),
             Fact::Formed {
@@ -482,7 +482,7 @@ impl Run {
             };
             self.failures = Failures {
                 step,
-                count: before + 1,
+                count: before.saturating_add(1),
             };
         }
     }
@@ -519,8 +519,8 @@ impl Run {
             } => {
                 self.step = self.step.min(*after_step);
                 self.experience.failed();
-                self.lineage = generation + 1;
-                self.skipped.split_off(&(after_step + 1));
+                self.lineage = generation.saturating_add(1);
+                self.skipped.split_off(&after_step.saturating_add(1));
                 self.trained.retain(|(first, _)| first <= after_step);
             }
             Body::Durable { step, .. } => {

@@ -7,6 +7,7 @@ use crate::journal::{Journal, StateLock};
 use crate::ledger::Step;
 use crate::machine::{Outcome, Workers};
 
+mod damage;
 mod power_loss;
 
 fn submitted(run: RunNumber) -> Fact {
@@ -139,11 +140,12 @@ fn a_fact_that_only_a_later_version_knows_is_no_damage_and_not_passed_over() {
     let directory = tempfile::tempdir().unwrap();
     let mut store = Store::open(directory.path()).unwrap();
     store.commit(&[submitted(1)]).unwrap();
+    let foretold = r#"{"fact":"foretold","worker":"b"}"#;
     store
         .connection
         .execute(
-            r#"INSERT INTO facts (seq, run, fact) VALUES (2, 0, '{"fact":"foretold","worker":"b"}')"#,
-            [],
+            "INSERT INTO facts (seq, run, fact, sum) VALUES (2, 0, ?1, ?2)",
+            params![foretold, sum::of_fact(2, 0, foretold)],
         )
         .unwrap();
     drop(store);
