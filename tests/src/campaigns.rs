@@ -4,6 +4,7 @@ pub mod big;
 pub mod chaos;
 pub mod checkpoint;
 pub mod components;
+pub mod corruption;
 pub mod curves;
 pub mod feed;
 pub mod kills;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use supra_tests::campaigns::big::Big;
 use supra_tests::campaigns::chaos::Chaos;
+use supra_tests::campaigns::corruption::Corruption;
 use supra_tests::campaigns::kills::Kills;
 use supra_tests::campaigns::precision::Precision;
 use supra_tests::campaigns::simulation::Simulation;
@@ -39,6 +40,15 @@ fn a_checkpoints_cost_can_be_measured() -> Result<()> {
     let scratch = tempfile::tempdir()?;
     let rows = checkpoint::run(&Programs::find()?, scratch.path(), Device::Cpu, true)?;
     assert_eq!(rows.len(), 1);
+    Ok(())
+}
+
+#[test]
+fn damage_at_random_places_is_found() -> Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let corruption = Corruption { cases: 40, seed: 5 };
+    let rows = corruption.run(&Programs::find()?, scratch.path())?;
+    assert!(!rows.is_empty());
     Ok(())
 }
 

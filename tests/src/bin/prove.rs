@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::{Parser, ValueEnum};
 use supra_tests::campaigns::big::{self, Big};
 use supra_tests::campaigns::chaos::{self, Chaos};
+use supra_tests::campaigns::corruption::{self, Corruption};
 use supra_tests::campaigns::curves::{self, Curves};
 use supra_tests::campaigns::kills::{self, Kills};
 use supra_tests::campaigns::precision::{self, Precision};
@@ -37,7 +38,7 @@ struct Arguments {
     /// Folder with text (parquet, column `content`) that uptrain takes in place of the quickstart's.
     #[arg(long, value_name = "DIR")]
     text: Option<PathBuf>,
-    /// Repeat only the case of this seed (simulation, chaos), and write nothing.
+    /// Repeat only the case of this seed (simulation, chaos), or damage by it (corruption), and write nothing.
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
     /// How many schedules of chaos run side by side [default: one for every two cores].
@@ -64,6 +65,8 @@ enum Campaign {
     Checkpoint,
     /// kill -9 of workers, coordinator and everything, 50 times.
     Kills,
+    /// Bit flips, cuts and swaps at random places of every kind of file that has to be right, 13,200 of them.
+    Corruption,
     /// Loss of the uptrained quickstart model, of one from random weights, and of the softmax base.
     Curves,
     /// Tokens per second that one thread reads in the order of a run, from parquet and from the packed store.
@@ -143,6 +146,16 @@ fn prove(arguments: &Arguments) -> Result<()> {
             chaos.seeds = arguments.seed.map_or(chaos.seeds, |seed| vec![seed]);
             chaos.jobs = arguments.jobs.map_or(chaos.jobs, usize::from);
             (chaos::ABOUT, chaos.run(&programs, scratch.path())?)
+        }
+        Campaign::Corruption => {
+            let corruption = Corruption {
+                cases: if arguments.quick { 40 } else { 1200 },
+                seed: arguments.seed.unwrap_or(1),
+            };
+            (
+                corruption::ABOUT,
+                corruption.run(&programs, scratch.path())?,
+            )
         }
         Campaign::Worlds => {
             let steps = if arguments.quick { 20 } else { 200 };

@@ -2,13 +2,15 @@
 //!
 //! [`manifest`] says what a checkpoint holds, [`store`] where it lies and what may go, [`publish`] what makes it exist, [`verify`]
 //! whether it is what was written, by the hashes of [`tree`], [`examine`] all that is not, and [`fetch`] gets the model out of it.
-//! Coordinator and worker use the same code; tensors are the worker's. [`pytorch`] reads the weights of others.
+//! Coordinator and worker use the same code; tensors are the worker's. [`header`] reads what a file of tensors says of itself,
+//! [`pytorch`] the weights of others.
 
 #![forbid(unsafe_code)]
 
 pub mod error;
 pub mod examine;
 pub mod fetch;
+pub mod header;
 pub mod manifest;
 pub mod publish;
 pub mod pytorch;

@@ -359,7 +359,13 @@ impl Content {
                 let cause = "its row groups do not follow one another without gaps";
                 return Err(DataError::content(path, cause, remedy));
             }
-            tokens = group.first_token.saturating_add(group.tokens);
+            tokens = match group.first_token.checked_add(group.tokens) {
+                Some(end) => end,
+                None => {
+                    let cause = "its row groups hold more tokens than can be counted";
+                    return Err(DataError::content(path, cause, remedy));
+                }
+            };
         }
         if self.totals != Totals::of(&self.files) {
             let cause = "its totals are not the sums of its row groups";

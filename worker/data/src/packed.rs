@@ -32,8 +32,11 @@ impl PackedStore {
         let directory = manifest.directory();
         let chunks = chunks(manifest)?;
         let expected = [
-            (TOKENS, manifest.tokens() * u64::from(token_bytes)),
-            (STARTS, manifest.documents() * size_of::<u64>() as u64),
+            (TOKENS, manifest.tokens().saturating_mul(token_bytes.into())),
+            (
+                STARTS,
+                manifest.documents().saturating_mul(size_of::<u64>() as u64),
+            ),
         ];
         for (name, bytes) in expected {
             if !manifest

@@ -16,8 +16,6 @@ use crate::model::ModelError;
 pub const SINGLE: &str = "model.safetensors";
 /// Which shard holds which tensor.
 pub const INDEX: &str = "model.safetensors.index.json";
-/// The format's own limit.
-const MAX_HEADER: u64 = 100_000_000;
 
 /// All tensors of a model directory, or of one file. Opening reads the headers only.
 pub struct TensorFiles {
@@ -326,53 +324,26 @@ fn is_plain_file_name(name: &str) -> bool {
 
 /// Where the data begins, and what the header says; the file is as long as it should be.
 fn read_header(path: &Path) -> Result<(u64, Metadata), ModelError> {
+    use supra_checkpoint::header::HeaderError;
     let io = |source| ModelError::Io {
         action: "read",
         path: path.to_owned(),
         source,
     };
-    let damaged = |source| ModelError::SafeTensors {
-        path: path.to_owned(),
-        source,
-    };
     let mut file = File::open(path).map_err(io)?;
-    let found = file.metadata().map_err(io)?.len();
-    if found < 8 {
-        return Err(ModelError::Length {
+    let bytes = file.metadata().map_err(io)?.len();
+    supra_checkpoint::header::read(&mut file, bytes).map_err(|error| match error {
+        HeaderError::Io(source) => io(source),
+        HeaderError::Format(source) => ModelError::SafeTensors {
             path: path.to_owned(),
-            expected: 8,
-            found,
-        });
-    }
-    let mut length = [0; 8];
-    file.read_exact(&mut length).map_err(io)?;
-    let length = u64::from_le_bytes(length);
-    if length > MAX_HEADER {
-        return Err(damaged(safetensors::SafeTensorError::HeaderTooLarge));
-    }
-    if found < 8 + length {
-        return Err(ModelError::Length {
-            path: path.to_owned(),
-            expected: 8 + length,
-            found,
-        });
-    }
-    let mut header = vec![0; length as usize];
-    file.read_exact(&mut header).map_err(io)?;
-    let metadata: Metadata = serde_json::from_slice(&header).map_err(|source| {
-        damaged(safetensors::SafeTensorError::InvalidHeaderDeserialization(
             source,
-        ))
-    })?;
-    let expected = 8 + length + metadata.data_len() as u64;
-    if found != expected {
-        return Err(ModelError::Length {
+        },
+        HeaderError::Length { expected, found } => ModelError::Length {
             path: path.to_owned(),
             expected,
             found,
-        });
-    }
-    Ok((8 + length, metadata))
+        },
+    })
 }
 
 fn kind_of(dtype: Dtype) -> Option<Kind> {
