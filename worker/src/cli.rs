@@ -32,7 +32,7 @@ enum Command {
     Run(run::Run),
     /// Turn a softmax model into a SUPRA model that is not trained yet
     Convert(convert::Convert),
-    /// Turn a training checkpoint into a model directory
+    /// Turn a training checkpoint into a model that other programs load
     Export(export::Export),
     /// Measure loss and perplexity on a dataset
     Eval(eval::Eval),

@@ -128,7 +128,7 @@ fn an_exported_import_is_the_original() {
         resave(
             &native,
             &exported,
-            SaveFormat::Interchange { kind: Kind::Float },
+            SaveFormat::HuggingFace { kind: Kind::Float },
         );
         assert_same_tensors(&exported, &fixture(name));
         assert!(
@@ -148,7 +148,7 @@ fn half_precision_survives_the_way_through_fp32() {
                 .for_each(|(_, tensor)| *tensor = tensor.to_kind(kind))
         });
         let exported = copy.dir.with_file_name("exported");
-        resave(&copy.dir, &exported, SaveFormat::Interchange { kind });
+        resave(&copy.dir, &exported, SaveFormat::HuggingFace { kind });
         assert_same_tensors(&exported, &copy.dir);
     }
 }
@@ -160,7 +160,7 @@ fn a_supra_model_is_exported_under_the_released_names() {
     resave(
         &fixture("supra-gqa"),
         &exported,
-        SaveFormat::Interchange { kind: Kind::Float },
+        SaveFormat::HuggingFace { kind: Kind::Float },
     );
     let names: Vec<String> = stored(&exported)
         .into_iter()

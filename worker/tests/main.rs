@@ -6,6 +6,7 @@
 mod broken;
 mod checkpoint;
 mod cli;
+mod export;
 mod fixture;
 mod forms;
 mod golden;

@@ -14,6 +14,7 @@
 //! trust nothing else. The path holds step and generation, so a writer that was left behind can never complete or
 //! overwrite the checkpoint of another generation.
 
+pub mod card;
 pub mod error;
 pub mod origin;
 pub mod probe;
@@ -22,5 +23,6 @@ pub mod saver;
 pub mod shard;
 pub mod write;
 
+pub use card::CARD;
 pub use error::CheckpointError;
 pub use origin::{ORIGIN, Origin};

@@ -41,6 +41,16 @@ pub enum Dtype {
     Bf16,
 }
 
+impl Dtype {
+    /// As it is written on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Dtype::Fp32 => "fp32",
+            Dtype::Bf16 => "bf16",
+        }
+    }
+}
+
 impl From<Dtype> for Kind {
     fn from(dtype: Dtype) -> Kind {
         match dtype {

@@ -31,6 +31,7 @@ pub mod transformer;
 pub use config::{AttentionKind, Decay, ModelConfig, RopeFrequencies, SupraConfig};
 pub use documents::Documents;
 pub use error::ModelError;
+pub use files::inventory::SaveReport;
 pub use files::load::{LoadReport, NewWeights, load_each, load_params};
 pub use files::save::{SaveFormat, save_model, save_model_with};
 pub use init::{init_all, init_new, init_one};

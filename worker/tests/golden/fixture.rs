@@ -26,6 +26,15 @@ pub struct Fixture {
     golden: TensorFiles,
 }
 
+const ANSWERS: &str = "golden.safetensors";
+/// Folder of the models of other libraries, and the file of answers in each.
+const PARITY: &str = "parity";
+const PARITY_ANSWERS: &str = "parity.safetensors";
+
+fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden")
+}
+
 /// The folder that `$SUPRA_GOLDEN` names.
 pub fn named_root() -> Option<PathBuf> {
     env::var_os("SUPRA_GOLDEN").map(PathBuf::from)
@@ -39,7 +48,19 @@ impl Fixture {
 
     /// The repository's own.
     pub fn copies() -> Vec<Fixture> {
-        Fixture::below(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden"))
+        Fixture::below(&repository())
+    }
+
+    /// Models of other libraries with their own answers, in fp32: what `scripts/test-parity` makes.
+    pub fn parity() -> Vec<Fixture> {
+        let mut found: Vec<Fixture> = fs::read_dir(repository().join(PARITY))
+            .unwrap()
+            .map(|entry| entry.unwrap().path())
+            .filter(|dir| dir.join(PARITY_ANSWERS).exists())
+            .map(|dir| Fixture::open(&dir, PARITY_ANSWERS))
+            .collect();
+        found.sort_by(|a, b| a.dir.cmp(&b.dir));
+        found
     }
 
     fn below(root: &Path) -> Vec<Fixture> {
@@ -51,14 +72,14 @@ impl Fixture {
         found
     }
 
-    fn open(dir: &Path) -> Fixture {
+    fn open(dir: &Path, answers: &str) -> Fixture {
         let config = ModelConfig::load(dir).unwrap();
         let family = match config.supra() {
             None => Family::HuggingFace,
             Some(_) if dir.join("supra_init.safetensors").exists() => Family::Convert,
             Some(_) => Family::Supra,
         };
-        let golden = TensorFiles::open_file(&dir.join("golden.safetensors")).unwrap();
+        let golden = TensorFiles::open_file(&dir.join(answers)).unwrap();
         Fixture {
             dir: dir.to_owned(),
             family,
@@ -121,9 +142,12 @@ impl Fixture {
 }
 
 fn collect(dir: &Path, found: &mut Vec<Fixture>) {
-    let files = ["config.json", "golden.safetensors"].map(|file| dir.join(file).exists());
+    if dir.ends_with(PARITY) {
+        return;
+    }
+    let files = ["config.json", ANSWERS].map(|file| dir.join(file).exists());
     match files {
-        [true, true] => found.push(Fixture::open(dir)),
+        [true, true] => found.push(Fixture::open(dir, ANSWERS)),
         [false, false] => {
             for entry in fs::read_dir(dir).unwrap() {
                 let path = entry.unwrap().path();

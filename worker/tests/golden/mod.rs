@@ -5,6 +5,7 @@ mod convert;
 mod fixture;
 mod huggingface;
 mod measure;
+mod parity;
 mod run;
 mod supra;
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use super::hub;
 use crate::model::ModelError;
 
 /// Whose field names a `config.json` uses.
@@ -26,7 +27,8 @@ impl Dialect {
             .and_then(Value::as_str);
         let model_type = json.get("model_type").and_then(Value::as_str);
         match (model_type, architecture) {
-            (Some("openlm"), _) | (None, Some("OpenLMForCausalLM")) => Ok(Dialect::Published),
+            (Some("openlm" | hub::MODEL_TYPE), _)
+            | (None, Some("OpenLMForCausalLM" | hub::ARCHITECTURE)) => Ok(Dialect::Published),
             (Some("llama"), None | Some("LlamaForCausalLM")) | (None, Some("LlamaForCausalLM")) => {
                 Ok(Dialect::HuggingFace)
             }
@@ -40,7 +42,9 @@ impl Dialect {
                     (None, Some(model_type)) => format!("missing, with model_type `{model_type}`"),
                     (None, None) => "missing".to_owned(),
                 },
-                supported: "LlamaForCausalLM, MistralForCausalLM, OpenLMForCausalLM".to_owned(),
+                supported:
+                    "LlamaForCausalLM, MistralForCausalLM, OpenLMForCausalLM, SupraForCausalLM"
+                        .to_owned(),
             }),
         }
     }

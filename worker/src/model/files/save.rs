@@ -1,13 +1,16 @@
 //! From weights to a model directory: complete, or not there at all.
 
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::fs;
+use std::path::Path;
 
 use serde_json::json;
 use tch::{Kind, Tensor};
 
+use super::draft::Draft;
+use super::inventory::{self, SaveReport};
 use super::layout::Layout;
-use super::{config_json, huggingface, published, tensors};
+use super::tensors::TensorFiles;
+use super::{config_json, hub, huggingface, openlm, published, tensors, torch_save};
 use crate::model::{ModelConfig, ModelError, Params};
 
 /// A file is never larger, so that it fits every object store and file system.
@@ -32,9 +35,19 @@ const COMPANIONS: [&str; 10] = [
 pub enum SaveFormat {
     /// Published names, fp32: what this program works with.
     Native,
-    /// What other programs expect. Softmax models: Hugging Face's Llama (or Mistral). SUPRA models: published names
-    /// behind `model.`, as the released model has them.
-    Interchange {
+    /// What the transformers library loads. Softmax models: its own Llama (or Mistral). SUPRA models: published names behind
+    /// `model.`, as the released model has them, with the code that computes them.
+    HuggingFace {
+        /// Float, BFloat16 or Half.
+        kind: Kind,
+    },
+    /// What linear_open_lm's wrapper of that library loads.
+    OpenLm {
+        /// Float, BFloat16 or Half.
+        kind: Kind,
+    },
+    /// A checkpoint of linear_open_lm's training code.
+    OpenLmTraining {
         /// Float, BFloat16 or Half.
         kind: Kind,
     },
@@ -44,20 +57,31 @@ impl SaveFormat {
     fn kind(self) -> Kind {
         match self {
             SaveFormat::Native => Kind::Float,
-            SaveFormat::Interchange { kind } => kind,
+            SaveFormat::HuggingFace { kind }
+            | SaveFormat::OpenLm { kind }
+            | SaveFormat::OpenLmTraining { kind } => kind,
         }
     }
 
     fn layout(self, config: &ModelConfig) -> Layout {
+        let published = |prefix: &str| Layout::Published {
+            prefix: prefix.to_owned(),
+        };
         match (self, config.supra()) {
-            (SaveFormat::Native, _) => Layout::Published {
-                prefix: String::new(),
-            },
-            (SaveFormat::Interchange { .. }, Some(_)) => Layout::Published {
-                prefix: "model.".to_owned(),
-            },
-            (SaveFormat::Interchange { .. }, None) => Layout::HuggingFace,
+            (SaveFormat::Native | SaveFormat::OpenLmTraining { .. }, _) => published(""),
+            (SaveFormat::HuggingFace { .. }, None) => Layout::HuggingFace,
+            (SaveFormat::HuggingFace { .. }, Some(_)) | (SaveFormat::OpenLm { .. }, _) => {
+                published(openlm::WRAPPER_PREFIX)
+            }
         }
+    }
+
+    /// Whether readers want the output matrix of a tied model, too.
+    fn repeats_tied(self) -> bool {
+        matches!(
+            self,
+            SaveFormat::OpenLm { .. } | SaveFormat::OpenLmTraining { .. }
+        )
     }
 }
 
@@ -69,7 +93,7 @@ pub fn save_model(
     params: &Params,
     companions_from: Option<&Path>,
     format: SaveFormat,
-) -> Result<(), ModelError> {
+) -> Result<SaveReport, ModelError> {
     save_model_with(dir, config, params, companions_from, format, &[])
 }
 
@@ -81,28 +105,55 @@ pub fn save_model_with(
     companions_from: Option<&Path>,
     format: SaveFormat,
     further: &[(&str, &[u8])],
-) -> Result<(), ModelError> {
-    let draft = Draft::begin(dir)?;
-    let (layout, kind) = (format.layout(config), format.kind());
-    match layout {
-        Layout::HuggingFace => {
-            config_json::write(&draft.path, &huggingface::render(config, dtype_name(kind)))?
-        }
-        Layout::Published { .. } => config_json::write(&draft.path, &published::render(config))?,
+) -> Result<SaveReport, ModelError> {
+    let kind = format.kind();
+    if format.repeats_tied() {
+        openlm::check(config, matches!(format, SaveFormat::OpenLmTraining { .. }))?;
     }
-    write_weights(&draft.path, config, params, &layout, kind, SHARD_BYTES)?;
+    let draft = Draft::begin(dir)?;
+    let layout = format.layout(config);
+    let (tensors, report) = inventory::list(config, params, &layout, format.repeats_tied())?;
+    let expected = tensors
+        .iter()
+        .map(|(name, tensor)| (name.clone(), tensor.size()))
+        .collect();
     if let Some(from) = companions_from {
         copy_companions(from, &draft.path)?;
     }
-    for (name, bytes) in further {
-        let path = draft.path.join(name);
-        fs::write(&path, bytes).map_err(|source| ModelError::Io {
-            action: "write",
-            path,
-            source,
-        })?;
+    match format {
+        SaveFormat::HuggingFace { .. } if config.supra().is_some() => {
+            config_json::write(&draft.path, &hub::render(config, dtype_name(kind)))?;
+            hub::complete(&draft, config)?;
+        }
+        SaveFormat::HuggingFace { .. } => {
+            config_json::write(&draft.path, &huggingface::render(config, dtype_name(kind)))?;
+        }
+        SaveFormat::Native | SaveFormat::OpenLm { .. } => {
+            config_json::write(&draft.path, &published::render(config))?;
+        }
+        SaveFormat::OpenLmTraining { .. } => {
+            let text = format!("{:#}\n", openlm::training_config(config));
+            draft.write(openlm::TRAINING_CONFIG, text.as_bytes())?;
+        }
     }
-    draft.publish()
+    if let SaveFormat::OpenLmTraining { .. } = format {
+        let facts = [
+            ("epoch", torch_save::Value::Number(0)),
+            ("name", torch_save::Value::Text("supra")),
+        ];
+        let path = draft.path.join(openlm::CHECKPOINT);
+        torch_save::write(&path, &facts, &tensors, kind)?;
+    } else {
+        write_weights(&draft.path, tensors, kind, SHARD_BYTES)?;
+        let files = TensorFiles::open(&draft.path)?;
+        let shape = |name: &str| Some((name.to_owned(), files.shape(name)?));
+        inventory::check(dir, &expected, &files.names().filter_map(shape).collect())?;
+    }
+    for (name, bytes) in further {
+        draft.write(name, bytes)?;
+    }
+    draft.publish()?;
+    Ok(report)
 }
 
 /// Copies the tokenizer's files and the generation settings, as many as there are.
@@ -124,35 +175,22 @@ pub fn copy_companions(from: &Path, to: &Path) -> Result<(), ModelError> {
 /// Writes the weights as one file, or as shards with an index where they are larger than `shard_bytes`.
 fn write_weights(
     dir: &Path,
-    config: &ModelConfig,
-    params: &Params,
-    layout: &Layout,
+    tensors: Vec<(String, Tensor)>,
     kind: Kind,
     shard_bytes: u64,
 ) -> Result<(), ModelError> {
     let mut shards: Vec<Vec<(String, Tensor)>> = vec![Vec::new()];
     let (mut total, mut in_shard) = (0, 0);
-    for spec in config.params() {
-        let pieces = layout.pieces(config, &spec).ok_or_else(|| {
-            ModelError::Unfit(format!(
-                "`{}` has no name in Hugging Face's layout of softmax models",
-                spec.name
-            ))
-        })?;
-        let mut row = 0;
-        for piece in pieces {
-            let part = params.get(&spec.name).narrow(0, row, piece.shape[0]);
-            row += piece.shape[0];
-            let bytes = part.numel() as u64 * kind.elt_size_in_bytes() as u64;
-            if in_shard > 0 && in_shard + bytes > shard_bytes {
-                shards.push(Vec::new());
-                in_shard = 0;
-            }
-            in_shard += bytes;
-            total += bytes;
-            if let Some(shard) = shards.last_mut() {
-                shard.push((piece.name, part));
-            }
+    for (name, tensor) in tensors {
+        let bytes = tensor.numel() as u64 * kind.elt_size_in_bytes() as u64;
+        if in_shard > 0 && in_shard + bytes > shard_bytes {
+            shards.push(Vec::new());
+            in_shard = 0;
+        }
+        in_shard += bytes;
+        total += bytes;
+        if let Some(shard) = shards.last_mut() {
+            shard.push((name, tensor));
         }
     }
     // Kinds change shard by shard, so that a large model is not copied as a whole.
@@ -194,81 +232,6 @@ fn dtype_name(kind: Kind) -> &'static str {
     }
 }
 
-/// A directory under construction, beside its final place; removed unless it is published.
-struct Draft {
-    path: PathBuf,
-    target: PathBuf,
-    published: bool,
-}
-
-impl Draft {
-    fn begin(target: &Path) -> Result<Draft, ModelError> {
-        let occupied = || ModelError::Occupied {
-            path: target.to_owned(),
-        };
-        let free = match fs::read_dir(target) {
-            Ok(mut entries) => entries.next().is_none(),
-            Err(source) => source.kind() == std::io::ErrorKind::NotFound,
-        };
-        if !free {
-            return Err(occupied());
-        }
-        let name = target.file_name().ok_or_else(occupied)?;
-        let path = target.with_file_name(format!(
-            ".{}.partial-{}",
-            name.display(),
-            std::process::id()
-        ));
-        let io = |source| ModelError::Io {
-            action: "create",
-            path: path.clone(),
-            source,
-        };
-        if path.exists() {
-            fs::remove_dir_all(&path).map_err(io)?;
-        }
-        fs::create_dir_all(&path).map_err(io)?;
-        Ok(Draft {
-            path: path.clone(),
-            target: target.to_owned(),
-            published: false,
-        })
-    }
-
-    fn publish(mut self) -> Result<(), ModelError> {
-        let io = |source| ModelError::Io {
-            action: "create",
-            path: self.target.clone(),
-            source,
-        };
-        for entry in fs::read_dir(&self.path).map_err(io)? {
-            entry
-                .and_then(|entry| File::open(entry.path())?.sync_all())
-                .map_err(io)?;
-        }
-        fs::rename(&self.path, &self.target).map_err(io)?;
-        // The name is on the disk when the directory that holds it is.
-        let parent = self
-            .target
-            .parent()
-            .filter(|parent| !parent.as_os_str().is_empty())
-            .unwrap_or(Path::new("."));
-        File::open(parent)
-            .and_then(|parent| parent.sync_all())
-            .map_err(io)?;
-        self.published = true;
-        Ok(())
-    }
-}
-
-impl Drop for Draft {
-    fn drop(&mut self) {
-        if !self.published {
-            let _ = fs::remove_dir_all(&self.path);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -284,7 +247,8 @@ mod tests {
             prefix: "model.".to_owned(),
         };
         let limit = 12 << 10;
-        write_weights(dir.path(), &config, &params, &layout, Kind::Float, limit).unwrap();
+        let (tensors, _) = inventory::list(&config, &params, &layout, false).unwrap();
+        write_weights(dir.path(), tensors, Kind::Float, limit).unwrap();
         let files = fs::read_dir(dir.path())
             .unwrap()
             .map(|entry| entry.unwrap().metadata().unwrap().len());
