@@ -14,6 +14,7 @@ use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder,
 };
+use parquet::basic::Compression;
 use parquet::errors::ParquetError;
 use parquet::file::metadata::ParquetMetaData;
 
@@ -63,12 +64,38 @@ impl ColumnFile {
                 "name the right one with --column",
             ));
         };
-        Ok(ColumnFile {
+        let file = ColumnFile {
             path: path.to_owned(),
             file,
             metadata,
             column,
-        })
+        };
+        file.check_codecs()?;
+        Ok(file)
+    }
+
+    /// That no page of the column is compressed in a way that is not read here.
+    fn check_codecs(&self) -> Result<(), DataError> {
+        let schema = self.metadata().file_metadata().schema_descr();
+        for (number, group) in self.metadata().row_groups().iter().enumerate() {
+            let leaves = group.columns().iter().enumerate();
+            for (_, chunk) in
+                leaves.filter(|(leaf, _)| schema.get_column_root_idx(*leaf) == self.column)
+            {
+                let codec = match chunk.compression() {
+                    Compression::BROTLI(_) => "brotli",
+                    Compression::LZO => "lzo",
+                    _ => continue,
+                };
+                let cause = format!(
+                    "row group {number}: column {:?} is compressed by {codec}, which is not read",
+                    self.metadata.schema().field(self.column).name()
+                );
+                let remedy = "write the file with zstd, snappy, gzip or lz4";
+                return Err(DataError::content(&self.path, cause, remedy));
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn path(&self) -> &Path {

@@ -245,11 +245,8 @@ impl Job<'_> {
             DataType::Utf8 => Ok(file),
             other => {
                 let cause = format!("column {:?} is {other}, not text", self.column);
-                Err(DataError::content(
-                    path,
-                    cause,
-                    "name the column of text with --column",
-                ))
+                let remedy = "name the column of text with --column, or write this one as strings";
+                Err(DataError::content(path, cause, remedy))
             }
         }
     }

@@ -8,3 +8,4 @@ mod reader;
 mod support;
 mod tokenize;
 mod tokenizer;
+mod writers;
