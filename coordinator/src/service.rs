@@ -23,6 +23,7 @@ use crate::machine::{Identity, Limits};
 
 mod accounts;
 mod audits;
+mod capsules;
 mod handle;
 mod owner;
 mod receipt;

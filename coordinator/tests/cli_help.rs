@@ -2,7 +2,7 @@
 
 use crate::support::{Output, run};
 
-const COMMANDS: [&[&str]; 20] = [
+const COMMANDS: [&[&str]; 22] = [
     &["up"],
     &["validate"],
     &["plan"],
@@ -18,6 +18,8 @@ const COMMANDS: [&[&str]; 20] = [
     &["drain"],
     &["audit"],
     &["replay"],
+    &["capsule"],
+    &["diff"],
     &["data"],
     &["data", "tokenize"],
     &["data", "index"],

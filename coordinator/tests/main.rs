@@ -1,6 +1,7 @@
 //! The coordinator's package as processes: one executable for all tests.
 
 mod cli_audit;
+mod cli_capsule;
 mod cli_connect;
 mod cli_drain;
 mod cli_help;

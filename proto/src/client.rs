@@ -5,9 +5,10 @@ use tonic::{Response, Status, Streaming};
 use crate::channel::{Authorized, connect};
 use crate::v1::runs_client::RunsClient;
 use crate::v1::{
-    Checkpoint, DrainRequest, DropCheckpointNameRequest, KeepCheckpointRequest, LedgerRecord,
-    ListRequest, LogEntry, LogsRequest, PruneCheckpointsRequest, ResumeRequest, RunRequest,
-    RunStatus, ShutdownRequest, StepMetrics, SubmitRequest, WorkerStatus, WorkersRequest,
+    CapsulePart, Checkpoint, DrainRequest, DropCheckpointNameRequest, KeepCheckpointRequest,
+    LedgerRecord, ListRequest, LogEntry, LogsRequest, PruneCheckpointsRequest, ResumeRequest,
+    RunRequest, RunStatus, ShutdownRequest, StepMetrics, SubmitRequest, WorkerStatus,
+    WorkersRequest,
 };
 use crate::{ClientError, Token};
 
@@ -149,6 +150,12 @@ impl Client {
     /// Per-step metrics in order.
     pub async fn metrics(&mut self, run: &str) -> Result<Incoming<StepMetrics>, ClientError> {
         let response = self.runs.metrics(request(run)).await;
+        self.stream(response)
+    }
+
+    /// The bytes of a run's capsule file, in order.
+    pub async fn capsule(&mut self, run: &str) -> Result<Incoming<CapsulePart>, ClientError> {
+        let response = self.runs.capsule(request(run)).await;
         self.stream(response)
     }
 

@@ -10,6 +10,7 @@ mod bad_network;
 mod campaigns;
 mod chaos;
 mod damage;
+mod diff;
 mod end_to_end;
 mod gpu;
 mod object_store;

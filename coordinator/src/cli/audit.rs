@@ -17,6 +17,8 @@ use super::out;
 use super::runs::{Json, Which};
 use super::samples::Samples;
 use crate::audit::{Auditor, Manifest, Options, Outcome, Recompute, Remembered, Verdict};
+use crate::capsule::{self, Capsule};
+use crate::ledger::Hash;
 
 /// Arguments of `supra audit`.
 #[derive(Args, Debug)]
@@ -34,6 +36,9 @@ pub struct Audit {
     /// Also look for what an exported model remembers of the ledger
     #[arg(long, value_name = "DIR")]
     export: Option<PathBuf>,
+    /// Audit the ledger in a capsule that `supra capsule` has made, against the recipe and the checkpoints' manifests in it
+    #[arg(long, value_name = "FILE.tar.zst|DIR", conflicts_with_all = ["run", "state", "files", "export"])]
+    capsule: Option<PathBuf>,
     #[command(flatten)]
     json: Json,
     /// Read the journal of this state directory instead of asking a coordinator: changes nothing,
@@ -68,9 +73,10 @@ pub async fn run(command: Audit) -> Result<Exit, Failure> {
     let recompute = recompute
         .as_mut()
         .map(|function| function as &mut Recompute<'_>);
-    let verdict = match &command.state {
-        Some(state) => offline(state, &command, recompute)?,
-        None => online(&command, recompute).await?,
+    let verdict = match (&command.capsule, &command.state) {
+        (Some(path), _) => packed(path, recompute)?,
+        (None, Some(state)) => offline(state, &command, recompute)?,
+        (None, None) => online(&command, recompute).await?,
     };
     let exit = if verdict.verdict == Outcome::Ok {
         Exit::Done
@@ -144,6 +150,30 @@ fn offline<'a>(
         ..options
     });
     ledger.each(|entry| push(&mut auditor, entry))?;
+    Ok(auditor.finish())
+}
+
+/// Audits the ledger in a capsule.
+fn packed<'a>(path: &Path, recompute: Option<&'a mut Recompute<'a>>) -> Result<Verdict, Failure> {
+    let capsule = Capsule::read(path)?;
+    let index = capsule.index();
+    let hash = |bytes: &[u8]| *blake3::hash(bytes).as_bytes();
+    let manifests = capsule
+        .members()
+        .filter(|(name, _)| name.starts_with("checkpoints/"));
+    let said = manifests.filter_map(|(name, bytes)| heads::said(name, bytes, &index.run));
+    let (checkpoints, manifests) = said.unzip();
+    let mut auditor = Auditor::new(Options {
+        head: Some(index.ledger_head).filter(|head| *head != Hash::default()),
+        recipe_hash: capsule.member(capsule::RECIPE).map(hash),
+        checkpoints,
+        manifests,
+        recompute,
+        ..Options::default()
+    });
+    for record in capsule.ledger()? {
+        auditor.push(&record);
+    }
     Ok(auditor.finish())
 }
 

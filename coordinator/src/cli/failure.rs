@@ -17,7 +17,7 @@ pub enum Exit {
     Input = 2,
     /// The coordinator cannot be reached.
     Unreachable = 3,
-    /// An audit or verification found something broken.
+    /// An audit or verification found something broken, or a comparison a difference.
     Broken = 4,
     /// Stopped on request, with everything kept that a resume needs.
     Stopped = 75,

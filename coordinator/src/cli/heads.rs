@@ -46,25 +46,27 @@ pub(super) fn remembered(
         .filter_map(|name| {
             let name = store::join(name, PUBLISHED);
             let bytes = store.read_all(&name).ok()?;
-            let said: Said = serde_json::from_slice(&bytes).ok()?;
-            let path = store.at(&name).display().to_string();
-            (said.run == run).then(|| {
-                let remembered = Remembered {
-                    manifest: path.clone(),
-                    head: said.ledger_head,
-                };
-                let manifest = Manifest {
-                    path,
-                    generation: said.generation,
-                    step: said.step,
-                    hash: *blake3::hash(&bytes).as_bytes(),
-                };
-                (remembered, manifest)
-            })
+            said(&store.at(&name).display().to_string(), &bytes, run)
         })
         .collect();
     said.sort_by(|a, b| a.1.path.cmp(&b.1.path));
     said.into_iter().unzip()
+}
+
+/// What the manifest of a checkpoint of a run says; nothing when it is another run's, or of a build that kept no head.
+pub(super) fn said(path: &str, bytes: &[u8], run: &str) -> Option<(Remembered, Manifest)> {
+    let said: Said = serde_json::from_slice(bytes).ok()?;
+    let remembered = Remembered {
+        manifest: path.to_owned(),
+        head: said.ledger_head,
+    };
+    let manifest = Manifest {
+        path: path.to_owned(),
+        generation: said.generation,
+        step: said.step,
+        hash: *blake3::hash(bytes).as_bytes(),
+    };
+    (said.run == run).then_some((remembered, manifest))
 }
 
 /// The run that an exported model in `directory` is of, and the head that it remembers.

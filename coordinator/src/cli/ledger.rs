@@ -45,6 +45,11 @@ impl Offline {
         Ok(Offline { journal, run })
     }
 
+    /// The journal.
+    pub fn journal(&self) -> &Reader {
+        &self.journal
+    }
+
     /// Looks the run up again.
     ///
     /// # Errors

@@ -1,13 +1,15 @@
 //! The `supra` command line: thin commands over the coordinator's client and the library crates.
 //!
-//! Exit codes: 0 done, 1 failed, 2 bad input, 3 unreachable, 4 audit or checkpoint broken, 75 stopped and
-//! resumable, 130 interrupted.
+//! Exit codes: 0 done, 1 failed, 2 bad input, 3 unreachable, 4 audit or checkpoint broken, or a comparison that
+//! found a difference, 75 stopped and resumable, 130 interrupted.
 
 mod audit;
+mod capsule;
 mod checkpoints;
 mod connect;
 mod data;
 mod describe;
+mod diff;
 mod drain;
 mod failure;
 mod format;
@@ -36,8 +38,8 @@ use failure::{Exit, Failure};
     name = "supra",
     version = supra_proto::BUILD,
     max_term_width = 100,
-    after_help = "Exit codes: 0 done, 1 failed, 2 bad input, 3 coordinator unreachable, 4 audit or checkpoint broken,\n\
-                  75 stopped and resumable, 130 interrupted."
+    after_help = "Exit codes: 0 done, 1 failed, 2 bad input, 3 coordinator unreachable, 4 audit or checkpoint broken\n\
+                  or what was compared differs, 75 stopped and resumable, 130 interrupted."
 )]
 struct Cli {
     #[command(subcommand)]
@@ -76,6 +78,10 @@ enum Command {
     Audit(audit::Audit),
     /// Rebuild the exact batch of a step from ledger, recipe and data, compare it with what was fed, and run it again
     Replay(replay::Replay),
+    /// Pack all that is known of a run beside its weights: recipe, versions, ledger, metrics, receipt
+    Capsule(capsule::Pack),
+    /// Explain why two runs differ, from seed to library version, and at which step they part
+    Diff(diff::Diff),
     /// Prepare and look at training data
     #[command(subcommand)]
     Data(data::Data),
@@ -104,6 +110,8 @@ fn run(command: Command) -> Result<Exit, Failure> {
         Command::Drain(command) => block_on(drain::run(command)),
         Command::Audit(command) => block_on(audit::run(command)),
         Command::Replay(command) => block_on(replay::run(command)),
+        Command::Capsule(command) => block_on(capsule::run(command)),
+        Command::Diff(command) => block_on(diff::run(command)),
         Command::Data(command) => data::run(command),
     }
 }

@@ -242,6 +242,36 @@ impl Reader {
         Ok(replay(&self.path, &self.connection)?.0)
     }
 
+    /// From here on everything is read as it is at the first read, whatever a coordinator writes meanwhile.
+    ///
+    /// # Errors
+    /// SQLite refuses, or it is held already.
+    pub fn hold(&self) -> Result<(), JournalError> {
+        self.connection
+            .execute_batch("BEGIN")
+            .map_err(|cause| self.sqlite(cause))
+    }
+
+    /// The facts about a run, as JSON, in the order in which they were decided.
+    ///
+    /// # Errors
+    /// SQLite cannot read the table.
+    pub fn facts(&self, run: RunNumber) -> Result<Vec<String>, JournalError> {
+        let read = || -> rusqlite::Result<Vec<String>> {
+            let query = "SELECT fact FROM facts WHERE run = ?1 ORDER BY seq";
+            let mut statement = self.connection.prepare(query)?;
+            statement.query_map([run], |row| row.get(0))?.collect()
+        };
+        read().map_err(|cause| self.sqlite(cause))
+    }
+
+    fn sqlite(&self, cause: rusqlite::Error) -> JournalError {
+        JournalError::Sqlite {
+            path: self.path.clone(),
+            cause,
+        }
+    }
+
     /// At most `limit` ledger records of a run from `from` on, as they are stored: an unreadable one is an item of the
     /// list, so that an audit can say where it is.
     ///
@@ -254,10 +284,7 @@ impl Reader {
         limit: usize,
     ) -> Result<Vec<Result<Record, RecordError>>, JournalError> {
         self.records(run, from, limit)
-            .map_err(|cause| JournalError::Sqlite {
-                path: self.path.clone(),
-                cause,
-            })
+            .map_err(|cause| self.sqlite(cause))
     }
 
     fn records(

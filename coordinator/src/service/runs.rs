@@ -5,14 +5,16 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use supra_proto::v1::runs_server::Runs;
 use supra_proto::v1::{
-    CheckpointsResponse, DrainRequest, DropCheckpointNameRequest, KeepCheckpointRequest,
-    LedgerRecord, ListRequest, ListResponse, LogEntry, LogsRequest, PruneCheckpointsRequest,
-    ResumeRequest, RunRequest, RunStatus, ShutdownRequest, ShutdownResponse, StepMetrics,
+    CapsulePart, CheckpointsResponse, DrainRequest, DropCheckpointNameRequest,
+    KeepCheckpointRequest, LedgerRecord, ListRequest, ListResponse, LogEntry, LogsRequest,
+    PruneCheckpointsRequest, ResumeRequest, RunRequest, RunStatus, ShutdownRequest,
+    ShutdownResponse, StepMetrics,
     SubmitRequest, SubmitResponse, WorkersRequest, WorkersResponse,
 };
 use supra_recipes::schema::Recipe;
 use tonic::{Request, Response, Status};
 
+use super::capsules;
 use super::handle::Handle;
 use super::owner::Owner;
 use super::streams::{self, Stream};
@@ -86,15 +88,17 @@ impl Runs for RunsService {
     type LogsStream = Stream<LogEntry>;
     type LedgerStream = Stream<LedgerRecord>;
     type MetricsStream = Stream<StepMetrics>;
+    type CapsuleStream = Stream<CapsulePart>;
 
     async fn submit(
         &self,
         request: Request<SubmitRequest>,
     ) -> Result<Response<SubmitResponse>, Status> {
-        let submission =
-            submission(&request.into_inner(), &self.state).map_err(Status::invalid_argument)?;
+        let request = request.into_inner();
+        let submission = submission(&request, &self.state).map_err(Status::invalid_argument)?;
         let run = submission.id.clone();
         self.wish(Event::Submit(submission)).await?;
+        capsules::keep(&self.state, &run, request.recipe).await;
         Ok(Response::new(SubmitResponse { run }))
     }
 
@@ -244,6 +248,18 @@ impl Runs for RunsService {
         written.await;
         let rows = read_blocking(move || reader?.metrics(run)).await?;
         Ok(Response::new(streams::all(rows)))
+    }
+
+    async fn capsule(
+        &self,
+        request: Request<RunRequest>,
+    ) -> Result<Response<Self::CapsuleStream>, Status> {
+        let look = |owner: &Owner, run| (run, owner.journal_written(), owner.telemetry_written());
+        let (run, journal, telemetry) = self.with(request.into_inner().run, look).await?;
+        journal.await;
+        telemetry.await;
+        let parts = capsules::pack(self.owner.state(), run).await?;
+        Ok(Response::new(streams::all(parts)))
     }
 
     async fn shutdown(

@@ -1,0 +1,98 @@
+//! `ledger.jsonl`: the ledger as text, a record a line, hashes as hexadecimal digits.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Capsule, CapsuleError, LEDGER};
+use crate::ledger::{Body, Hash, Open, Record, Step, hex32};
+
+#[derive(Serialize, Deserialize)]
+struct Line(#[serde(with = "Linked")] Record);
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Record")]
+struct Linked {
+    index: u64,
+    #[serde(with = "hex32")]
+    previous: Hash,
+    #[serde(with = "hex32")]
+    hash: Hash,
+    #[serde(with = "Said")]
+    body: Body,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Body", rename_all = "lowercase")]
+enum Said {
+    Open(#[serde(with = "Opened")] Open),
+    Step(#[serde(with = "Stepped")] Step),
+    Void {
+        generation: u64,
+        after_step: u64,
+        reason: String,
+    },
+    Durable {
+        generation: u64,
+        step: u64,
+        #[serde(with = "hex32")]
+        manifest_hash: Hash,
+    },
+    Close {
+        step: u64,
+        samples: u64,
+    },
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Open")]
+struct Opened {
+    run: String,
+    #[serde(with = "hex32")]
+    recipe_hash: Hash,
+    #[serde(with = "hex32")]
+    manifest_hash: Hash,
+    windows: u64,
+    sequence_length: u64,
+    batch_samples: u64,
+    samples: u64,
+    steps: u64,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Step")]
+struct Stepped {
+    generation: u64,
+    step: u64,
+    first_sample: u64,
+    samples: u64,
+    #[serde(with = "hex32")]
+    digest: Hash,
+    skipped: bool,
+}
+
+/// Appends the line of a record.
+pub(super) fn append(bytes: &mut Vec<u8>, record: Record) {
+    serde_json::to_writer(&mut *bytes, &Line(record))
+        .expect("invariant: a record has only text and numbers, and memory can be written");
+    bytes.push(b'\n');
+}
+
+impl Capsule {
+    /// The records of the ledger, in order.
+    ///
+    /// # Errors
+    /// A line that is no record.
+    pub fn ledger(&self) -> Result<Vec<Record>, CapsuleError> {
+        let lines = self.member(LEDGER).unwrap_or_default();
+        let lines = lines.split(|byte| *byte == b'\n');
+        let mut records = Vec::new();
+        for (number, line) in lines.enumerate().filter(|(_, line)| !line.is_empty()) {
+            let line: Line =
+                serde_json::from_slice(line).map_err(|error| CapsuleError::Damaged {
+                    path: LEDGER.into(),
+                    problem: format!("line {} is no record: {error}", number + 1),
+                })?;
+            records.push(line.0);
+        }
+        Ok(records)
+    }
+}
