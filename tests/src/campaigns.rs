@@ -3,6 +3,7 @@
 pub mod big;
 pub mod chaos;
 pub mod checkpoint;
+pub mod checkpoint_kills;
 pub mod components;
 pub mod corruption;
 pub mod curves;
@@ -12,7 +13,9 @@ pub mod plot;
 pub mod precision;
 pub mod recovery;
 pub mod scale;
+mod side_by_side;
 pub mod simulation;
 pub mod step;
 pub mod uptrain;
+mod victim;
 pub mod worlds;

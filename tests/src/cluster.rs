@@ -349,6 +349,18 @@ impl Cluster {
         Ok(attached.map(|worker| (worker.name, worker.phase)).collect())
     }
 
+    /// Numbers in the names (`w0` and so on) of the workers that have a place in the run's generation, by rank.
+    pub fn ranks(&self, run: &str) -> Result<Vec<u32>> {
+        let workers = ask(async { self.client().await?.workers().await })?;
+        let mut members: Vec<&WorkerStatus> = workers
+            .iter()
+            .filter(|worker| worker.phase != "lost" && worker.run == run)
+            .collect();
+        members.sort_by_key(|worker| worker.rank);
+        let number = |worker: &&WorkerStatus| worker.name.strip_prefix('w')?.parse().ok();
+        Ok(members.iter().filter_map(number).collect())
+    }
+
     /// Names of attached workers that no generation takes.
     pub fn aside(&self) -> Result<Vec<String>> {
         let workers = ask(async { self.client().await?.workers().await })?;

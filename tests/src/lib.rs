@@ -10,6 +10,7 @@ pub mod failure;
 pub mod fixture;
 pub mod ledger;
 pub mod models;
+pub mod preload;
 pub mod process;
 pub mod programs;
 pub mod proxy;

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use supra_tests::campaigns::big::Big;
 use supra_tests::campaigns::chaos::Chaos;
+use supra_tests::campaigns::checkpoint_kills::CheckpointKills;
 use supra_tests::campaigns::corruption::Corruption;
 use supra_tests::campaigns::kills::Kills;
 use supra_tests::campaigns::precision::Precision;
@@ -23,6 +24,14 @@ fn kills_at_random_moments_change_nothing() -> Result<()> {
         seed: 5,
     };
     let rows = kills.run(&Programs::find()?, scratch.path())?;
+    assert!(!rows.is_empty());
+    Ok(())
+}
+
+#[test]
+fn kills_while_a_checkpoint_is_written_leave_nothing_wrong_and_lose_nothing_good() -> Result<()> {
+    let scratch = tempfile::tempdir()?;
+    let rows = CheckpointKills::new(6).run(&Programs::find()?, scratch.path())?;
     assert!(!rows.is_empty());
     Ok(())
 }

@@ -23,33 +23,14 @@ mod snapshots;
 mod stuck;
 mod widths;
 
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
-use supra_tests::process::run;
+use supra_tests::preload::preloaded;
 use supra_tests::{Cluster, Fixture, Programs, Result, TinyRecipe};
 use tempfile::TempDir;
 
 /// For anything that takes seconds.
 const LIMIT: Duration = Duration::from_secs(90);
-
-/// Compiles a C++ library that is put before the C library of a program (`LD_PRELOAD`), in `directory`.
-fn preloaded(directory: &Path, name: &str, source: &str) -> Result<PathBuf> {
-    let (library, file) = (
-        directory.join(format!("{name}.so")),
-        directory.join(format!("{name}.cpp")),
-    );
-    fs::write(&file, source)?;
-    let mut compile = Command::new("c++");
-    compile
-        .args(["-shared", "-fPIC", "-o"])
-        .arg(&library)
-        .arg(&file);
-    run(compile, LIMIT)?.expect_code(0)?;
-    Ok(library)
-}
 
 /// Programs, a small world and a directory that goes away.
 struct Stage {

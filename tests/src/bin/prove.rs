@@ -9,6 +9,7 @@ use std::time::Duration;
 use clap::{Parser, ValueEnum};
 use supra_tests::campaigns::big::{self, Big};
 use supra_tests::campaigns::chaos::{self, Chaos};
+use supra_tests::campaigns::checkpoint_kills::{self, CheckpointKills};
 use supra_tests::campaigns::corruption::{self, Corruption};
 use supra_tests::campaigns::curves::{self, Curves};
 use supra_tests::campaigns::kills::{self, Kills};
@@ -38,10 +39,10 @@ struct Arguments {
     /// Folder with text (parquet, column `content`) that uptrain takes in place of the quickstart's.
     #[arg(long, value_name = "DIR")]
     text: Option<PathBuf>,
-    /// Repeat only the case of this seed (simulation, chaos), or damage by it (corruption), and write nothing.
+    /// Repeat only the case of this seed (simulation, chaos, checkpoint-kills), or damage by it (corruption), and write nothing.
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
-    /// How many schedules of chaos run side by side [default: one for every two cores].
+    /// How many schedules of chaos, or runs of checkpoint-kills, there are side by side [default: one for every two cores].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     jobs: Option<u16>,
 }
@@ -67,6 +68,8 @@ enum Campaign {
     Kills,
     /// Bit flips, cuts and swaps at random places of every kind of file that has to be right, 13,200 of them.
     Corruption,
+    /// kill -9 while a checkpoint is written, 500 times, and storage that refuses, is full or hangs; needs a C++ compiler.
+    CheckpointKills,
     /// Loss of the uptrained quickstart model, of one from random weights, and of the softmax base.
     Curves,
     /// Tokens per second that one thread reads in the order of a run, from parquet and from the packed store.
@@ -155,6 +158,15 @@ fn prove(arguments: &Arguments) -> Result<()> {
             (
                 corruption::ABOUT,
                 corruption.run(&programs, scratch.path())?,
+            )
+        }
+        Campaign::CheckpointKills => {
+            let whole = CheckpointKills::new(if arguments.quick { 8 } else { 500 });
+            let mut campaign = arguments.seed.map_or(whole, CheckpointKills::of_seed);
+            campaign.jobs = arguments.jobs.map_or(campaign.jobs, usize::from);
+            (
+                checkpoint_kills::ABOUT,
+                campaign.run(&programs, scratch.path())?,
             )
         }
         Campaign::Worlds => {

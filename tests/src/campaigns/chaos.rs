@@ -11,9 +11,8 @@ mod schedule;
 mod stage;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::failure::{Failure, Result, While};
@@ -22,7 +21,7 @@ use crate::ledger::{self, Coverage};
 use crate::programs::Programs;
 use crate::report::{Row, rounded};
 
-use super::kills;
+use super::{kills, side_by_side};
 use reference::{Likeness, Reference};
 use schedule::{Kind, Schedule, Shape};
 use stage::Stage;
@@ -68,13 +67,8 @@ impl Chaos {
     pub fn schedules(count: u64) -> Self {
         Self {
             seeds: (0..count).collect(),
-            jobs: Self::usual_jobs(),
+            jobs: side_by_side::usual_jobs(),
         }
-    }
-
-    /// One for every two cores: a schedule has more processes, but spends most of its time waiting.
-    pub fn usual_jobs() -> usize {
-        thread::available_parallelism().map_or(1, |cores| usize::from(cores).div_ceil(2))
     }
 
     /// Runs the campaign.
@@ -102,8 +96,6 @@ impl Chaos {
             references: &references,
         };
         let (ended, total) = (Mutex::new(Vec::new()), schedules.len());
-        let ahead = Mutex::new(schedules.into_iter());
-        let next = || ahead.lock().unwrap_or_else(PoisonError::into_inner).next();
         let end = |seed, outcome: Result<(Outcome, String)>| {
             let mut ended = ended.lock().unwrap_or_else(PoisonError::into_inner);
             let line = match &outcome {
@@ -113,14 +105,8 @@ impl Chaos {
             ended.push((seed, outcome.ok().map(|(outcome, _)| outcome)));
             eprintln!("{} of {total}: seed {seed}, {line}", ended.len());
         };
-        thread::scope(|scope| {
-            for _ in 0..self.jobs.max(1) {
-                scope.spawn(|| {
-                    while let Some(schedule) = next() {
-                        end(schedule.seed, theatre.play(&schedule));
-                    }
-                });
-            }
+        side_by_side::play(self.jobs, schedules.into_iter(), |schedule| {
+            end(schedule.seed, theatre.play(&schedule));
         });
         verdict(ended.into_inner().unwrap_or_else(PoisonError::into_inner))
     }
@@ -204,7 +190,7 @@ impl Theatre<'_> {
             }
             Err(failure) => {
                 let seed = schedule.seed;
-                let kept = keep(&folder, seed)?;
+                let kept = side_by_side::keep(&folder, "chaos", seed)?;
                 Err(Failure::new(format!(
                     "FAILED: {failure}\n{logs}\nplanned: {schedule}\ninflicted: {inflicted}\n\
                      everything it left is in {}\nrun it again with: scripts/prove chaos --seed {seed}",
@@ -251,14 +237,6 @@ impl Theatre<'_> {
             took,
         })
     }
-}
-
-/// Takes what a failed schedule left out of the folder that goes away.
-fn keep(folder: &Path, seed: u64) -> Result<PathBuf> {
-    let name = format!("supra-chaos-{seed}-{}", std::process::id());
-    let kept = std::env::temp_dir().join(name);
-    std::fs::rename(folder, &kept).while_doing(folder.display())?;
-    Ok(kept)
 }
 
 fn rows(outcomes: &[Outcome]) -> Vec<Row> {

@@ -19,6 +19,8 @@ use crate::programs::Programs;
 use crate::report::{Row, rounded};
 use crate::weights;
 
+use super::victim::Victim;
+
 /// What the report says above its table.
 pub const ABOUT: &str = "Two workers train the same recipe again and again while processes are killed with SIGKILL at random \
     moments: the computing process of a worker, its supervisor, the coordinator, or everything at once. Every run of the \
@@ -44,18 +46,6 @@ const BATCH: u64 = 512;
 const QUIET_LIMIT: Duration = Duration::from_secs(300);
 /// From the last kill to the end of the run.
 const RECOVERY_LIMIT: Duration = Duration::from_secs(300);
-
-/// Who is killed.
-#[derive(Clone, Copy, Debug)]
-enum Victim {
-    /// The computing process of a worker; its supervisor starts another.
-    Compute(u32),
-    /// The supervisor; the computing process notices and ends, we start the worker again.
-    Supervisor(u32),
-    Coordinator,
-    /// Everything at once, as in a power cut.
-    Everything,
-}
 
 impl Kills {
     /// Runs the campaign.
@@ -133,50 +123,12 @@ impl Kills {
                 _ => Victim::Everything,
             };
             victim.kill(cluster)?;
+            victim.restart(cluster)?;
             killed.push(format!("{victim} at step {}", status.step));
             *left -= 1;
         }
         Ok(killed)
     }
-}
-
-impl Victim {
-    fn kill(self, cluster: &mut Cluster) -> Result<()> {
-        match self {
-            Self::Compute(worker) => cluster.worker(&name(worker))?.kill_children(),
-            Self::Supervisor(worker) => {
-                cluster.worker(&name(worker))?.kill()?;
-                cluster.start_worker(&name(worker))
-            }
-            Self::Coordinator => {
-                cluster.coordinator()?.kill()?;
-                cluster.start_coordinator()
-            }
-            Self::Everything => {
-                cluster.coordinator()?.kill()?;
-                for worker in 0..WORKERS {
-                    cluster.worker(&name(worker))?.kill_tree()?;
-                }
-                cluster.start_coordinator()?;
-                (0..WORKERS).try_for_each(|worker| cluster.start_worker(&name(worker)))
-            }
-        }
-    }
-}
-
-impl std::fmt::Display for Victim {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Compute(worker) => write!(f, "worker {worker}"),
-            Self::Supervisor(worker) => write!(f, "supervisor {worker}"),
-            Self::Coordinator => f.write_str("coordinator"),
-            Self::Everything => f.write_str("everything"),
-        }
-    }
-}
-
-fn name(worker: u32) -> String {
-    format!("w{worker}")
 }
 
 /// Budget, audit and ledger of a finished run.
