@@ -51,6 +51,8 @@ fn facts(state: &Path, number: RunNumber, recipe: &Recipe, world: usize) -> Vec<
         recipe,
         checkpoint_root: state.join("checkpoints"),
         keep: 3,
+        keep_every: 0,
+        strict: false,
         budget_tokens: 96,
         workers: Workers {
             min: 1,
@@ -81,8 +83,8 @@ fn facts(state: &Path, number: RunNumber, recipe: &Recipe, world: usize) -> Vec<
 
 /// A state directory of two runs: from step 2 on the second has other workers, and comes to other losses.
 fn state() -> tempfile::TempDir {
-    let state = tempfile::tempdir().unwrap();
-    let recipe = Recipe::load(&recipe(state.path())).unwrap();
+    let state = tempfile::tempdir().expect("a folder for temporary files");
+    let recipe = Recipe::load(&recipe(state.path())).expect("the recipe is good");
     let (journal, _) = Journal::open(state.path()).expect("a journal");
     let telemetry = Telemetry::open(state.path()).expect("telemetry");
     for (number, world, drift) in [(1, 4, 0.0), (2, 3, 0.25)] {

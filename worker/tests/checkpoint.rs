@@ -282,7 +282,8 @@ fn read_by(dir: &Path, world: u32, zero1: bool, precision: Kind) -> Vec<[u8; 32]
                     let layout = Layout::new(&config.params(), false, world);
                     let mut replica = Replica::new(layout, part, kinds, Device::Cpu);
                     let mut host = Host::new(Box::new(group));
-                    checkpoint::read::replica(store, "", manifest, &mut replica, &mut host).unwrap();
+                    checkpoint::read::replica(store, "", manifest, &mut replica, &mut host)
+                        .unwrap();
                     replica.hash(&Twin, host.host()).unwrap()
                 })
             })

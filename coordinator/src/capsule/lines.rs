@@ -36,6 +36,14 @@ enum Said {
         #[serde(with = "hex32")]
         manifest_hash: Hash,
     },
+    Lost {
+        generation: u64,
+        step: u64,
+        #[serde(with = "hex32")]
+        manifest_hash: Hash,
+        durable: u64,
+        reason: String,
+    },
     Close {
         step: u64,
         samples: u64,

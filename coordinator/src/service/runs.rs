@@ -8,8 +8,7 @@ use supra_proto::v1::{
     CapsulePart, CheckpointsResponse, DrainRequest, DropCheckpointNameRequest,
     KeepCheckpointRequest, LedgerRecord, ListRequest, ListResponse, LogEntry, LogsRequest,
     PruneCheckpointsRequest, ResumeRequest, RunRequest, RunStatus, ShutdownRequest,
-    ShutdownResponse, StepMetrics,
-    SubmitRequest, SubmitResponse, WorkersRequest, WorkersResponse,
+    ShutdownResponse, StepMetrics, SubmitRequest, SubmitResponse, WorkersRequest, WorkersResponse,
 };
 use supra_recipes::schema::Recipe;
 use tonic::{Request, Response, Status};

@@ -61,8 +61,13 @@ impl Drop for Verifier {
 fn read(directory: &Path, manifest_hash: &Hash, stopped: &AtomicBool) -> Option<Found> {
     let mut go_on = |_| !stopped.load(Ordering::Relaxed);
     let shown = directory.display().to_string();
-    let root = directory.parent().unwrap_or(directory).display().to_string();
-    let (store, root) = match Store::open(&shown).and_then(|store| Ok((store, Store::open(&root)?))) {
+    let root = directory
+        .parent()
+        .unwrap_or(directory)
+        .display()
+        .to_string();
+    let (store, root) = match Store::open(&shown).and_then(|store| Ok((store, Store::open(&root)?)))
+    {
         Ok(stores) => stores,
         Err(error) => return Some(Found::Unread(error.finding())),
     };

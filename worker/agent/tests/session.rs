@@ -88,12 +88,7 @@ impl Bench {
         self.hears(job, Report::Done(outcome))
     }
 
-    fn published(
-        &mut self,
-        job: u64,
-        step: u64,
-        result: Result<(), Unpublished>,
-    ) -> Vec<String> {
+    fn published(&mut self, job: u64, step: u64, result: Result<(), Unpublished>) -> Vec<String> {
         self.feed(Input::Published {
             job,
             step,

@@ -121,7 +121,10 @@ fn file(
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, path::{Path, PathBuf}};
+    use std::{
+        fs,
+        path::{Path, PathBuf},
+    };
 
     use super::*;
     use crate::{Manifest, manifest};
@@ -155,7 +158,9 @@ mod tests {
     }
 
     fn examine(dir: &Path, hash: &[u8; 32], care: Care) -> (Vec<String>, u64) {
-        let found = published(&store(dir), hash, care, &mut |_| true).unwrap().unwrap();
+        let found = published(&store(dir), hash, care, &mut |_| true)
+            .unwrap()
+            .unwrap();
         let problems = found.problems.iter().map(StoredError::finding);
         (problems.collect(), found.right)
     }

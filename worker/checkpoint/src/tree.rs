@@ -157,7 +157,9 @@ mod tests {
     ];
 
     fn content(bytes: u64) -> Vec<u8> {
-        (0..bytes).map(|at| (at * 31 + (at >> 11) + (at >> 24)) as u8).collect()
+        (0..bytes)
+            .map(|at| (at * 31 + (at >> 11) + (at >> 24)) as u8)
+            .collect()
     }
 
     fn stored(content: &[u8]) -> StoredFile {

@@ -4,8 +4,8 @@ use std::io::{IsTerminal, stderr};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
-use supra_checkpoint::{Store, StoredError};
 use supra_checkpoint::examine::{self, Care, Findings};
+use supra_checkpoint::{Store, StoredError};
 use supra_proto::v1;
 
 use crate::cli::failure::{Exit, Failure};

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
-use supra_checkpoint::{PUBLISHED, verify};
+use supra_checkpoint::{PUBLISHED, Store, verify};
 use supra_coordinator::machine::{Checkpoint, Run};
 
 use super::phase::Eye;
@@ -145,9 +145,10 @@ fn readable(root: &Path) -> Result<Vec<PathBuf>> {
 
 /// Proves every file of a checkpoint, as a reader does; with `hash`, that of the journal, the manifest too. Returns its step.
 fn prove(directory: &Path, hash: Option<&[u8; 32]>) -> Result<u64> {
-    let manifest = verify::manifest(directory, hash)?;
+    let store = Store::open(&directory.to_string_lossy())?;
+    let manifest = verify::manifest(&store, "", hash)?;
     for (name, stored) in &manifest.files {
-        verify::file(&directory.join(name), stored)?;
+        verify::file(&store, name, stored)?;
     }
     if manifest.files.is_empty() {
         return Err(Failure::new("it names no files"));

@@ -135,6 +135,8 @@ pub fn write_long(directory: &Path) -> Result<()> {
         recipe: RECIPE.to_owned(),
         checkpoint_root: "/checkpoints".into(),
         keep: 3,
+        keep_every: 0,
+        strict: false,
         budget_tokens: 8 * 4 * LONG,
         workers: Workers {
             min: 1,

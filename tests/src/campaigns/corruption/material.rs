@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use supra_checkpoint::{EXP_AVG, EXP_AVG_SQ, Manifest, PUBLISHED, verify};
+use supra_checkpoint::{EXP_AVG, EXP_AVG_SQ, Manifest, PUBLISHED, Store, verify};
 use supra_data::Reader;
 
 use super::journal::{self, Known};
@@ -95,7 +95,8 @@ fn checkpoints(cluster: &Cluster, run: &str) -> Result<Vec<Kind>> {
     };
     let directory = PathBuf::from(&newest.path);
     let hash: [u8; 32] = newest.manifest_hash.as_slice().try_into()?;
-    let manifest = verify::manifest(&directory, Some(&hash))?;
+    let store = Store::open(&newest.path)?;
+    let manifest = verify::manifest(&store, "", Some(&hash))?;
     let is_moment = |key: &str| key.starts_with(EXP_AVG) || key.starts_with(EXP_AVG_SQ);
     let holds = |name: &str, moments: bool| {
         let tensors = manifest.tensors.iter();
@@ -132,9 +133,10 @@ fn checkpoints(cluster: &Cluster, run: &str) -> Result<Vec<Kind>> {
 /// What whoever starts from a checkpoint makes of it.
 fn checkpoint(directory: &Path, journalled: &[u8; 32]) -> Verdict {
     let proved = || -> std::result::Result<Manifest, supra_checkpoint::StoredError> {
-        let manifest = verify::manifest(directory, Some(journalled))?;
+        let store = Store::open(&directory.to_string_lossy())?;
+        let manifest = verify::manifest(&store, "", Some(journalled))?;
         for (name, stored) in &manifest.files {
-            verify::file(&directory.join(name), stored)?;
+            verify::file(&store, name, stored)?;
         }
         Ok(manifest)
     };
