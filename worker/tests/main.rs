@@ -8,6 +8,7 @@ mod checkpoint;
 mod cli;
 mod export;
 mod fixture;
+mod foreign;
 mod forms;
 mod golden;
 mod gpu;

@@ -111,7 +111,8 @@ fn a_cut_or_altered_file_is_found_wherever_it_was_hit() {
 
 #[test]
 fn a_folder_whose_members_are_others_is_no_capsule() {
-    let changes: [(&str, fn(&Path)); 4] = [
+    type Change = fn(&Path);
+    let changes: [(&str, Change); 4] = [
         ("ledger.jsonl is not what was packed", |folder| {
             fs::write(folder.join(LEDGER), "{}").unwrap();
         }),
@@ -151,7 +152,7 @@ fn a_member_cannot_lie_outside() {
         let mut archive = tar::Builder::new(zstd::Encoder::new(Vec::new(), 1).unwrap());
         let outside = Capsule::new(("a", "a"), &tail, members.into(), BTreeMap::new());
         let index = outside.index_bytes();
-        for (name, bytes) in [(INDEX, index.as_slice()), (name, b"x")] {
+        for (name, bytes) in [(INDEX, index.as_slice()), (name, b"x".as_slice())] {
             let mut header = tar::Header::new_gnu();
             // The library refuses to write such a name itself.
             header.as_gnu_mut().unwrap().name[..name.len()].copy_from_slice(name.as_bytes());

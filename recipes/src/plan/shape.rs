@@ -1,4 +1,5 @@
-//! The dimensions of a model, read from a Hugging Face `config.json`, and its exact parameter count.
+//! The dimensions of a model, read from a `config.json` of Hugging Face or of a published SUPRA model, and its exact parameter
+//! count.
 
 use std::path::{Path, PathBuf};
 
@@ -29,15 +30,15 @@ pub struct ModelShape {
 #[derive(Debug, thiserror::Error)]
 pub enum ShapeError {
     /// The file cannot be read.
-    #[error("cannot read {path}: {source}; base.path must name a Hugging Face model directory", path = path.display())]
+    #[error("cannot read {path}: {source}; base.path must name a model directory with a config.json", path = path.display())]
     Read {
         /// The file.
         path: PathBuf,
         /// Why.
         source: std::io::Error,
     },
-    /// The file is not the JSON of a Llama or Mistral configuration.
-    #[error("{path}: {source}; expected the config.json of a Llama or Mistral model", path = path.display())]
+    /// The file is not the JSON of a Llama, Mistral or SUPRA configuration.
+    #[error("{path}: {source}; expected the config.json of a Llama, Mistral or SUPRA model", path = path.display())]
     Json {
         /// The file.
         path: PathBuf,
@@ -54,17 +55,22 @@ pub enum ShapeError {
     },
 }
 
-/// The fields of `config.json` that matter here; others are ignored.
+/// The fields of `config.json` that matter here, by Hugging Face's names or the published ones; others are ignored.
 #[derive(Deserialize)]
 struct Config {
     vocab_size: u64,
+    #[serde(alias = "dim")]
     hidden_size: u64,
+    #[serde(alias = "n_layers")]
     num_hidden_layers: u64,
+    #[serde(alias = "n_heads")]
     num_attention_heads: u64,
+    #[serde(alias = "n_heads_kv")]
     num_key_value_heads: Option<u64>,
+    #[serde(alias = "intermediate_dim_ffn")]
     intermediate_size: u64,
     head_dim: Option<u64>,
-    #[serde(default)]
+    #[serde(default, alias = "weight_tying")]
     tie_word_embeddings: bool,
 }
 
@@ -271,6 +277,13 @@ mod tests {
             llama.parameters(Attention::Supra, false) - llama.parameters(Attention::Softmax, false);
         assert_eq!(llama.parameters(Attention::Softmax, false), 6_738_415_616);
         assert_eq!(added, 537_001_984);
+    }
+
+    #[test]
+    fn published_names_are_known() {
+        let text = r#"{"model_type": "openlm", "vocab_size": 32000, "dim": 4096, "n_layers": 32, "n_heads": 32,
+                       "n_heads_kv": 8, "intermediate_dim_ffn": 14336, "weight_tying": false}"#;
+        assert_eq!(shape(text).unwrap(), ModelShape::MISTRAL_7B);
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::paths;
 #[serde(into = "Keys")]
 #[schemars(with = "Keys")]
 pub enum Base {
-    /// Configuration, weights and tokenizer of a Hugging Face directory.
+    /// Configuration, weights and tokenizer of a model directory.
     Pretrained(PathBuf),
     /// Configuration and tokenizer of such a directory, with weights from the recipe's seed.
     Untrained(PathBuf),
@@ -58,7 +58,7 @@ impl Base {
 #[serde(deny_unknown_fields)]
 #[schemars(rename = "Base", extend("oneOf" = [{ "required": ["path"] }, { "required": ["random"] }]))]
 struct Keys {
-    /// A Hugging Face directory: `config.json`, safetensors, `tokenizer.json`.
+    /// A model directory: `config.json`, weights, `tokenizer.json` (docs/models.md).
     #[serde(
         default,
         deserialize_with = "paths::optional_path",

@@ -11,7 +11,7 @@ const REQUIRED: [(&str, &str); 5] = [
     ("name", "`name: my-run`"),
     (
         "base",
-        "`base: { path: DIRECTORY }`, the Hugging Face directory of the model",
+        "`base: { path: DIRECTORY }`, the directory of the model",
     ),
     (
         "data",

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use supra_worker::model::files::find;
 use supra_worker::model::{
     self, AttentionKind, Decay, ModelConfig, NewWeights, RopeFrequencies, SaveFormat, SupraConfig,
 };
@@ -13,8 +14,9 @@ use super::{failure::Failure, out};
 /// to be uptrained to be of use.
 #[derive(Debug, Args)]
 pub struct Convert {
-    /// Hugging Face directory of the softmax model
-    #[arg(long, value_name = "DIR")]
+    /// Softmax model: a Hugging Face, open_lm or Meta directory, or a file of weights in one. Files of PyTorch's (.bin, .pt,
+    /// .pth) are read without executing anything in them
+    #[arg(long, value_name = "MODEL")]
     base: PathBuf,
     /// Directory to write, new or empty
     #[arg(long, value_name = "DIR")]
@@ -73,13 +75,17 @@ impl Convert {
         }));
         let (params, report) =
             model::load_params(&self.base, &config, NewWeights::Seeded(self.seed))?;
+        out::complain(&format!("{}: {report}", self.base.display()));
         model::save_model(
             &self.out,
             &config,
             &params,
-            Some(&self.base),
+            Some(find::directory(&self.base)),
             SaveFormat::Native,
         )?;
+        if let Some(remedy) = find::foreign_tokenizer(&self.out) {
+            out::complain(&remedy);
+        }
         out::line(&format!(
             "{}: {} tensors of the base kept, {} new ones drawn with seed {}",
             self.out.display(),

@@ -20,12 +20,12 @@ use super::{
     out,
 };
 
-/// Measures the loss of a model directory: softmax (Hugging Face), SUPRA, or a training checkpoint. Windows are taken
+/// Measures the loss of a model directory: softmax (Hugging Face, open_lm, Meta), SUPRA, or a training checkpoint. Windows are taken
 /// in the dataset's own order.
 #[derive(Debug, Args)]
 pub struct Eval {
-    /// Model directory or checkpoint, or a checkpoint's URL (s3://, gs://)
-    #[arg(long, value_name = "DIR|URL")]
+    /// Model directory, file of weights in one, checkpoint, or a checkpoint's URL (s3://, gs://)
+    #[arg(long, value_name = "MODEL")]
     model: String,
     /// Dataset manifest (dataset.json, heldout.json), or its directory
     #[arg(long, value_name = "MANIFEST")]
@@ -68,6 +68,7 @@ impl Eval {
         let files = ModelDirectory::open(&self.model)?;
         let place = self.device.open()?;
         let model = LoadedModel::open(files.path(), place.device, self.dtype.into())?;
+        out::complain(&format!("{}: {}", self.model, model.report));
         let sequence_length = self
             .sequence_length
             .unwrap_or_else(|| model.usual_sequence_length());

@@ -19,8 +19,8 @@ use super::{
 /// per token do not grow with the text.
 #[derive(Debug, Args)]
 pub struct Generate {
-    /// Model directory or checkpoint, or a checkpoint's URL (s3://, gs://)
-    #[arg(long, value_name = "DIR|URL")]
+    /// Model directory, file of weights in one, checkpoint, or a checkpoint's URL (s3://, gs://)
+    #[arg(long, value_name = "MODEL")]
     model: String,
     /// Text to continue; may be given several times
     #[arg(long, required = true, value_name = "TEXT")]
@@ -67,6 +67,7 @@ impl Generate {
         let files = ModelDirectory::open(&self.model)?;
         let place = self.device.open()?;
         let model = LoadedModel::open(files.path(), place.device, self.dtype.into())?;
+        out::complain(&format!("{}: {}", self.model, model.report));
         let tokenizer = model.tokenizer()?;
         let options = GenerateOptions {
             max_tokens: self.max_tokens,

@@ -76,6 +76,7 @@ pub fn evaluate(
         transformer,
         params,
         dir,
+        ..
     } = model;
     let config = transformer.config();
     config.check_sequence_length(sequence_length as i64)?;

@@ -6,7 +6,10 @@ use tch::{Device, Kind};
 use thiserror::Error;
 use tokenizers::Tokenizer;
 
-use crate::model::{self, AttentionKind, ModelConfig, ModelError, NewWeights, Params, Transformer};
+use crate::model::files::find;
+use crate::model::{
+    self, AttentionKind, LoadReport, ModelConfig, ModelError, NewWeights, Params, Transformer,
+};
 
 /// Why a model cannot be used.
 #[derive(Debug, Error)]
@@ -22,6 +25,9 @@ pub enum LoadError {
         /// What the tokenizer library says.
         cause: tokenizers::Error,
     },
+    /// A tokenizer in a form that is not read.
+    #[error("{0}")]
+    ForeignTokenizer(String),
 }
 
 /// A model ready to compute.
@@ -32,18 +38,22 @@ pub struct LoadedModel {
     pub params: Params,
     /// Where it was read from.
     pub dir: PathBuf,
+    /// What was found there.
+    pub report: LoadReport,
 }
 
 impl LoadedModel {
-    /// Loads a softmax model (Hugging Face), a SUPRA model or a training checkpoint, to compute in `kind` on `device`.
-    pub fn open(dir: &Path, device: Device, kind: Kind) -> Result<LoadedModel, LoadError> {
-        let config = ModelConfig::load(dir)?;
-        let (params, _) = model::load_params(dir, &config, NewWeights::Refuse)?;
+    /// Loads a model in any layout or a training checkpoint, by its directory or by a file of weights in it, to compute in `kind`
+    /// on `device`.
+    pub fn open(model: &Path, device: Device, kind: Kind) -> Result<LoadedModel, LoadError> {
+        let config = ModelConfig::load(model)?;
+        let (params, report) = model::load_params(model, &config, NewWeights::Refuse)?;
         let params = params.to(device, kind);
         Ok(LoadedModel {
             transformer: Transformer::new(config),
             params,
-            dir: dir.to_owned(),
+            dir: find::directory(model).to_owned(),
+            report,
         })
     }
 
@@ -62,6 +72,9 @@ impl LoadedModel {
 
     /// The tokenizer beside the weights.
     pub fn tokenizer(&self) -> Result<Tokenizer, LoadError> {
+        if let Some(remedy) = find::foreign_tokenizer(&self.dir) {
+            return Err(LoadError::ForeignTokenizer(remedy));
+        }
         let path = self.dir.join("tokenizer.json");
         Tokenizer::from_file(&path).map_err(|cause| LoadError::Tokenizer { path, cause })
     }

@@ -8,7 +8,7 @@ use supra_recipes::schema::Shape;
 pub use supra_recipes::schema::{Decay, RopeFrequencies};
 
 use super::ModelError;
-use super::files::{config_json, huggingface, published};
+use super::files::{config_json, huggingface, meta, open_lm, published};
 
 /// Everything about a model but its weights.
 #[derive(Clone, Debug, PartialEq)]
@@ -85,12 +85,18 @@ impl Default for SupraConfig {
 }
 
 impl ModelConfig {
-    /// Reads `config.json` of a model directory: Hugging Face (Llama, Mistral) or published SUPRA field names.
-    pub fn load(dir: &Path) -> Result<ModelConfig, ModelError> {
-        let (path, json) = config_json::read(dir)?;
+    /// Reads the configuration of a model directory, or of the one that holds the file of weights that is named: `config.json` in
+    /// the field names of Hugging Face (Llama, Mistral), of published SUPRA models or of open_lm, Meta's `params.json`, or
+    /// open_lm's `params.txt`.
+    pub fn load(model: &Path) -> Result<ModelConfig, ModelError> {
+        let (path, json) = config_json::read(model)?;
         let config = match config_json::Dialect::of(&path, &json)? {
             config_json::Dialect::HuggingFace => huggingface::parse(&path, json)?,
             config_json::Dialect::Published => published::parse(&path, json)?,
+            config_json::Dialect::OpenLm => {
+                published::parse(&path, open_lm::released(&path, json)?)?
+            }
+            config_json::Dialect::Meta => meta::parse(&path, json, model)?,
         };
         config
             .check()

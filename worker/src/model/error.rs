@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use safetensors::SafeTensorError;
+use supra_checkpoint::pytorch::PyTorchError;
 use tch::TchError;
 
 /// A model that cannot be read, written or used. Every message names the file, the cause and the remedy.
@@ -47,7 +48,7 @@ pub enum ModelError {
         /// What is wrong and what would be right.
         reason: String,
     },
-    /// A directory without weights in safetensors.
+    /// A directory without weights that can be read.
     #[error("{path}: {reason}")]
     NoWeights {
         /// The directory.
@@ -55,6 +56,9 @@ pub enum ModelError {
         /// What was looked for, and what to do.
         reason: String,
     },
+    /// A file of PyTorch's that is damaged, or holds something else than weights.
+    #[error(transparent)]
+    PyTorch(#[from] PyTorchError),
     /// A damaged safetensors file.
     #[error("{path}: not a whole safetensors file; copy or download it again")]
     SafeTensors {
@@ -86,12 +90,18 @@ pub enum ModelError {
         found: String,
     },
     /// The tensors of a directory are not those of its configuration.
-    #[error("{path}: the tensors do not fit the configuration{difference}")]
+    #[error(
+        "{path}: the tensors do not fit the configuration ({matched} of the {layout} layout do){difference}"
+    )]
     Tensors {
         /// The directory.
         path: PathBuf,
+        /// Whose names were expected.
+        layout: String,
+        /// How many tensors fit.
+        matched: usize,
         /// Every tensor that does not fit.
-        difference: Difference,
+        difference: Box<Difference>,
     },
     /// NaN or infinity among the weights.
     #[error(

@@ -1,4 +1,4 @@
-//! `config.json`: reading, writing, telling the two dialects apart.
+//! `config.json` and what others have in its place: reading, writing, telling the dialects apart.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::hub;
+use super::{find, hub, open_lm};
 use crate::model::ModelError;
 
 /// Whose field names a `config.json` uses.
@@ -16,16 +16,21 @@ pub enum Dialect {
     HuggingFace,
     /// The names of the published SUPRA checkpoints.
     Published,
+    /// The names of open_lm's model configurations.
+    OpenLm,
+    /// Meta's or Mistral's own `params.json`.
+    Meta,
 }
 
 impl Dialect {
-    /// By `model_type`, or by `architectures` where that is missing.
+    /// By `model_type`, or by `architectures` where that is missing; where both are, by the names of the fields.
     pub fn of(path: &Path, json: &Value) -> Result<Dialect, ModelError> {
         let architecture = json
             .get("architectures")
             .and_then(|names| names.get(0))
             .and_then(Value::as_str);
         let model_type = json.get("model_type").and_then(Value::as_str);
+        let has = |field: &str| json.get(field).is_some();
         match (model_type, architecture) {
             (Some("openlm" | hub::MODEL_TYPE), _)
             | (None, Some("OpenLMForCausalLM" | hub::ARCHITECTURE)) => Ok(Dialect::Published),
@@ -34,6 +39,9 @@ impl Dialect {
             }
             (Some("mistral"), None | Some("MistralForCausalLM"))
             | (None, Some("MistralForCausalLM")) => Ok(Dialect::HuggingFace),
+            (None, None) if has("dim") && has("attn_name") => Ok(Dialect::Published),
+            (None, None) if has("dim") && has("n_layers") => Ok(Dialect::Meta),
+            (None, None) if has("hidden_dim") && has("n_layers") => Ok(Dialect::OpenLm),
             _ => Err(ModelError::Unsupported {
                 path: path.to_owned(),
                 field: "architectures".to_owned(),
@@ -50,9 +58,13 @@ impl Dialect {
     }
 }
 
-/// Path and content of the directory's `config.json`.
-pub fn read(dir: &Path) -> Result<(PathBuf, Value), ModelError> {
-    let path = dir.join("config.json");
+/// Path and content of a model's configuration.
+pub fn read(model: &Path) -> Result<(PathBuf, Value), ModelError> {
+    let path = find::configuration(model);
+    if path.extension().is_some_and(|extension| extension == "txt") {
+        let json = open_lm::read_run(&path)?;
+        return Ok((path, json));
+    }
     let text = fs::read(&path).map_err(|source| ModelError::Io {
         action: "read",
         path: path.clone(),

@@ -97,7 +97,9 @@ pub fn check(
         true => Ok(()),
         false => Err(ModelError::Tensors {
             path: dir.to_owned(),
-            difference,
+            layout: "written".to_owned(),
+            matched: wanted.intersection(&there).count() - difference.misshapen.len(),
+            difference: Box::new(difference),
         }),
     }
 }

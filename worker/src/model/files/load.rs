@@ -1,11 +1,13 @@
 //! From a model directory to checked weights.
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::path::Path;
 
 use tch::Tensor;
 
 use super::layout::{Layout, Piece};
+use super::meta;
 use super::tensors::TensorFiles;
 use crate::model::error::Difference;
 use crate::model::{ModelConfig, ModelError, ParamSpec, Params, init_new};
@@ -24,6 +26,12 @@ pub enum NewWeights<'a> {
 /// What was found in a directory.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LoadReport {
+    /// Whose names and which files, as people say it.
+    pub layout: String,
+    /// Tensors of the files that are weights, or parts of weights.
+    pub tensors: usize,
+    /// How many of those were stacked, put in another order of rows, or joined from several files.
+    pub reshaped: usize,
     /// Weights that were there (published names).
     pub matched: Vec<String>,
     /// Weights that were not, and were made as [`NewWeights`] says.
@@ -32,35 +40,49 @@ pub struct LoadReport {
     pub ignored: Vec<String>,
 }
 
+impl fmt::Display for LoadReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{}: {} tensors matched, {} weights missing, 0 tensors unexpected, {} ignored, {} reshaped",
+            self.layout,
+            self.tensors,
+            self.missing.len(),
+            self.ignored.len(),
+            self.reshaped
+        )
+    }
+}
+
 /// Reads the weights that `config` asks for: all that [`load_each`] reads.
 pub fn load_params(
-    dir: &Path,
+    model: &Path,
     config: &ModelConfig,
     new: NewWeights,
 ) -> Result<(Params, LoadReport), ModelError> {
     let mut named = Vec::new();
-    let report = load_each(dir, config, new, |spec, tensor| {
+    let report = load_each(model, config, new, |spec, tensor| {
         named.push((spec.name.clone(), tensor));
     })?;
     Ok((Params::new(named), report))
 }
 
-/// Reads the weights that `config` asks for, from a Hugging Face or a published directory, and hands them to `take` one by
-/// one: fp32, on the CPU, in canonical order.
+/// Reads the weights that `config` asks for, from a directory in any layout or the file of weights that is named, and hands them
+/// to `take` one by one: fp32, on the CPU, in canonical order. What was found goes to the log in one line.
 ///
 /// It is an error, with every tensor listed, if one is missing, unexpected or of another shape, unless those missing
 /// are exactly the new weights of a SUPRA model and `new` says where to take them from; so are NaN and infinity.
 pub fn load_each(
-    dir: &Path,
+    model: &Path,
     config: &ModelConfig,
     new: NewWeights,
     mut take: impl FnMut(&ParamSpec, Tensor),
 ) -> Result<LoadReport, ModelError> {
-    let files = TensorFiles::open(dir)?;
+    let files = TensorFiles::open(model)?;
     let Some(layout) = Layout::of(&files) else {
         let reason = "no embedding matrix under a known name (model.embed_tokens.weight, tok_embeddings.weight)";
         return Err(ModelError::NoWeights {
-            path: dir.to_owned(),
+            path: model.to_owned(),
             reason: reason.to_owned(),
         });
     };
@@ -81,10 +103,13 @@ pub fn load_each(
             ..difference
         };
         return Err(ModelError::Tensors {
-            path: dir.to_owned(),
-            difference,
+            path: model.to_owned(),
+            layout: layout.describe(),
+            matched: report.tensors,
+            difference: Box::new(difference),
         });
     }
+    tracing::info!("{}: {report}", model.display());
     if config.tied {
         check_tied_output(&files, &layout)?;
     }
@@ -113,7 +138,10 @@ fn compare(
     config: &ModelConfig,
     specs: &[ParamSpec],
 ) -> (LoadReport, Difference) {
-    let mut report = LoadReport::default();
+    let mut report = LoadReport {
+        layout: format!("{} layout in {}", layout.describe(), files.describe()),
+        ..LoadReport::default()
+    };
     let mut difference = Difference::default();
     let mut known = BTreeSet::new();
     for spec in specs {
@@ -122,12 +150,18 @@ fn compare(
             .iter()
             .filter(|piece| files.contains(&piece.name))
             .count();
-        for Piece { name, shape } in &pieces {
+        for piece in &pieces {
+            let Piece { name, shape, .. } = piece;
             match files.shape(name) {
                 Some(found) if found != *shape => {
                     difference
                         .misshapen
                         .push((name.clone(), shape.clone(), found))
+                }
+                Some(_) => {
+                    let reshaped = pieces.len() > 1 || piece.interleaved.is_some();
+                    report.tensors += 1;
+                    report.reshaped += usize::from(reshaped || files.is_cut(name));
                 }
                 // Of a weight that is there in part, name the part that is not.
                 None if there > 0 => difference.missing.push(name.clone()),
@@ -165,10 +199,13 @@ fn read_stacked(
 ) -> Result<Option<Tensor>, ModelError> {
     let mut parts = Vec::new();
     for piece in layout.pieces(config, spec).unwrap_or_default() {
-        match files.read_weight(&piece.name)? {
-            Some(part) => parts.push(part),
-            None => return Ok(None),
-        }
+        let Some(part) = files.read_weight(&piece.name)? else {
+            return Ok(None);
+        };
+        parts.push(match piece.interleaved {
+            Some(heads) => meta::half_split(&part, heads)?,
+            None => part,
+        });
     }
     Ok(if parts.len() > 1 {
         Some(Tensor::f_cat(&parts, 0)?)
@@ -180,11 +217,8 @@ fn read_stacked(
 /// A tied model may store its output matrix, but not a different one.
 fn check_tied_output(files: &TensorFiles, layout: &Layout) -> Result<(), ModelError> {
     let output = layout.output_name();
-    let embedding = match layout {
-        Layout::HuggingFace => "model.embed_tokens.weight".to_owned(),
-        Layout::Published { prefix } => format!("{prefix}tok_embeddings.weight"),
-    };
-    match (files.read_weight(&output)?, files.read_weight(&embedding)?) {
+    let embedding = files.read_weight(&layout.embedding_name())?;
+    match (files.read_weight(&output)?, embedding) {
         (Some(stored), Some(embedding)) if stored != embedding => Err(ModelError::NoWeights {
             path: files.root().to_owned(),
             reason: format!(
@@ -221,7 +255,9 @@ fn open_new(path: &Path, specs: &[ParamSpec]) -> Result<TensorFiles, ModelError>
         true => Ok(files),
         false => Err(ModelError::Tensors {
             path: path.to_owned(),
-            difference,
+            layout: Layout::PUBLISHED.describe(),
+            matched: known.len() - difference.missing.len() - difference.misshapen.len(),
+            difference: Box::new(difference),
         }),
     }
 }

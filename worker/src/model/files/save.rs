@@ -10,7 +10,7 @@ use super::draft::Draft;
 use super::inventory::{self, SaveReport};
 use super::layout::Layout;
 use super::tensors::TensorFiles;
-use super::{config_json, hub, huggingface, openlm, published, tensors, torch_save};
+use super::{config_json, hub, huggingface, linear_open_lm, published, tensors, torch_save};
 use crate::model::{ModelConfig, ModelError, Params};
 
 /// A file is never larger, so that it fits every object store and file system.
@@ -71,7 +71,7 @@ impl SaveFormat {
             (SaveFormat::Native | SaveFormat::OpenLmTraining { .. }, _) => published(""),
             (SaveFormat::HuggingFace { .. }, None) => Layout::HuggingFace,
             (SaveFormat::HuggingFace { .. }, Some(_)) | (SaveFormat::OpenLm { .. }, _) => {
-                published(openlm::WRAPPER_PREFIX)
+                published(linear_open_lm::WRAPPER_PREFIX)
             }
         }
     }
@@ -108,7 +108,7 @@ pub fn save_model_with(
 ) -> Result<SaveReport, ModelError> {
     let kind = format.kind();
     if format.repeats_tied() {
-        openlm::check(config, matches!(format, SaveFormat::OpenLmTraining { .. }))?;
+        linear_open_lm::check(config, matches!(format, SaveFormat::OpenLmTraining { .. }))?;
     }
     let draft = Draft::begin(dir)?;
     let layout = format.layout(config);
@@ -132,8 +132,8 @@ pub fn save_model_with(
             config_json::write(&draft.path, &published::render(config))?;
         }
         SaveFormat::OpenLmTraining { .. } => {
-            let text = format!("{:#}\n", openlm::training_config(config));
-            draft.write(openlm::TRAINING_CONFIG, text.as_bytes())?;
+            let text = format!("{:#}\n", linear_open_lm::training_config(config));
+            draft.write(linear_open_lm::TRAINING_CONFIG, text.as_bytes())?;
         }
     }
     if let SaveFormat::OpenLmTraining { .. } = format {
@@ -141,7 +141,7 @@ pub fn save_model_with(
             ("epoch", torch_save::Value::Number(0)),
             ("name", torch_save::Value::Text("supra")),
         ];
-        let path = draft.path.join(openlm::CHECKPOINT);
+        let path = draft.path.join(linear_open_lm::CHECKPOINT);
         torch_save::write(&path, &facts, &tensors, kind)?;
     } else {
         write_weights(&draft.path, tensors, kind, SHARD_BYTES)?;

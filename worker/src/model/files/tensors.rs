@@ -1,15 +1,17 @@
-//! Reading and writing safetensors.
+//! The tensors of a model: read from whatever files hold them, written as safetensors.
 
 use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet, HashMap, btree_map};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom};
 use std::path::{Component, Path, PathBuf};
 
-use safetensors::tensor::{Dtype, Metadata, TensorInfo, View};
+use safetensors::tensor::{Dtype, View};
 use supra_checkpoint::{EXP_AVG, EXP_AVG_SQ, Manifest, PUBLISHED};
 use tch::{Device, Kind, Tensor};
 
+use super::find::{self, Weights};
+use super::meta::Cut;
+use super::weight_file::WeightFile;
 use crate::model::ModelError;
 
 /// One file of weights.
@@ -20,62 +22,34 @@ pub const INDEX: &str = "model.safetensors.index.json";
 /// All tensors of a model directory, or of one file. Opening reads the headers only.
 pub struct TensorFiles {
     root: PathBuf,
-    files: Vec<PathBuf>,
+    files: Vec<WeightFile>,
     tensors: BTreeMap<String, Entry>,
 }
 
 struct Entry {
-    dtype: Dtype,
-    shape: Vec<usize>,
-    /// Where its bytes are, in order.
-    pieces: Vec<Extent>,
-}
-
-/// Some bytes of a tensor.
-struct Extent {
-    file: usize,
-    /// Byte of the file at which they begin.
-    offset: u64,
-    bytes: usize,
+    /// Numbers of the files that hold it: several if a model was cut for as many devices.
+    files: Vec<usize>,
+    shape: Vec<i64>,
+    cut: Cut,
 }
 
 impl TensorFiles {
-    /// Opens `model.safetensors`, or the shards that `model.safetensors.index.json` names, or the masters of a checkpoint.
-    pub fn open(dir: &Path) -> Result<TensorFiles, ModelError> {
-        if dir.join(PUBLISHED).is_file() {
-            return TensorFiles::open_checkpoint(dir);
+    /// Opens the weights of a model directory, whoever wrote them, the file of weights that is named, or the masters of a
+    /// checkpoint.
+    pub fn open(model: &Path) -> Result<TensorFiles, ModelError> {
+        if model.join(PUBLISHED).is_file() {
+            return TensorFiles::open_checkpoint(model);
         }
-        let single = dir.join(SINGLE);
-        if single.is_file() {
-            return TensorFiles::open_files(dir, vec![single]);
+        match find::weights(model)? {
+            Weights::Files(files) => TensorFiles::open_files(model, &files),
+            Weights::Indexed(index) => TensorFiles::open_shards(model, &index),
+            Weights::Cut(files) => TensorFiles::open_cut(model, &files),
         }
-        let index = dir.join(INDEX);
-        if index.is_file() {
-            return TensorFiles::open_shards(dir, &index);
-        }
-        let pickles = [
-            "pytorch_model.bin",
-            "pytorch_model.bin.index.json",
-            "consolidated.00.pth",
-        ];
-        let reason = match pickles.iter().find(|name| dir.join(name).exists()) {
-            Some(pickle) => format!(
-                "the weights are a pickle ({pickle}), which is never read; save them as safetensors"
-            ),
-            None if !dir.is_dir() => "no such directory".to_owned(),
-            None => format!(
-                "neither {SINGLE} nor {INDEX}; give a model directory with weights in safetensors"
-            ),
-        };
-        Err(ModelError::NoWeights {
-            path: dir.to_owned(),
-            reason,
-        })
     }
 
     /// Opens one file.
     pub fn open_file(path: &Path) -> Result<TensorFiles, ModelError> {
-        TensorFiles::open_files(path, vec![path.to_owned()])
+        TensorFiles::open_files(path, &[path.to_owned()])
     }
 
     fn open_shards(dir: &Path, index: &Path) -> Result<TensorFiles, ModelError> {
@@ -103,8 +77,8 @@ impl TensorFiles {
                 "names the shard `{name}`; a shard must lie in the directory itself"
             )));
         }
-        let files =
-            TensorFiles::open_files(dir, names.into_iter().map(|name| dir.join(name)).collect())?;
+        let shards: Vec<PathBuf> = names.into_iter().map(|name| dir.join(name)).collect();
+        let files = TensorFiles::open_files(dir, &shards)?;
         match weight_map
             .iter()
             .find(|(tensor, shard)| files.file_of(tensor) != Some(dir.join(shard).as_path()))
@@ -116,23 +90,24 @@ impl TensorFiles {
         }
     }
 
-    fn open_files(root: &Path, files: Vec<PathBuf>) -> Result<TensorFiles, ModelError> {
+    /// Opens files of which each holds other tensors.
+    fn open_files(root: &Path, paths: &[PathBuf]) -> Result<TensorFiles, ModelError> {
+        let files = open_all(paths)?;
         let mut tensors = BTreeMap::new();
-        for (file, path) in files.iter().enumerate() {
-            let (start, metadata) = read_header(path)?;
-            for (name, info) in metadata.tensors() {
+        for (number, file) in files.iter().enumerate() {
+            for name in file.names() {
                 let entry = Entry {
-                    dtype: info.dtype,
-                    shape: info.shape.clone(),
-                    pieces: vec![Extent::of(file, start, info)],
+                    files: vec![number],
+                    shape: file.shape(&name).unwrap_or_default(),
+                    cut: Cut::Copies,
                 };
-                if let Some(Entry { pieces, .. }) = tensors.insert(name.clone(), entry) {
+                if let Some(first) = tensors.insert(name.clone(), entry) {
                     let reason = format!(
                         "tensor `{name}` is also in {}; remove one of the files",
-                        files[pieces[0].file].display()
+                        files[first.files[0]].path().display()
                     );
                     return Err(ModelError::NoWeights {
-                        path: path.clone(),
+                        path: file.path().to_owned(),
                         reason,
                     });
                 }
@@ -161,42 +136,39 @@ impl TensorFiles {
         let manifest =
             Manifest::parse(&bytes, &path).map_err(|error| damaged(error.to_string()))?;
         let is_moment = |name: &str| name.starts_with(EXP_AVG) || name.starts_with(EXP_AVG_SQ);
-        let mut headers = BTreeMap::new();
-        let (mut files, mut tensors) = (Vec::new(), BTreeMap::new());
-        for (name, tensor) in manifest.tensors {
-            if is_moment(&name) {
-                continue;
+        let masters = manifest.tensors.into_iter();
+        let masters: Vec<_> = masters.filter(|(name, _)| !is_moment(name)).collect();
+        let slices = masters.iter().flat_map(|(_, tensor)| &tensor.slices);
+        let names: BTreeSet<String> = slices.map(|slice| slice.file.clone()).collect();
+        let paths: Vec<PathBuf> = names.iter().map(|name| dir.join(name)).collect();
+        let files = open_all(&paths)?;
+        let numbers: BTreeMap<String, usize> = names.into_iter().zip(0..).collect();
+        let mut tensors = BTreeMap::new();
+        for (name, tensor) in masters {
+            let mut covered = 0;
+            for slice in &tensor.slices {
+                let shape = files[numbers[&slice.file]].shape(&name).unwrap_or_default();
+                let there: i64 = shape.iter().product();
+                if slice.key != name || slice.start != covered || slice.end != covered + there {
+                    let file = &slice.file;
+                    return Err(damaged(format!(
+                        "says of `{name}` in {file} what is not so"
+                    )));
+                }
+                covered = slice.end;
             }
-            let mut entry = Entry {
-                dtype: Dtype::F32,
-                shape: tensor.shape.iter().map(|&size| size as usize).collect(),
-                pieces: Vec::with_capacity(tensor.slices.len()),
-            };
-            for slice in tensor.slices {
-                let (file, start, header) = match headers.entry(slice.file) {
-                    btree_map::Entry::Occupied(known) => known.into_mut(),
-                    btree_map::Entry::Vacant(new) => {
-                        let path = dir.join(new.key());
-                        let (start, header) = read_header(&path)?;
-                        files.push(path);
-                        new.insert((files.len() - 1, start, header))
-                    }
-                };
-                let bytes = (slice.end - slice.start) as usize * size_of::<f32>();
-                let info = header.info(&slice.key);
-                let info = info.filter(|info| info.dtype == entry.dtype);
-                let piece = info.map(|info| Extent::of(*file, *start, info));
-                let Some(piece) = piece.filter(|piece| piece.bytes == bytes) else {
-                    let reason = format!("says that `{name}` is in it, but it is not as it says");
-                    let path = files[*file].clone();
-                    return Err(ModelError::NoWeights { path, reason });
-                };
-                entry.pieces.push(piece);
-            }
-            let bytes: usize = entry.pieces.iter().map(|piece| piece.bytes).sum();
-            if bytes != entry.shape.iter().product::<usize>() * size_of::<f32>() {
+            if covered != tensor.shape.iter().product::<i64>() {
                 return Err(damaged(format!("has not all of `{name}`")));
             }
+            let entry = Entry {
+                files: tensor
+                    .slices
+                    .iter()
+                    .map(|slice| numbers[&slice.file])
+                    .collect(),
+                shape: tensor.shape,
+                cut: Cut::Along(0),
+            };
             tensors.insert(name, entry);
         }
         Ok(TensorFiles {
@@ -206,9 +178,62 @@ impl TensorFiles {
         })
     }
 
+    /// Opens Meta's files of which each holds a part of every tensor.
+    fn open_cut(root: &Path, paths: &[PathBuf]) -> Result<TensorFiles, ModelError> {
+        let files = open_all(paths)?;
+        let mut shapes: BTreeMap<String, Vec<(usize, Vec<i64>)>> = BTreeMap::new();
+        for (number, file) in files.iter().enumerate() {
+            for name in file.names() {
+                let shape = file.shape(&name).unwrap_or_default();
+                shapes.entry(name).or_default().push((number, shape));
+            }
+        }
+        let width = shapes
+            .get("norm.weight")
+            .and_then(|parts| parts[0].1.first().copied());
+        let mut tensors = BTreeMap::new();
+        for (name, parts) in shapes {
+            let (numbers, parts): (Vec<usize>, Vec<Vec<i64>>) = parts.into_iter().unzip();
+            let joined = match numbers.len() == files.len() {
+                true => Cut::of(&name, &parts[0], width).join(&parts),
+                false => Err(format!(
+                    "it is in {} of {} files",
+                    numbers.len(),
+                    files.len()
+                )),
+            };
+            let (cut, shape) = joined.map_err(|problem| ModelError::NoWeights {
+                path: root.to_owned(),
+                reason: format!("the files are not the parts of one model: `{name}`: {problem}"),
+            })?;
+            tensors.insert(
+                name,
+                Entry {
+                    files: numbers,
+                    shape,
+                    cut,
+                },
+            );
+        }
+        Ok(TensorFiles {
+            root: root.to_owned(),
+            files,
+            tensors,
+        })
+    }
+
     /// The directory or file that was opened.
     pub fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// Number and format of the files, as people say it.
+    pub fn describe(&self) -> String {
+        let format = self.files.first().map_or("no", WeightFile::format);
+        match self.files.len() {
+            1 => format!("one {format} file"),
+            count => format!("{count} {format} files"),
+        }
     }
 
     /// All names, sorted.
@@ -221,54 +246,47 @@ impl TensorFiles {
         self.tensors.contains_key(name)
     }
 
-    /// The file that holds a tensor, or the beginning of it.
+    /// The file that holds a tensor, or its first part.
     pub fn file_of(&self, name: &str) -> Option<&Path> {
-        self.tensors
-            .get(name)
-            .map(|entry| self.files[entry.pieces[0].file].as_path())
+        let entry = self.tensors.get(name)?;
+        Some(self.files[entry.files[0]].path())
     }
 
-    /// The shape of a tensor, from its file's header.
+    /// The shape of a tensor, from its files' headers.
     pub fn shape(&self, name: &str) -> Option<Vec<i64>> {
-        self.tensors
-            .get(name)
-            .map(|entry| entry.shape.iter().map(|&size| size as i64).collect())
+        self.tensors.get(name).map(|entry| entry.shape.clone())
+    }
+
+    /// Whether a tensor is put together from several files.
+    pub fn is_cut(&self, name: &str) -> bool {
+        let entry = self.tensors.get(name);
+        entry.is_some_and(|entry| entry.files.len() > 1 && entry.cut != Cut::Copies)
     }
 
     /// Reads a tensor in its own kind, on the CPU. None if there is none of this name.
     pub fn read(&self, name: &str) -> Result<Option<Tensor>, ModelError> {
-        let Some(Entry {
-            dtype,
-            shape,
-            pieces,
-        }) = self.tensors.get(name)
-        else {
+        let Some(Entry { files, shape, cut }) = self.tensors.get(name) else {
             return Ok(None);
         };
-        let kind = kind_of(*dtype).ok_or_else(|| ModelError::Dtype {
-            path: self.files[pieces[0].file].clone(),
-            tensor: name.to_owned(),
-            found: format!("{dtype:?}"),
-        })?;
-        let mut bytes = vec![0; pieces.iter().map(|piece| piece.bytes).sum()];
-        let mut rest = &mut bytes[..];
-        for piece in pieces {
-            let path = &self.files[piece.file];
-            let (here, later) = rest.split_at_mut(piece.bytes);
-            rest = later;
-            File::open(path)
-                .and_then(|mut file| {
-                    file.seek(SeekFrom::Start(piece.offset))?;
-                    file.read_exact(here)
-                })
-                .map_err(|source| ModelError::Io {
-                    action: "read",
-                    path: path.clone(),
-                    source,
-                })?;
+        let mut parts = Vec::new();
+        for &number in files {
+            parts.extend(self.files[number].read(name)?);
         }
-        let shape: Vec<i64> = shape.iter().map(|&size| size as i64).collect();
-        Ok(Some(Tensor::f_from_data_size(&bytes, &shape, kind)?))
+        match (cut, parts.as_slice()) {
+            (_, [_]) => Ok(parts.pop()),
+            // A rank's part of a tensor is flat.
+            (Cut::Along(axis), _) => Ok(Some(Tensor::f_cat(&parts, *axis)?.f_reshape(shape)?)),
+            (Cut::Copies, parts) => match parts.iter().find(|part| **part != parts[0]) {
+                None => Ok(Some(parts[0].shallow_clone())),
+                Some(_) => Err(ModelError::NoWeights {
+                    path: self.root.clone(),
+                    reason: format!(
+                        "`{name}` differs from file to file, although every file should hold the same; they do not \
+                         belong together"
+                    ),
+                }),
+            },
+        }
     }
 
     /// Reads a weight: fp32, on the CPU, every value finite.
@@ -302,16 +320,8 @@ impl TensorFiles {
     }
 }
 
-impl Extent {
-    /// All of a tensor of a file whose data begins at byte `start`.
-    fn of(file: usize, start: u64, info: &TensorInfo) -> Extent {
-        let (first, last) = info.data_offsets;
-        Extent {
-            file,
-            offset: start + first as u64,
-            bytes: last - first,
-        }
-    }
+fn open_all(paths: &[PathBuf]) -> Result<Vec<WeightFile>, ModelError> {
+    paths.iter().map(|path| WeightFile::open(path)).collect()
 }
 
 fn is_plain_file_name(name: &str) -> bool {
@@ -320,42 +330,6 @@ fn is_plain_file_name(name: &str) -> bool {
         (components.next(), components.next()),
         (Some(Component::Normal(_)), None)
     )
-}
-
-/// Where the data begins, and what the header says; the file is as long as it should be.
-fn read_header(path: &Path) -> Result<(u64, Metadata), ModelError> {
-    use supra_checkpoint::header::HeaderError;
-    let io = |source| ModelError::Io {
-        action: "read",
-        path: path.to_owned(),
-        source,
-    };
-    let mut file = File::open(path).map_err(io)?;
-    let bytes = file.metadata().map_err(io)?.len();
-    supra_checkpoint::header::read(&mut file, bytes).map_err(|error| match error {
-        HeaderError::Io(source) => io(source),
-        HeaderError::Format(source) => ModelError::SafeTensors {
-            path: path.to_owned(),
-            source,
-        },
-        HeaderError::Length { expected, found } => ModelError::Length {
-            path: path.to_owned(),
-            expected,
-            found,
-        },
-    })
-}
-
-fn kind_of(dtype: Dtype) -> Option<Kind> {
-    Some(match dtype {
-        Dtype::F64 => Kind::Double,
-        Dtype::F32 => Kind::Float,
-        Dtype::F16 => Kind::Half,
-        Dtype::BF16 => Kind::BFloat16,
-        Dtype::I64 => Kind::Int64,
-        Dtype::I32 => Kind::Int,
-        _ => return None,
-    })
 }
 
 fn dtype_of(kind: Kind) -> Option<Dtype> {
