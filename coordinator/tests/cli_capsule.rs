@@ -83,8 +83,8 @@ fn facts(state: &Path, number: RunNumber, recipe: &Recipe, world: usize) -> Vec<
 
 /// A state directory of two runs: from step 2 on the second has other workers, and comes to other losses.
 fn state() -> tempfile::TempDir {
-    let state = tempfile::tempdir().expect("a folder for temporary files");
-    let recipe = Recipe::load(&recipe(state.path())).expect("the recipe is good");
+    let state = tempfile::tempdir().expect("a directory");
+    let recipe = Recipe::load(&recipe(state.path())).expect("a valid recipe");
     let (journal, _) = Journal::open(state.path()).expect("a journal");
     let telemetry = Telemetry::open(state.path()).expect("telemetry");
     for (number, world, drift) in [(1, 4, 0.0), (2, 3, 0.25)] {

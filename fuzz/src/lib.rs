@@ -8,25 +8,28 @@
 mod checkpoint;
 mod data;
 mod journal;
+mod pickle;
 mod recipe;
 mod scratch;
 
 pub use checkpoint::{manifest, safetensors};
 pub use data::{dataset, parquet};
 pub use journal::{facts, journal, ledger};
+pub use pickle::pickle;
 pub use recipe::recipe;
 
 /// A target.
 pub type Target = fn(&[u8]);
 
 /// All targets by name, which is also that of their corpus.
-pub const TARGETS: [(&str, Target); 8] = [
+pub const TARGETS: [(&str, Target); 9] = [
     ("dataset", dataset),
     ("facts", facts),
     ("journal", journal),
     ("ledger", ledger),
     ("manifest", manifest),
     ("parquet", parquet),
+    ("pickle", pickle),
     ("recipe", recipe),
     ("safetensors", safetensors),
 ];

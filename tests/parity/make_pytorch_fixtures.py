@@ -199,7 +199,6 @@ def main():
     as_meta(root, out)
     weights = {"double": torch.tensor([[1.5, -2.0]], dtype=torch.float64), "count": torch.tensor([3, -4])}
     torch.save(weights, out / "kinds.pt")
-    torch.save(weights, out / "legacy.pt", _use_new_zipfile_serialization=False)
 
 
 main()

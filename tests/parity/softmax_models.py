@@ -35,15 +35,15 @@ MODELS = {
 }
 
 
-def randomize(model: torch.nn.Module, seed: int):
-    """Weights with which every part of the network matters: standard deviation 1/sqrt(fan-in), gains around 1."""
+def randomize(model: torch.nn.Module, seed: int, dtype: torch.dtype = torch.float32):
+    """fp32 weights, rounded to `dtype`, with which every part of the network matters: standard deviation 2/sqrt(fan-in), gains
+    around 1."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.dim() == 1:
-            parameter.data = 1 + 0.1 * noise
-        else:
-            parameter.data = noise * (2.0 / parameter.shape[-1] ** 0.5)
+        value = 1 + 0.1 * noise if parameter.dim() == 1 else noise * (2.0 / parameter.shape[-1] ** 0.5)
+        # Only the weights: a whole module in half precision would round its rotary frequencies, too.
+        parameter.data = value.to(dtype).float()
 
 
 def answers(model: torch.nn.Module, input_ids: torch.Tensor) -> dict[str, torch.Tensor] | None:
@@ -68,9 +68,7 @@ def main(root: Path):
     for number, (name, (config, dtype, shard)) in enumerate(MODELS.items()):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
         for seed in range(100 * number, 100 * number + 100):
-            randomize(model, seed)
-            # Stored types round the weights before anything is computed.
-            model.to(dtype).float()
+            randomize(model, seed, dtype)
             ids = torch.randint(SIZES["vocab_size"], (ROWS, TOKENS), generator=torch.Generator().manual_seed(seed))
             if found := answers(model, ids):
                 break

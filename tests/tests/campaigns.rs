@@ -31,7 +31,7 @@ fn kills_at_random_moments_change_nothing() -> Result<()> {
 #[test]
 fn kills_while_a_checkpoint_is_written_leave_nothing_wrong_and_lose_nothing_good() -> Result<()> {
     let scratch = tempfile::tempdir()?;
-    let rows = CheckpointKills::new(6).run(&Programs::find()?, scratch.path())?;
+    let rows = CheckpointKills::small().run(&Programs::find()?, scratch.path())?;
     assert!(!rows.is_empty());
     Ok(())
 }

@@ -22,7 +22,7 @@ fn golden(name: &str) -> String {
 fn export(model: &str, out: &Path, more: &[&str]) -> Value {
     let out = out.display().to_string();
     let arguments = ["export", "--model", model, "--out", &out, "--json"];
-    let (code, answer, err) = worker(&[&arguments, more].concat());
+    let (code, answer, err) = worker(&[&arguments[..], more].concat());
     assert_eq!(code, 0, "{err}");
     serde_json::from_str(&answer).unwrap()
 }
@@ -95,7 +95,7 @@ fn what_a_format_cannot_say_is_refused_before_anything_is_written() {
         (&["--model", &six, "--checkpoint", &six][..], "--checkpoint"),
         (&[][..], "--checkpoint"),
     ] {
-        let (code, _, err) = worker(&[&["export", "--out", &out], arguments].concat());
+        let (code, _, err) = worker(&[&["export", "--out", &out][..], arguments].concat());
         assert_eq!(code, 2, "{err}");
         assert!(err.contains(word) && !err.contains("panicked"), "{err}");
     }

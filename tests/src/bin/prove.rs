@@ -161,8 +161,11 @@ fn prove(arguments: &Arguments) -> Result<()> {
             )
         }
         Campaign::CheckpointKills => {
-            let whole = CheckpointKills::new(if arguments.quick { 8 } else { 500 });
-            let mut campaign = arguments.seed.map_or(whole, CheckpointKills::of_seed);
+            let mut campaign = match (arguments.seed, arguments.quick) {
+                (Some(seed), _) => CheckpointKills::of_seed(seed),
+                (None, true) => CheckpointKills::small(),
+                (None, false) => CheckpointKills::whole(500),
+            };
             campaign.jobs = arguments.jobs.map_or(campaign.jobs, usize::from);
             (
                 checkpoint_kills::ABOUT,

@@ -71,7 +71,7 @@ const QUIET_LIMIT: Duration = Duration::from_secs(300);
 
 impl CheckpointKills {
     /// So many kills, of runs with seeds from 0, as many side by side as this machine has cores for.
-    pub fn new(kills: usize) -> Self {
+    pub fn whole(kills: usize) -> Self {
         Self {
             kills,
             blows: 12,
@@ -80,11 +80,22 @@ impl CheckpointKills {
         }
     }
 
+    /// One run, as a rule, of two ranks with `zero1`, in which nothing lasts for seconds.
+    pub fn small() -> Self {
+        Self {
+            kills: 6,
+            blows: 10,
+            first: 60,
+            jobs: 1,
+        }
+    }
+
     /// The run of one seed.
     pub fn of_seed(seed: u64) -> Self {
         Self {
             first: seed,
-            ..Self::new(1)
+            jobs: 1,
+            ..Self::whole(1)
         }
     }
 

@@ -102,7 +102,7 @@ mod tests {
         let storage = Storage::create(&Shim::compile(folder.path()).unwrap(), folder.path());
         let storage = storage.unwrap();
         let elsewhere = folder.path().join("elsewhere");
-        let attempt = |mood, to: &Path| {
+        let attempt = |mood, to: &Path, limit| {
             storage.set(mood).unwrap();
             let mut copy = Command::new("dd");
             copy.args(["if=/dev/zero", "bs=1000", "count=1", "conv=notrunc"])
@@ -110,11 +110,11 @@ mod tests {
                 .env("LD_PRELOAD", &storage.library)
                 .env("STORAGE", &storage.directory)
                 .env("STORAGE_MOOD", &storage.mood);
-            run(copy, Duration::from_secs(1))
+            run(copy, limit)
         };
         let file = storage.directory().join("file");
         let ends = |mood, to: &Path, words: &[&str]| {
-            let output = attempt(mood, to).unwrap();
+            let output = attempt(mood, to, Duration::from_secs(30)).unwrap();
             output.expect_words(words).unwrap();
         };
         ends(Mood::Slow, &file, &["1000 bytes"]);
@@ -122,7 +122,7 @@ mod tests {
         ends(Mood::Refuses(Errno::EACCES), &file, &["Permission denied"]);
         ends(Mood::Full, &file, &["No space left"]);
         ends(Mood::Full, &elsewhere, &["1000 bytes"]);
-        assert!(attempt(Mood::Hangs, &file).is_err());
+        assert!(attempt(Mood::Hangs, &file, Duration::from_millis(300)).is_err());
         ends(Mood::Fast, &file, &["1000 bytes"]);
     }
 }

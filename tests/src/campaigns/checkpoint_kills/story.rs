@@ -122,7 +122,13 @@ impl<'a> Story<'a> {
                 text,
             });
             let before = self.last.filter(|(last, _)| last.step == step);
-            self.last = Some((origin, before.map_or(1, |(_, times)| times + 1)));
+            let times = match before {
+                // One that lasts may have failed several generations.
+                _ if !blow.kind.kills() => AT_A_STEP,
+                Some((_, times)) => times + 1,
+                None => 1,
+            };
+            self.last = Some((origin, times));
             self.excused = !blow.kind.kills();
         }
         self.storage.set(Mood::Fast)?;

@@ -328,8 +328,9 @@ fn what_holds_no_weights_says_what_it_holds() {
 
 #[test]
 fn other_files_are_told_apart() {
-    let legacy = fixture("legacy.pt");
-    assert!(matches!(list(&legacy), Err(Fault::Legacy)));
+    // What torch.save wrote first before 1.6.
+    let legacy = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.";
+    assert!(matches!(list(legacy), Err(Fault::Legacy)));
     let found = |file: &[u8]| list(file).unwrap_err().to_string();
     assert!(found(b"version https://git-lfs.github.com/spec/v1\noid").contains("git lfs pull"));
     assert!(found(b"").contains("not a file of PyTorch's"));

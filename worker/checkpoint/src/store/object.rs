@@ -106,7 +106,7 @@ impl Access {
             Some((key?, value.clone()))
         };
         // So that a try that hangs leaves time for others.
-        let timeout = format!("{} milliseconds", self.patience.as_millis() / 3);
+        let timeout = format!("{} ms", self.patience.as_millis() / 3);
         let limits = [
             (client(ClientConfigKey::Timeout), timeout),
             (client(ClientConfigKey::ConnectTimeout), CONNECT.to_owned()),
