@@ -242,7 +242,7 @@ const CASES: &[Case] = &[
     case(
         5,
         "checkpoint: { to: s4://bucket/x }",
-        (5, 19),
+        (5, 13),
         &[
             "s4:// is not supported, did you mean s3://?",
             "gs://bucket/prefix",
@@ -251,7 +251,7 @@ const CASES: &[Case] = &[
     case(
         5,
         "checkpoint: { to: s3:///x }",
-        (5, 19),
+        (5, 13),
         &["write s3://bucket/prefix"],
     ),
     case(

@@ -25,7 +25,7 @@ fn stopped(cluster: &Cluster, run: &str) -> Result<[u64; 2]> {
     let [.., older, newest] = &known[..] else {
         panic!("two checkpoints: {known:?}");
     };
-    let model = Path::new(&newest.path).join("model.safetensors");
+    let model = Path::new(&newest.path).join("model-rank-000-of-002-00001.safetensors");
     let mut bytes = fs::read(&model)?;
     let last = bytes.len() - 1;
     bytes[last] ^= 1;
@@ -44,7 +44,10 @@ fn a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_unless_i
     cluster
         .supra(&["checkpoints", &run, &newest.to_string(), "--verify"])?
         .expect_code(4)?
-        .expect_words(&["DAMAGED", "model.safetensors: its BLAKE3 is"])?;
+        .expect_words(&[
+            "DAMAGED",
+            "model-rank-000-of-002-00001.safetensors: its BLAKE3 is",
+        ])?;
     cluster
         .supra(&["checkpoints", &run, &older.to_string(), "--verify"])?
         .expect_code(0)?;
@@ -52,7 +55,7 @@ fn a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_unless_i
     cluster
         .supra(&["resume", &run, "--strict", "--watch"])?
         .expect_code(4)?
-        .expect_words(&["model.safetensors", "--strict"])?;
+        .expect_words(&["model-rank-000", "--strict"])?;
     let refused = cluster.status(&run)?;
     assert_eq!((refused.step, refused.damaged.len()), (newest, 0));
 
@@ -62,7 +65,7 @@ fn a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_unless_i
     assert_eq!(end.tokens, recipe().tokens());
     let damaged = &end.damaged[0];
     assert_eq!(damaged.step, newest);
-    assert!(damaged.damaged.contains("model.safetensors"), "{damaged:?}");
+    assert!(damaged.damaged.contains("model-rank-000"), "{damaged:?}");
     let verdict = cluster.audit(&run)?;
     assert_eq!(verdict["damaged_checkpoints"], 1, "{verdict}");
     assert_eq!(verdict["voided_steps"], newest - older, "{verdict}");

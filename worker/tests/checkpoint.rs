@@ -324,10 +324,10 @@ fn any_number_of_ranks_reads_what_any_number_wrote() {
     }
 }
 
-/// Checkpoints of every released version stay readable. See tests/golden/README.md.
+/// Checkpoints of every released version stay readable. See tests/checkpoints/README.md.
 #[test]
 fn a_checkpoint_of_format_1_is_read_to_the_bit_and_still_a_model() {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/checkpoint-format-1");
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/checkpoints/format-1");
     let store = Store::open(dir.to_str().unwrap()).unwrap();
     let manifest = verify::manifest(&store, "", None).unwrap();
     assert_eq!(manifest.format, 1);

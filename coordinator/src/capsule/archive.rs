@@ -14,6 +14,13 @@ const EXTENSION: &str = ".tar.zst";
 /// Compression level of zstd.
 const LEVEL: i32 = 9;
 
+/// Of an archive in memory. Its checksum covers the index, too, which no hash in it does.
+fn encoder() -> io::Result<zstd::Encoder<'static, Vec<u8>>> {
+    let mut encoder = zstd::Encoder::new(Vec::new(), LEVEL)?;
+    encoder.include_checksum(true)?;
+    Ok(encoder)
+}
+
 impl Capsule {
     /// The bytes of a capsule file.
     pub fn to_bytes(&self) -> Vec<u8> {
@@ -23,7 +30,7 @@ impl Capsule {
     }
 
     fn pack(&self) -> io::Result<Vec<u8>> {
-        let mut archive = tar::Builder::new(zstd::Encoder::new(Vec::new(), LEVEL)?);
+        let mut archive = tar::Builder::new(encoder()?);
         let index = self.index_bytes();
         for (name, bytes) in std::iter::once((INDEX, index.as_slice())).chain(self.members()) {
             let mut header = tar::Header::new_gnu();
@@ -134,6 +141,8 @@ fn unpack(bytes: &[u8]) -> io::Result<BTreeMap<String, Vec<u8>>> {
             return Err(io::Error::other(format!("it holds {name} twice")));
         }
     }
+    // Behind the end of the archive is the checksum.
+    io::copy(&mut archive.into_inner(), &mut io::sink())?;
     Ok(members)
 }
 

@@ -72,7 +72,14 @@ impl Machine {
             return;
         };
         let reasons = retention::reasons(run, run.keep, run.keep_every);
-        let waited_for = reasons.contains(&Some(retention::Kept::Unverified));
+        // Kept as long as none that is newer is known to be whole.
+        let waits = |kept| {
+            matches!(
+                kept,
+                retention::Kept::Verified | retention::Kept::Unverified
+            )
+        };
+        let waited_for = reasons.into_iter().flatten().any(waits);
         if !run.ended() || waited_for {
             self.prove_newest(number);
         }

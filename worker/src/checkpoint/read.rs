@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// Groups that a rank reads at the same time, at most; each takes twice 16 MiB of memory.
-const THREADS: usize = 8;
+const THREADS: usize = 16;
 
 /// Reads masters, moments and update counter into a replica; all ranks of `collective` together. It is an error unless the
 /// checkpoint covers every parameter exactly once and every byte of this rank's part is right. After an error the replica is of

@@ -198,6 +198,19 @@ impl Order {
         stop: &(dyn Fn() -> bool + Sync),
     ) -> Result<Option<Written>, CheckpointError> {
         let clock = Instant::now();
+        let written = self.write_all(numbers, stop);
+        if !matches!(written, Ok(Some(_))) {
+            self.clear();
+        }
+        let seconds = clock.elapsed().as_secs_f64();
+        Ok(written?.map(|written| Written { seconds, ..written }))
+    }
+
+    fn write_all(
+        &self,
+        numbers: &Numbers,
+        stop: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Option<Written>, CheckpointError> {
         let companions = match &self.companions {
             Some((config, base)) => {
                 let base = base.as_deref();
@@ -209,7 +222,16 @@ impl Order {
         Ok(files.map(|files| Written {
             files,
             companions,
-            seconds: clock.elapsed().as_secs_f64(),
+            seconds: 0.0,
         }))
+    }
+
+    /// Half a checkpoint is of no use and takes room: removes what is left of it when no other rank has anything there.
+    fn clear(&self) {
+        let parts = |name: &String| name.ends_with(".safetensors");
+        let of_others = self.store.list(&self.dir);
+        if of_others.is_ok_and(|names| !names.iter().any(parts)) {
+            let _ = self.store.remove_dir(&self.dir);
+        }
     }
 }

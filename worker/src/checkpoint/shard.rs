@@ -15,7 +15,7 @@ use crate::optim::{Layout, Part, Run, Section};
 
 /// Most bytes of tensors in one file; a single larger piece has a file of its own. Small enough that threads that write a file
 /// each end at about the same time.
-const FILE_BYTES: u64 = 1 << 30;
+const FILE_BYTES: u64 = 256 << 20;
 
 /// A file of one rank.
 #[derive(Clone, Debug, PartialEq)]

@@ -31,7 +31,7 @@ const OVERHEAD_BYTES: u64 = 32 << 20;
 const PIECE: i64 = 1 << 18;
 
 /// Files that a rank writes at the same time, at most.
-const THREADS: usize = 8;
+const THREADS: usize = 16;
 
 /// What rank 0 writes beside its part.
 pub struct Companions<'a> {

@@ -48,12 +48,18 @@ impl Numbers {
 
     /// Puts the bytes of a run into `bytes`, little-endian, in the place of what is there.
     pub fn read(&self, section: Section, run: Run, bytes: &mut Vec<u8>) {
-        let values = match section {
-            Section::Masters => self.masters(run),
-            Section::ExpAvg | Section::ExpAvgSq => self.of(self.moments(section), run),
-        };
-        bytes.resize(values.numel() * values.kind().elt_size_in_bytes(), 0);
-        values.copy_data_u8(bytes, values.numel());
+        match (section, &self.flats[..]) {
+            (Section::Masters, [parameters, remainder, _, _]) => {
+                let [mut upper, mut lower] = [Vec::new(), Vec::new()];
+                copy(&self.of(parameters, run), &mut upper);
+                copy(&self.of(remainder, run), &mut lower);
+                join(&upper, &lower, bytes);
+            }
+            (Section::Masters, _) => copy(&self.of(&self.flats[0], run), bytes),
+            (Section::ExpAvg | Section::ExpAvgSq, _) => {
+                copy(&self.of(self.moments(section), run), bytes);
+            }
+        }
     }
 
     /// Takes the numbers of a run from bytes: fp32, or what moments may be stored as. Threads may write different runs at the
@@ -73,16 +79,6 @@ impl Numbers {
         }
     }
 
-    fn masters(&self, run: Run) -> Tensor {
-        let parameters = self.of(&self.flats[0], run);
-        let [_, remainder, _, _] = &self.flats[..] else {
-            return parameters;
-        };
-        let masters = Tensor::empty([run.length], (Kind::Float, Device::Cpu));
-        twin::join(&parameters, &self.of(remainder, run), &masters);
-        masters
-    }
-
     fn moments(&self, section: Section) -> &(Tensor, Part) {
         let from_the_end = match section {
             Section::ExpAvg => 2,
@@ -100,6 +96,23 @@ impl Numbers {
     fn view(&self, (flat, of): &(Tensor, Part), run: Run) -> Tensor {
         let first = if *of == self.part { run.own } else { run.all };
         flat.narrow(0, first, run.length)
+    }
+}
+
+/// The bytes of a tensor in host memory, in the place of what is in `bytes`.
+fn copy(values: &Tensor, bytes: &mut Vec<u8>) {
+    bytes.resize(values.numel() * values.kind().elt_size_in_bytes(), 0);
+    values.copy_data_u8(bytes, values.numel());
+}
+
+/// What [`twin::join`] does, to bytes: libtorch would have all of its threads work for each of those that write.
+fn join(upper: &[u8], lower: &[u8], masters: &mut Vec<u8>) {
+    masters.resize(2 * upper.len(), 0);
+    let halves = upper.as_chunks().0.iter().zip(lower.as_chunks().0);
+    for (master, (upper, lower)) in masters.as_chunks_mut::<4>().0.iter_mut().zip(halves) {
+        let upper = u32::from(u16::from_le_bytes(*upper)) << 16;
+        let lower = i32::from(i16::from_le_bytes(*lower)).cast_unsigned();
+        *master = upper.wrapping_add(lower).to_le_bytes();
     }
 }
 

@@ -63,8 +63,12 @@ impl Store {
         let not_a_store = || StoredError::NotAStore {
             location: location.to_owned(),
         };
-        let trimmed = location.trim_end_matches('/');
+        let trimmed = match location.ends_with("://") {
+            true => location,
+            false => location.trim_end_matches('/'),
+        };
         let (url, backend) = match trimmed.split_once("://") {
+            Some((_, rest)) if rest.contains("//") => return Err(not_a_store()),
             Some(parts @ (scheme, _)) if scheme != "file" => {
                 let bucket = Bucket::open(trimmed, parts, access)?;
                 (trimmed, Backend::Object(bucket))
