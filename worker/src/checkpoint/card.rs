@@ -261,7 +261,7 @@ mod tests {
     use supra_checkpoint::manifest::{Environment, Seeds};
 
     const RECIPE: &str = "name: small\nbase: { path: /models/a|b }\ndata: { train: /data/tokens }\n\
-                          budget: { pretraining_tokens: 1M, fraction: 0.05 }\noptimizer: { moments: bf16 }\n";
+                          budget: { pretraining_tokens: 2T, fraction: 0.05 }\noptimizer: { moments: bf16 }\n";
 
     fn manifest(recipe: &str) -> Manifest {
         Manifest {
@@ -317,7 +317,7 @@ mod tests {
             "trust_remote_code=True",
             "| step | 11 (generation 2) |",
             "| tokens behind the weights | 22528 |",
-            "| budget in tokens | 50000, a share of the 1M of pretraining |",
+            "| budget in tokens | 100000000000, a share of the 2T of pretraining |",
             "| base | /models/a\\|b, pretrained |",
             "| data | /data/tokens |",
             "| optimizer's moments | bf16 |",
@@ -325,7 +325,7 @@ mod tests {
             "| ranks | 4 x NVIDIA H200 (cuda) |",
             "| head of the ledger | abad1dea |",
             "The base's model card says `apache-2.0`.",
-            "budget: { pretraining_tokens: 1M, fraction: 0.05 }\n",
+            "budget: { pretraining_tokens: 2T, fraction: 0.05 }\n",
         ] {
             assert!(card.contains(line), "no {line:?} in:\n{card}");
         }

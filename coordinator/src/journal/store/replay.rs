@@ -22,6 +22,10 @@ pub(super) fn replay(
         path: path.to_owned(),
         what,
     };
+    // A running coordinator writes meanwhile: all tables as they are at one moment.
+    let alone = connection.is_autocommit();
+    let moment = alone.then(|| connection.unchecked_transaction());
+    let _moment = moment.transpose().map_err(sqlite)?;
     let sums = version(connection).map_err(sqlite)? >= SUMS_SINCE;
     let (mut state, snapshot_seq) = snapshot(path, connection, sums).map_err(sqlite)?;
     let mut facts = facts_after(connection, snapshot_seq)

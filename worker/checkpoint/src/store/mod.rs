@@ -331,7 +331,13 @@ impl Store {
         self.expect(&pending, &bytes, journalled)?;
         match &*self.backend {
             Backend::Local(local) => {
-                local.rename(&pending, &published)?;
+                if let Err(error) = local.rename(&pending, &published) {
+                    // A generation that starts from it may have been faster.
+                    match self.read_if_there(&published)? {
+                        Some(there) => self.expect(&published, &there, journalled)?,
+                        None => return Err(error.into()),
+                    }
+                }
                 Ok(local.sync_dir(directory)?)
             }
             Backend::Object(bucket) => {
