@@ -115,7 +115,7 @@ fn a_tampered_checkpoint_is_refused_and_found_by_the_audit() -> Result<()> {
         cluster
             .supra(&[&["audit", &run], source].concat())?
             .expect_code(4)?
-            .expect_words(&["manifest.json", "altered"])?;
+            .expect_words(&["manifest.json: its BLAKE3 is"])?;
     }
     Ok(())
 }
