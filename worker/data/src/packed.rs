@@ -92,7 +92,10 @@ impl PackedStore {
         let starts = starts.iter().take_while(|start| **start < range.end);
         (
             tokens,
-            starts.map(|start| (start - range.start) as u32).collect(),
+            // Of starts that are not in order the checksum tells.
+            starts
+                .map(|start| start.wrapping_sub(range.start) as u32)
+                .collect(),
         )
     }
 
