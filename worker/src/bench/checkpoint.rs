@@ -5,8 +5,6 @@ use std::{
     fs::{self, File},
     io::{self, Read, Write},
     path::{Path, PathBuf},
-    sync::{Mutex, PoisonError},
-    thread,
     time::Instant,
 };
 
@@ -15,7 +13,7 @@ use supra_checkpoint::{Manifest, Store, store::directory_name};
 use tch::{Device, Kind};
 
 use crate::{
-    checkpoint::{CheckpointError, read, shard, write},
+    checkpoint::{CheckpointError, read, shard, side_by_side, write},
     device::Place,
     kernels::{KernelError, Kernels},
     model::ModelConfig,
@@ -218,13 +216,22 @@ impl CheckpointBench {
         };
         fs::create_dir_all(&dir).map_err(failed)?;
         let clock = Instant::now();
-        side_by_side(sizes, |index, size| {
-            write_plain(&dir.join(index.to_string()), size)
-        })
+        side_by_side::each(
+            sizes,
+            usize::MAX,
+            || (),
+            |(), index, size| write_plain(&dir.join(index.to_string()), *size),
+        )
         .map_err(failed)?;
         let written = clock.elapsed().as_secs_f64();
         let clock = Instant::now();
-        side_by_side(sizes, |index, _| read_plain(&dir.join(index.to_string()))).map_err(failed)?;
+        side_by_side::each(
+            sizes,
+            usize::MAX,
+            || (),
+            |(), index, _| read_plain(&dir.join(index.to_string())),
+        )
+        .map_err(failed)?;
         let read = clock.elapsed().as_secs_f64();
         fs::remove_dir_all(&dir).map_err(failed)?;
         Ok((written, read))
@@ -237,28 +244,6 @@ impl CheckpointBench {
             ..Manifest::default()
         }
     }
-}
-
-/// Does `work` for every file, by as many threads as checkpoints are written by.
-fn side_by_side(
-    sizes: &[u64],
-    work: impl Fn(usize, u64) -> io::Result<()> + Sync,
-) -> io::Result<()> {
-    let failed: Mutex<io::Result<()>> = Mutex::new(Ok(()));
-    let ahead = Mutex::new(sizes.iter().copied().enumerate());
-    let next = || ahead.lock().unwrap_or_else(PoisonError::into_inner).next();
-    thread::scope(|scope| {
-        for _ in 0..write::threads(sizes.len()) {
-            scope.spawn(|| {
-                while let Some((index, size)) = next() {
-                    if let Err(error) = work(index, size) {
-                        *failed.lock().unwrap_or_else(PoisonError::into_inner) = Err(error);
-                    }
-                }
-            });
-        }
-    });
-    failed.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn write_plain(path: &Path, size: u64) -> io::Result<()> {

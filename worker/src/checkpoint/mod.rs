@@ -21,6 +21,7 @@ pub mod probe;
 pub mod read;
 pub mod saver;
 pub mod shard;
+pub mod side_by_side;
 pub mod write;
 
 pub use card::CARD;

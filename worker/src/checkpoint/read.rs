@@ -1,17 +1,11 @@
 //! Reading a checkpoint, whatever wrote it and whoever reads: each rank takes the byte ranges that hold its part, some at the
 //! same time, and every byte is proved before it is used.
 
-use std::{
-    collections::BTreeMap,
-    ops::Range,
-    path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
-    thread,
-};
+use std::{collections::BTreeMap, ops::Range, path::PathBuf, sync::Arc};
 
 use safetensors::tensor::Metadata;
 use supra_checkpoint::{
-    EXP_AVG, EXP_AVG_SQ, Manifest, Store, StoredError,
+    EXP_AVG, EXP_AVG_SQ, Manifest, Store, StoredError, header,
     manifest::{Slice, StoredFile},
     store::join,
     tree::GROUP,
@@ -19,14 +13,11 @@ use supra_checkpoint::{
 };
 use tch::Kind;
 
-use super::CheckpointError;
+use super::{CheckpointError, side_by_side};
 use crate::{
     collective::DeviceCollective,
     optim::{Numbers, Replica, Run, Section, Slot},
 };
-
-/// Groups that a rank reads at the same time, at most; each takes twice 16 MiB of memory.
-const THREADS: usize = 16;
 
 /// Reads masters, moments and update counter into a replica; all ranks of `collective` together. It is an error unless the
 /// checkpoint covers every parameter exactly once and every byte of this rank's part is right. After an error the replica is of
@@ -196,44 +187,22 @@ impl<'a> Source<'a> {
     ) -> Result<Source<'a>, StoredError> {
         let path = store.at(&name);
         verify::size(&path, stored, store.size(&name)?)?;
-        let damaged = |problem: &str| StoredError::Damaged {
-            path: path.clone(),
-            problem: problem.to_owned(),
-        };
-        let mut source = Source {
+        let mut first = Vec::new();
+        read_group(store, &name, stored, 0, &mut first)?;
+        let (data, header) =
+            header::read(&mut first.as_slice(), stored.bytes).map_err(|error| {
+                StoredError::Damaged {
+                    path: path.clone(),
+                    problem: error.to_string(),
+                }
+            })?;
+        Ok(Source {
             store,
             name,
+            path,
             stored,
-            header: Metadata::new(None, Vec::new()).map_err(|error| damaged(&error.to_string()))?,
-            data: 0,
-            path: path.clone(),
-        };
-        let mut first = Vec::new();
-        source.read(0, &mut first)?;
-        let length = first.first_chunk().map(|bytes| u64::from_le_bytes(*bytes));
-        let end = length.and_then(|length| usize::try_from(length).ok()?.checked_add(8));
-        let json = end.and_then(|end| first.get(8..end));
-        let json = json.ok_or_else(|| damaged("it has no safetensors header"))?;
-        source.header =
-            serde_json::from_slice(json).map_err(|error| damaged(&error.to_string()))?;
-        source.data = 8 + json.len() as u64;
-        Ok(source)
-    }
-
-    /// Puts the bytes of a group, proved, in the place of what is in `bytes`.
-    fn read(&self, index: u64, bytes: &mut Vec<u8>) -> Result<(), StoredError> {
-        let range = self.stored.group(index);
-        bytes.resize((range.end - range.start) as usize, 0);
-        self.store.read_into(&self.name, range.start, bytes)?;
-        if self.stored.proves(index, bytes) {
-            return Ok(());
-        }
-        Err(StoredError::Damaged {
-            path: self.path.clone(),
-            problem: format!(
-                "its bytes {} to {} are not what was written",
-                range.start, range.end
-            ),
+            header,
+            data,
         })
     }
 
@@ -291,48 +260,52 @@ impl<'a> Source<'a> {
     }
 }
 
+/// Puts the bytes of a group, proved, in the place of what is in `bytes`.
+fn read_group(
+    store: &Store,
+    name: &str,
+    stored: &StoredFile,
+    index: u64,
+    bytes: &mut Vec<u8>,
+) -> Result<(), StoredError> {
+    let range = stored.group(index);
+    bytes.resize((range.end - range.start) as usize, 0);
+    store.read_into(name, range.start, bytes)?;
+    if stored.proves(index, bytes) {
+        return Ok(());
+    }
+    Err(StoredError::Damaged {
+        path: store.at(name),
+        problem: format!(
+            "its bytes {} to {} are not what was written",
+            range.start, range.end
+        ),
+    })
+}
+
 /// Reads, proves and takes groups, some at the same time.
 fn load(groups: &[Group], numbers: &Numbers) -> Result<(), StoredError> {
-    let failed: Mutex<Option<StoredError>> = Mutex::default();
-    let ahead = Mutex::new(groups.iter());
-    let next = || {
-        let mut ahead = ahead.lock().unwrap_or_else(PoisonError::into_inner);
-        let over = failed
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .is_some();
-        if over { None } else { ahead.next() }
-    };
-    let work = |numbers: Numbers| {
-        let mut bytes = Vec::new();
-        while let Some(group) = next() {
-            if let Err(error) = group.load(&numbers, &mut bytes) {
-                let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
-                failed.get_or_insert(error);
-            }
-        }
-    };
     // Files of older formats are groups themselves, and as large as they like.
     let large = groups
         .iter()
         .any(|group| group.file.stored.group_bytes() > GROUP);
-    let threads = thread::available_parallelism().map_or(1, usize::from);
-    let threads = if large { 1 } else { threads.min(THREADS) };
-    thread::scope(|scope| {
-        for _ in 1..groups.len().min(threads) {
-            let numbers = numbers.share();
-            scope.spawn(|| work(numbers));
-        }
-        work(numbers.share());
-    });
-    let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
-    failed.map_or(Ok(()), Err)
+    let at_most = if large { 1 } else { usize::MAX };
+    let state = || (numbers.share(), Vec::new());
+    side_by_side::each(groups, at_most, state, |(numbers, bytes), _, group| {
+        group.load(numbers, bytes)
+    })
 }
 
 impl Group<'_> {
     fn load(&self, numbers: &Numbers, bytes: &mut Vec<u8>) -> Result<(), StoredError> {
-        self.file.read(self.index, bytes)?;
-        let start = self.file.stored.group(self.index).start;
+        let Source {
+            store,
+            name,
+            stored,
+            ..
+        } = self.file.as_ref();
+        read_group(store, name, stored, self.index, bytes)?;
+        let start = stored.group(self.index).start;
         for (range, section, kind, run) in &self.parts {
             let (first, last) = (range.start - start, range.end - start);
             numbers.write(*section, *run, &bytes[first as usize..last as usize], *kind);

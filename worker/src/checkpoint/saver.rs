@@ -5,7 +5,6 @@
 
 use std::{
     collections::BTreeMap,
-    path::PathBuf,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -23,10 +22,7 @@ use super::{
     shard::ShardFile,
     write::{self, Companions},
 };
-use crate::{
-    model::ModelConfig,
-    optim::{HostPart, HostRoom, Numbers, Part, Replica},
-};
+use crate::optim::{HostPart, HostRoom, Numbers, Part, Replica};
 
 /// What one rank is to write.
 #[derive(Clone, Debug)]
@@ -39,8 +35,8 @@ pub struct Order {
     pub dir: String,
     /// The rank's files.
     pub files: Vec<ShardFile>,
-    /// The model's configuration, and the directory with its tokenizer: for rank 0.
-    pub companions: Option<(ModelConfig, Option<PathBuf>)>,
+    /// What rank 0 writes beside its part.
+    pub companions: Option<Companions>,
 }
 
 /// What one rank has written.
@@ -212,10 +208,7 @@ impl Order {
         stop: &(dyn Fn() -> bool + Sync),
     ) -> Result<Option<Written>, CheckpointError> {
         let companions = match &self.companions {
-            Some((config, base)) => {
-                let base = base.as_deref();
-                write::companions(&self.store, &self.dir, &Companions { config, base })?
-            }
+            Some(companions) => write::companions(&self.store, &self.dir, companions)?,
             None => BTreeMap::new(),
         };
         let files = write::shard(&self.store, &self.dir, &self.files, numbers, stop)?;

@@ -4,9 +4,8 @@ use std::{
     collections::BTreeMap,
     fs,
     io::{self, Write},
-    path::Path,
+    path::PathBuf,
     sync::{Mutex, PoisonError},
-    thread,
 };
 
 use supra_checkpoint::{
@@ -18,6 +17,7 @@ use tempfile::TempDir;
 use super::{
     CheckpointError,
     shard::{self, ShardFile},
+    side_by_side,
 };
 use crate::{
     model::{ModelConfig, files::save::copy_companions},
@@ -30,15 +30,13 @@ const OVERHEAD_BYTES: u64 = 32 << 20;
 /// Elements that are hashed and written at once: 1 MiB of fp32, so that they stay in a processor's cache.
 const PIECE: i64 = 1 << 18;
 
-/// Files that a rank writes at the same time, at most.
-const THREADS: usize = 16;
-
 /// What rank 0 writes beside its part.
-pub struct Companions<'a> {
+#[derive(Clone, Debug)]
+pub struct Companions {
     /// The model's configuration.
-    pub config: &'a ModelConfig,
+    pub config: ModelConfig,
     /// Directory whose tokenizer files belong to the model, if there is one.
-    pub base: Option<&'a Path>,
+    pub base: Option<PathBuf>,
 }
 
 /// Makes room for the tensors of a checkpoint, `bytes` of them, in `dir`. What another run's crash left there is removed; a
@@ -64,43 +62,16 @@ pub fn shard(
     stop: &(dyn Fn() -> bool + Sync),
 ) -> Result<Option<Vec<StoredFile>>, StoredError> {
     let written: Mutex<BTreeMap<usize, StoredFile>> = Mutex::default();
-    let failed: Mutex<Option<StoredError>> = Mutex::default();
-    let ahead = Mutex::new(files.iter().enumerate());
-    let next = || {
-        let mut ahead = ahead.lock().unwrap_or_else(PoisonError::into_inner);
-        let over = stop()
-            || failed
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .is_some();
-        if over { None } else { ahead.next() }
-    };
-    let work = |numbers: Numbers| {
-        while let Some((index, file)) = next() {
-            match write(store, &join(dir, &file.name), file, &numbers, stop) {
-                Ok(Some(stored)) => {
-                    let mut written = written.lock().unwrap_or_else(PoisonError::into_inner);
-                    written.insert(index, stored);
-                }
-                Ok(None) => return,
-                Err(error) => {
-                    let mut failed = failed.lock().unwrap_or_else(PoisonError::into_inner);
-                    failed.get_or_insert(error);
-                    return;
-                }
-            }
+    let share = || numbers.share();
+    let done = side_by_side::each(files, usize::MAX, share, |numbers, index, file| {
+        if let Some(stored) = write(store, &join(dir, &file.name), file, numbers, stop)? {
+            let mut written = written.lock().unwrap_or_else(PoisonError::into_inner);
+            written.insert(index, stored);
         }
-    };
-    thread::scope(|scope| {
-        for _ in 1..threads(files.len()) {
-            let numbers = numbers.share();
-            scope.spawn(|| work(numbers));
-        }
-        work(numbers.share());
+        Ok(())
     });
     let written = written.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let failed = failed.into_inner().unwrap_or_else(PoisonError::into_inner);
-    if failed.is_none() && written.len() == files.len() {
+    if done.is_ok() && written.len() == files.len() {
         store.sync_dir(dir)?;
         store.sync_dir("")?;
         return Ok(Some(written.into_values().collect()));
@@ -109,13 +80,7 @@ pub fn shard(
     for file in files {
         let _ = store.remove(&join(dir, &file.name));
     }
-    failed.map_or(Ok(None), Err)
-}
-
-/// Threads that work on so many files.
-pub fn threads(files: usize) -> usize {
-    let threads = thread::available_parallelism().map_or(1, usize::from);
-    files.min(threads).min(THREADS)
+    done.map(|()| None)
 }
 
 /// Writes and syncs one file. None after a stop.
@@ -126,6 +91,9 @@ fn write(
     numbers: &Numbers,
     stop: &(dyn Fn() -> bool + Sync),
 ) -> Result<Option<StoredFile>, StoredError> {
+    if stop() {
+        return Ok(None);
+    }
     let path = store.at(name);
     let failed = |source: io::Error| StoredError::writing(&path, source);
     let mut out = store.create(name)?;
@@ -161,7 +129,10 @@ pub fn companions(
     let folder = folder.path();
     config
         .save(folder)
-        .and_then(|()| base.map_or(Ok(()), |base| copy_companions(base, folder)))
+        .and_then(|()| {
+            let base = base.as_deref();
+            base.map_or(Ok(()), |base| copy_companions(base, folder))
+        })
         .map_err(CheckpointError::companions)?;
     let failed = |source| CheckpointError::writing(folder, source);
     let mut files = BTreeMap::new();

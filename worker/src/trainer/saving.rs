@@ -167,9 +167,9 @@ impl Trainer<'_> {
             store: self.job.checkpoint_root.clone(),
             dir,
             files: shard::files(self.replica.layout(), part, self.moments()),
-            companions: (*rank == 0).then(|| {
-                let base = recipe.base.directory().map(ToOwned::to_owned);
-                (self.config.clone(), base)
+            companions: (*rank == 0).then(|| write::Companions {
+                config: self.config.clone(),
+                base: recipe.base.directory().map(ToOwned::to_owned),
             }),
         }
     }
