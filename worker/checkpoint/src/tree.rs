@@ -89,22 +89,50 @@ impl StoredFile {
         (index * size).min(self.bytes)..((index + 1) * size).min(self.bytes)
     }
 
-    /// Whether these bytes are what was written as this group.
-    pub fn proves(&self, index: u64, bytes: &[u8]) -> bool {
-        let range = self.group(index);
-        if bytes.len() as u64 != range.end - range.start {
+    /// Begins to prove a group; its bytes come in order.
+    pub fn proof(&self, index: u64) -> GroupProof<'_> {
+        let mut hasher = blake3::Hasher::new();
+        if (index as usize) < self.groups.len() {
+            hasher.set_input_offset(self.group(index).start);
+        }
+        GroupProof {
+            file: self,
+            index,
+            hasher,
+        }
+    }
+}
+
+/// Bytes of a group on their way to whoever wants them.
+pub struct GroupProof<'a> {
+    file: &'a StoredFile,
+    index: u64,
+    hasher: blake3::Hasher,
+}
+
+impl GroupProof<'_> {
+    /// Takes the next bytes.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.hasher.update(bytes);
+    }
+
+    /// Whether these were the bytes that were written as this group.
+    pub fn holds(&self) -> bool {
+        let GroupProof {
+            file,
+            index,
+            hasher,
+        } = self;
+        let range = file.group(*index);
+        if hasher.count() != range.end - range.start {
             return false;
         }
-        match self.groups.get(index as usize) {
+        match file.groups.get(*index as usize) {
+            Some(written) => hex(&hasher.finalize_non_root()) == *written,
             None => {
-                self.groups.is_empty()
-                    && index == 0
-                    && blake3::hash(bytes).to_hex().as_str() == self.blake3
-            }
-            Some(written) => {
-                let mut hasher = blake3::Hasher::new();
-                hasher.set_input_offset(range.start).update(bytes);
-                hex(&hasher.finalize_non_root()) == *written
+                file.groups.is_empty()
+                    && *index == 0
+                    && hasher.finalize().to_hex().as_str() == file.blake3
             }
         }
     }
@@ -171,6 +199,14 @@ mod tests {
         hasher.finish()
     }
 
+    fn proves(stored: &StoredFile, index: u64, bytes: &[u8]) -> bool {
+        let mut proof = stored.proof(index);
+        bytes
+            .chunks(3_000_017)
+            .for_each(|piece| proof.update(piece));
+        proof.holds()
+    }
+
     #[test]
     fn the_hash_is_that_of_the_whole_file_and_each_group_proves_itself() {
         let all = content(*SIZES.iter().max().unwrap());
@@ -188,12 +224,12 @@ mod tests {
             for index in 0..groups {
                 let range = stored.group(index);
                 let group = &content[range.start as usize..range.end as usize];
-                assert!(stored.proves(index, group), "group {index} of {bytes}");
-                assert!(!stored.proves(index + 1, group), "at another place");
+                assert!(proves(&stored, index, group), "group {index} of {bytes}");
+                assert!(!proves(&stored, index + 1, group), "at another place");
                 let mut other = group.to_vec();
                 other[group.len() / 2] ^= 4;
-                assert!(!stored.proves(index, &other), "a flipped bit");
-                assert!(!stored.proves(index, &group[1..]), "too short");
+                assert!(!proves(&stored, index, &other), "a flipped bit");
+                assert!(!proves(&stored, index, &group[1..]), "too short");
             }
         }
     }

@@ -58,7 +58,30 @@ pub fn file(store: &Store, name: &str, stored: &StoredFile) -> Result<(), Stored
     stream(store, name, stored, |_| Ok(()))
 }
 
-/// The same, and hands the bytes on, which are proved when it returns and not before.
+/// Puts a group of a file into `bytes`, which is as long; proved when this returns.
+pub fn group(
+    store: &Store,
+    name: &str,
+    stored: &StoredFile,
+    index: u64,
+    bytes: &mut [u8],
+) -> Result<(), StoredError> {
+    let range = stored.group(index);
+    let mut proof = stored.proof(index);
+    store.read_along(name, range.start, bytes, &mut |piece| proof.update(piece))?;
+    if proof.holds() {
+        return Ok(());
+    }
+    Err(StoredError::Damaged {
+        path: store.at(name),
+        problem: format!(
+            "its bytes {} to {} are not what was written",
+            range.start, range.end
+        ),
+    })
+}
+
+/// The same as [`file`], and hands the bytes on, which are proved when it returns and not before.
 pub(crate) fn stream(
     store: &Store,
     name: &str,

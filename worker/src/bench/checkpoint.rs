@@ -9,7 +9,10 @@ use std::{
 };
 
 use supra_agent::collective::Solo;
-use supra_checkpoint::{Manifest, Store, store::directory_name};
+use supra_checkpoint::{
+    Manifest, Store,
+    store::{directory_name, join},
+};
 use tch::{Device, Kind};
 
 use crate::{
@@ -20,6 +23,8 @@ use crate::{
     optim::{HostRoom, Kinds, Layout, Part, Replica},
 };
 
+/// Where plain files are.
+const PLAIN: &str = "plain";
 /// Bytes of one plain write.
 const WRITE: usize = 1 << 20;
 /// Bytes of one plain read.
@@ -38,12 +43,12 @@ pub struct CheckpointBench {
     pub moments: Kind,
     /// Ranks that write together: the part of one of them is written and read.
     pub ranks: u32,
-    /// Where.
-    pub directory: PathBuf,
+    /// Where: of each directory files are measured.
+    pub directories: Vec<PathBuf>,
 }
 
 /// What came out; medians, seconds.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Measured {
     /// Parameters of the model.
     pub parameters: i64,
@@ -55,6 +60,15 @@ pub struct Measured {
     pub stall: f64,
     /// The copy to host memory alone.
     pub copy: f64,
+    /// Of each directory.
+    pub files: Vec<Files>,
+}
+
+/// What the files of one rank cost in a directory; medians, seconds.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Files {
+    /// Where they were.
+    pub directory: PathBuf,
     /// Bytes of a rank's files.
     pub bytes: u64,
     /// Writing them: gathered from the copy, hashed, written, synced.
@@ -97,7 +111,9 @@ impl CheckpointBench {
         kernels: &dyn Kernels,
     ) -> Result<Measured, CheckpointBenchError> {
         let mut measured = self.stalls(place, kernels)?;
-        self.files(place, &mut measured)?;
+        for directory in &self.directories {
+            measured.files.push(self.files(place, directory)?);
+        }
         Ok(measured)
     }
 
@@ -125,7 +141,8 @@ impl CheckpointBench {
         let replica = self.replica(place, Part::WHOLE);
         let room = HostRoom::of(&replica, Part::WHOLE);
         let (mut copy, room_seconds) = timed(place, || room.allocate());
-        let store = self.store()?;
+        // Where it is hardly matters: nothing but a directory is made.
+        let store = open(&self.directories[0])?;
         let (mut stalls, mut copies) = (Vec::new(), Vec::new());
         for round in 0..ROUNDS as u64 {
             let (begun, seconds) = timed(place, || -> Result<(), CheckpointBenchError> {
@@ -147,16 +164,12 @@ impl CheckpointBench {
             room: room_seconds,
             stall: median(stalls),
             copy: median(copies),
-            bytes: 0,
-            write: 0.0,
-            raw_write: 0.0,
-            read: 0.0,
-            raw_read: 0.0,
+            files: Vec::new(),
         })
     }
 
     /// What the files of one rank cost, beside plain ones.
-    fn files(&self, place: &Place, measured: &mut Measured) -> Result<(), CheckpointBenchError> {
+    fn files(&self, place: &Place, directory: &Path) -> Result<Files, CheckpointBenchError> {
         let part = Part::of_rank(0, self.ranks);
         let replica = self.replica(place, part);
         let mut copy = HostRoom::of(&replica, part).allocate();
@@ -167,7 +180,7 @@ impl CheckpointBench {
             .iter()
             .map(|file| file.pieces.iter().map(shard::Piece::bytes).sum())
             .collect();
-        let store = self.store()?;
+        let store = open(directory)?;
         let mut times = [const { Vec::new() }; 4];
         for _ in 0..ROUNDS {
             let relative = directory_name(0, 0);
@@ -184,57 +197,27 @@ impl CheckpointBench {
                 vec![stored],
                 BTreeMap::new(),
             );
+            // Readers are to see the disk, where there is one.
+            let names = files.iter().map(|file| join(&relative, &file.name));
+            names.for_each(|name| store.forget(&name));
             let read = || read::part(&store, &relative, &manifest, &replica);
             let (done, seconds) = timed(place, read);
             done.map_err(CheckpointError::from)?;
             times[2].push(seconds);
             store.remove_dir(&relative).map_err(CheckpointError::from)?;
-            let (raw_write, raw_read) = self.plain(&sizes)?;
+            let (raw_write, raw_read) = plain(directory, &store, &sizes)?;
             times[1].push(raw_write);
             times[3].push(raw_read);
         }
-        measured.bytes = bytes;
-        [
-            measured.write,
-            measured.raw_write,
-            measured.read,
-            measured.raw_read,
-        ] = times.map(median);
-        Ok(())
-    }
-
-    fn store(&self) -> Result<Store, CheckpointError> {
-        Ok(Store::open(&self.directory.to_string_lossy())?)
-    }
-
-    /// Seconds of writing and of reading plain files of these sizes.
-    fn plain(&self, sizes: &[u64]) -> Result<(f64, f64), CheckpointBenchError> {
-        let dir = self.directory.join("plain");
-        let failed = |source| CheckpointBenchError::Plain {
-            directory: dir.clone(),
-            source,
-        };
-        fs::create_dir_all(&dir).map_err(failed)?;
-        let clock = Instant::now();
-        side_by_side::each(
-            sizes,
-            usize::MAX,
-            || (),
-            |(), index, size| write_plain(&dir.join(index.to_string()), *size),
-        )
-        .map_err(failed)?;
-        let written = clock.elapsed().as_secs_f64();
-        let clock = Instant::now();
-        side_by_side::each(
-            sizes,
-            usize::MAX,
-            || (),
-            |(), index, _| read_plain(&dir.join(index.to_string())),
-        )
-        .map_err(failed)?;
-        let read = clock.elapsed().as_secs_f64();
-        fs::remove_dir_all(&dir).map_err(failed)?;
-        Ok((written, read))
+        let [write, raw_write, read, raw_read] = times.map(median);
+        Ok(Files {
+            directory: directory.to_owned(),
+            bytes,
+            write,
+            raw_write,
+            read,
+            raw_read,
+        })
     }
 
     /// A manifest of nothing: only files and tensors are read.
@@ -244,6 +227,47 @@ impl CheckpointBench {
             ..Manifest::default()
         }
     }
+}
+
+fn open(directory: &Path) -> Result<Store, CheckpointError> {
+    Ok(Store::open(&directory.to_string_lossy())?)
+}
+
+/// Seconds of writing and of reading plain files of these sizes.
+fn plain(
+    directory: &Path,
+    store: &Store,
+    sizes: &[u64],
+) -> Result<(f64, f64), CheckpointBenchError> {
+    let dir = directory.join(PLAIN);
+    let failed = |source| CheckpointBenchError::Plain {
+        directory: dir.clone(),
+        source,
+    };
+    fs::create_dir_all(&dir).map_err(failed)?;
+    let clock = Instant::now();
+    side_by_side::each(
+        sizes,
+        usize::MAX,
+        || (),
+        |(), index, size| write_plain(&dir.join(index.to_string()), *size),
+    )
+    .map_err(failed)?;
+    let written = clock.elapsed().as_secs_f64();
+    for index in 0..sizes.len() {
+        store.forget(&join(PLAIN, &index.to_string()));
+    }
+    let clock = Instant::now();
+    side_by_side::each(
+        sizes,
+        usize::MAX,
+        || (),
+        |(), index, _| read_plain(&dir.join(index.to_string())),
+    )
+    .map_err(failed)?;
+    let read = clock.elapsed().as_secs_f64();
+    fs::remove_dir_all(&dir).map_err(failed)?;
+    Ok((written, read))
 }
 
 fn write_plain(path: &Path, size: u64) -> io::Result<()> {

@@ -16,7 +16,7 @@ use tch::Kind;
 use super::{CheckpointError, side_by_side};
 use crate::{
     collective::DeviceCollective,
-    optim::{Numbers, Replica, Run, Section, Slot},
+    optim::{Numbers, Replica, Run, Section, Slot, Staging},
 };
 
 /// Reads masters, moments and update counter into a replica; all ranks of `collective` together. It is an error unless the
@@ -187,8 +187,9 @@ impl<'a> Source<'a> {
     ) -> Result<Source<'a>, StoredError> {
         let path = store.at(&name);
         verify::size(&path, stored, store.size(&name)?)?;
-        let mut first = Vec::new();
-        read_group(store, &name, stored, 0, &mut first)?;
+        let first = stored.group(0);
+        let mut first = vec![0; (first.end - first.start) as usize];
+        verify::group(store, &name, stored, 0, &mut first)?;
         let (data, header) =
             header::read(&mut first.as_slice(), stored.bytes).map_err(|error| {
                 StoredError::Damaged {
@@ -260,55 +261,39 @@ impl<'a> Source<'a> {
     }
 }
 
-/// Puts the bytes of a group, proved, in the place of what is in `bytes`.
-fn read_group(
-    store: &Store,
-    name: &str,
-    stored: &StoredFile,
-    index: u64,
-    bytes: &mut Vec<u8>,
-) -> Result<(), StoredError> {
-    let range = stored.group(index);
-    bytes.resize((range.end - range.start) as usize, 0);
-    store.read_into(name, range.start, bytes)?;
-    if stored.proves(index, bytes) {
-        return Ok(());
-    }
-    Err(StoredError::Damaged {
-        path: store.at(name),
-        problem: format!(
-            "its bytes {} to {} are not what was written",
-            range.start, range.end
-        ),
-    })
-}
-
 /// Reads, proves and takes groups, some at the same time.
 fn load(groups: &[Group], numbers: &Numbers) -> Result<(), StoredError> {
     // Files of older formats are groups themselves, and as large as they like.
-    let large = groups
-        .iter()
-        .any(|group| group.file.stored.group_bytes() > GROUP);
-    let at_most = if large { 1 } else { usize::MAX };
-    let state = || (numbers.share(), Vec::new());
-    side_by_side::each(groups, at_most, state, |(numbers, bytes), _, group| {
-        group.load(numbers, bytes)
+    let largest = groups.iter().map(Group::bytes).max().unwrap_or_default();
+    let at_most = if largest > GROUP { 1 } else { usize::MAX };
+    let state = || (numbers.share(), Staging::new(largest, numbers.device()));
+    side_by_side::each(groups, at_most, state, |(numbers, staging), _, group| {
+        group.load(numbers, staging)
     })
 }
 
 impl Group<'_> {
-    fn load(&self, numbers: &Numbers, bytes: &mut Vec<u8>) -> Result<(), StoredError> {
+    fn bytes(&self) -> u64 {
+        let range = self.file.stored.group(self.index);
+        range.end - range.start
+    }
+
+    fn load(&self, numbers: &Numbers, staging: &mut Staging) -> Result<(), StoredError> {
         let Source {
             store,
             name,
             stored,
             ..
         } = self.file.as_ref();
-        read_group(store, name, stored, self.index, bytes)?;
+        let bytes = staging.bytes_mut(self.bytes());
+        verify::group(store, name, stored, self.index, bytes)?;
         let start = stored.group(self.index).start;
         for (range, section, kind, run) in &self.parts {
-            let (first, last) = (range.start - start, range.end - start);
-            numbers.write(*section, *run, &bytes[first as usize..last as usize], *kind);
+            numbers.write(
+                *section,
+                *run,
+                &staging.values(range.start - start, run.length, *kind),
+            );
         }
         Ok(())
     }

@@ -6,9 +6,9 @@ use std::{
 };
 
 /// Threads of one rank, at most: more than a disk needs, since they hash as well.
-const THREADS: usize = 16;
+const THREADS: usize = 32;
 
-/// Has scoped threads work on `items`, one thread for each item as far as the processor has cores. `state` is made for every
+/// Has scoped threads work on `items`, one thread for each item as far as this rank's share of the cores goes. `state` is made for every
 /// thread. After the first error, which is returned, no other item is begun.
 pub fn each<T: Sync, S: Send, E: Send>(
     items: &[T],
@@ -31,7 +31,7 @@ pub fn each<T: Sync, S: Send, E: Send>(
             }
         }
     };
-    let cores = thread::available_parallelism().map_or(1, usize::from);
+    let cores = usize::try_from(tch::get_num_threads()).unwrap_or(1).max(1);
     thread::scope(|scope| {
         for _ in 0..items.len().min(cores).min(THREADS).min(at_most) {
             let state = state();

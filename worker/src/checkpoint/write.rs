@@ -11,7 +11,7 @@ use std::{
 use supra_checkpoint::{
     Manifest, PUBLISHED, Store, StoredError, manifest::StoredFile, store::join,
 };
-use tch::Kind;
+use tch::{Device, Kind};
 use tempfile::TempDir;
 
 use super::{
@@ -27,8 +27,11 @@ use crate::{
 /// Room beside the tensors: headers, manifest, tokenizer.
 const OVERHEAD_BYTES: u64 = 32 << 20;
 
-/// Elements that are hashed and written at once: 1 MiB of fp32, so that they stay in a processor's cache.
-const PIECE: i64 = 1 << 18;
+/// Elements that are hashed and written at once from host memory: 256 KiB of fp32, which stay in a processor's cache together
+/// with what they are put together from.
+const PIECE: i64 = 1 << 16;
+/// The same from a device, to which every piece is a way.
+const DEVICE_PIECE: i64 = 1 << 22;
 
 /// What rank 0 writes beside its part.
 #[derive(Clone, Debug)]
@@ -100,15 +103,19 @@ fn write(
     out.write_all(&file.head().map_err(failed)?)
         .map_err(failed)?;
     let mut bytes = Vec::new();
+    let most = match numbers.device() {
+        Device::Cpu => PIECE,
+        _ => DEVICE_PIECE,
+    };
     for piece in &file.pieces {
-        for first in (0..piece.run.length).step_by(PIECE as usize) {
+        for first in (0..piece.run.length).step_by(most as usize) {
             if stop() {
                 return Ok(None);
             }
             let run = Run {
                 all: piece.run.all + first,
                 own: piece.run.own + first,
-                length: PIECE.min(piece.run.length - first),
+                length: most.min(piece.run.length - first),
             };
             numbers.read(piece.section, run, &mut bytes);
             out.write_all(&bytes).map_err(failed)?;

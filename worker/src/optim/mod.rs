@@ -12,6 +12,7 @@ mod host_part;
 pub mod layout;
 mod numbers;
 pub mod replica;
+mod staging;
 
 pub use adamw::AdamW;
 pub use exchange::Exchange;
@@ -19,6 +20,7 @@ pub use host_part::{HostPart, HostRoom};
 pub use layout::{Bucket, Layout, Part, Piece, Slot};
 pub use numbers::{Numbers, Run};
 pub use replica::{Kinds, Prints, Replica, Section};
+pub use staging::{Staged, Staging};
 
 /// Elements that one of libtorch's vector operations on flat buffers touches: small enough for its temporaries to stay in
 /// cache on the processor and small beside the model on a GPU. Elementwise work does not depend on it.

@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::{Part, Replica, Section};
+use super::{Part, Replica, Section, Staged};
 use crate::kernels::twin;
 
 /// Flat tensors that hold a part of the state, on the device or in host memory. Nothing may change them meanwhile.
@@ -62,19 +62,24 @@ impl Numbers {
         }
     }
 
-    /// Takes the numbers of a run from bytes: fp32, or what moments may be stored as. Threads may write different runs at the
-    /// same time.
-    pub fn write(&self, section: Section, run: Run, bytes: &[u8], kind: Kind) {
-        let values = Tensor::from_data_size(bytes, &[run.length], kind);
+    /// Where they lie.
+    pub fn device(&self) -> Device {
+        self.flats[0].0.device()
+    }
+
+    /// Takes the numbers of a run: fp32, or what moments may be stored as. They are there when this returns. Threads may write
+    /// different runs at the same time.
+    pub fn write(&self, section: Section, run: Run, values: &Staged) {
+        let values = &values.0;
         match (section, &self.flats[..]) {
             (Section::Masters, [parameters, remainder, _, _]) => {
                 let (upper, lower) = (self.view(parameters, run), self.view(remainder, run));
                 let values = values.to_device(upper.device());
                 twin::split(&values, &upper, &lower);
             }
-            (Section::Masters, _) => self.view(&self.flats[0], run).copy_(&values),
+            (Section::Masters, _) => self.view(&self.flats[0], run).copy_(values),
             (Section::ExpAvg | Section::ExpAvgSq, _) => {
-                self.view(self.moments(section), run).copy_(&values);
+                self.view(self.moments(section), run).copy_(values);
             }
         }
     }

@@ -9,6 +9,9 @@ use std::{
 
 use crate::StoredError;
 
+/// Bytes that are read at once: they stay in a processor's cache.
+const PIECE: usize = 512 << 10;
+
 /// A directory; paths are relative to it and checked by [`Store`](super::Store).
 pub(super) struct Local {
     root: PathBuf,
@@ -67,11 +70,32 @@ impl Local {
         start: u64,
         buffer: &mut [u8],
     ) -> Result<(), StoredError> {
+        self.read_along(relative, start, buffer, &mut |_| ())
+    }
+
+    pub(super) fn read_along(
+        &self,
+        relative: &str,
+        start: u64,
+        buffer: &mut [u8],
+        see: &mut dyn FnMut(&[u8]),
+    ) -> Result<(), StoredError> {
         let path = self.path(relative);
-        let read = File::open(&path).and_then(|file| file.read_exact_at(buffer, start));
+        let end = start + buffer.len() as u64;
+        let mut read = || {
+            let file = File::open(&path)?;
+            let mut at = start;
+            for piece in buffer.chunks_mut(PIECE) {
+                file.read_exact_at(piece, at)?;
+                see(piece);
+                at += piece.len() as u64;
+            }
+            Ok(())
+        };
+        let read: io::Result<()> = read();
         read.map_err(|source| match source.kind() {
             io::ErrorKind::UnexpectedEof => StoredError::Damaged {
-                problem: format!("it ends before byte {}", start + buffer.len() as u64),
+                problem: format!("it ends before byte {}", end),
                 path,
             },
             _ => StoredError::reading(&path, source),

@@ -177,6 +177,29 @@ impl Store {
         }
     }
 
+    /// The same, and shows `see` the bytes in order, some at a time, while a processor's cache still holds them.
+    ///
+    /// # Errors
+    ///
+    /// As [`read_into`](Self::read_into).
+    pub fn read_along(
+        &self,
+        relative: &str,
+        start: u64,
+        buffer: &mut [u8],
+        see: &mut dyn FnMut(&[u8]),
+    ) -> Result<(), StoredError> {
+        self.check(relative)?;
+        match &*self.backend {
+            Backend::Local(local) => local.read_along(relative, start, buffer, see),
+            Backend::Object(bucket) => {
+                bucket.read_into(relative, start, buffer)?;
+                see(buffer);
+                Ok(())
+            }
+        }
+    }
+
     /// All of a small file.
     ///
     /// # Errors

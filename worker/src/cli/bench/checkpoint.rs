@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::Serialize;
 use supra_worker::{
-    bench::checkpoint::{CheckpointBench, Measured},
+    bench::checkpoint::{CheckpointBench, Files, Measured},
     kernels::{self, Choice},
     model::{AttentionKind, ModelConfig, SupraConfig},
 };
@@ -31,9 +31,10 @@ pub struct Checkpoint {
     /// Ranks that write together: the part of one of them is written and read
     #[arg(long, default_value_t = 4, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     ranks: u32,
-    /// Empty or new directory to write to, on the storage in question; what is written is removed
-    #[arg(long, value_name = "DIR")]
-    directory: PathBuf,
+    /// Empty or new directory to write to, on the storage in question; what is written is removed. Several are measured one after
+    /// the other
+    #[arg(long = "directory", value_name = "DIR", required = true)]
+    directories: Vec<PathBuf>,
     /// Number format that the model computes in; masters are fp32 either way
     #[arg(long, value_enum, default_value_t = Dtype::Bf16)]
     dtype: Dtype,
@@ -56,7 +57,13 @@ struct Answer {
     /// Medians, like all below.
     stall_seconds: f64,
     copy_seconds: f64,
-    /// Of the part of one rank.
+    /// The part of one rank, in each directory.
+    files: Vec<FilesAnswer>,
+}
+
+#[derive(Serialize)]
+struct FilesAnswer {
+    directory: PathBuf,
     bytes: u64,
     write_seconds: f64,
     raw_write_seconds: f64,
@@ -77,7 +84,7 @@ impl Checkpoint {
             precision: self.dtype.into(),
             moments: Kind::Float,
             ranks: self.ranks,
-            directory: self.directory,
+            directories: self.directories,
         };
         let choice = kernels::on(place.device, bench.precision, &bench.config);
         let Choice { kernels, note } = choice.map_err(|error| failed(&error))?;
@@ -103,31 +110,51 @@ impl Answer {
             room_seconds: measured.room,
             stall_seconds: measured.stall,
             copy_seconds: measured.copy,
-            bytes: measured.bytes,
-            write_seconds: measured.write,
-            raw_write_seconds: measured.raw_write,
-            read_seconds: measured.read,
-            raw_read_seconds: measured.raw_read,
+            files: measured.files.iter().map(FilesAnswer::new).collect(),
         }
     }
 
     fn text(&self) -> String {
-        let rate = |bytes: u64, seconds: f64| bytes as f64 / seconds / 1e9;
-        format!(
+        let mut text = format!(
             "{:.2} B parameters on {}: training stands still for {:.2} s, of which {:.1} GB to host memory take {:.2} s; \
-             getting that memory took {:.1} s, once\n\
-             the part of one rank, {:.1} GB: written at {:.2} GB/s (plain files {:.2}), read at {:.2} GB/s (plain files {:.2})",
+             getting that memory took {:.1} s, once",
             self.parameters as f64 / 1e9,
             self.device,
             self.stall_seconds,
             self.state_bytes as f64 / 1e9,
             self.copy_seconds,
             self.room_seconds,
+        );
+        for files in &self.files {
+            text.push('\n');
+            text.push_str(&files.text());
+        }
+        text
+    }
+}
+
+impl FilesAnswer {
+    fn new(files: &Files) -> FilesAnswer {
+        FilesAnswer {
+            directory: files.directory.clone(),
+            bytes: files.bytes,
+            write_seconds: files.write,
+            raw_write_seconds: files.raw_write,
+            read_seconds: files.read,
+            raw_read_seconds: files.raw_read,
+        }
+    }
+
+    fn text(&self) -> String {
+        let rate = |seconds: f64| self.bytes as f64 / seconds / 1e9;
+        format!(
+            "{}: the part of one rank, {:.1} GB, written at {:.2} GB/s (plain files {:.2}), read at {:.2} GB/s (plain files {:.2})",
+            self.directory.display(),
             self.bytes as f64 / 1e9,
-            rate(self.bytes, self.write_seconds),
-            rate(self.bytes, self.raw_write_seconds),
-            rate(self.bytes, self.read_seconds),
-            rate(self.bytes, self.raw_read_seconds),
+            rate(self.write_seconds),
+            rate(self.raw_write_seconds),
+            rate(self.read_seconds),
+            rate(self.raw_read_seconds),
         )
     }
 }
