@@ -1,6 +1,6 @@
 //! What a checkpoint of a 7B model costs: for how long training stands still, and how fast files are written and read.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -39,27 +39,32 @@ const LIMIT: Duration = Duration::from_secs(560);
 pub fn run(programs: &Programs, directory: &Path, device: Device, quick: bool) -> Result<Vec<Row>> {
     let memory = tempfile::tempdir_in(MEMORY).while_doing(format_args!("using {MEMORY}"))?;
     let places = [("disk", directory), ("memory", memory.path())];
-    let mut command = programs.worker();
-    command.args(["bench", "checkpoint", "--json"]);
-    command.args(["--device", &device.of_worker(0, 1)]);
-    for (_, place) in places {
-        command.arg("--directory").arg(place.join("checkpoints"));
-    }
-    if quick {
-        let shape = directory.join("shape");
-        Shape::TINY.write(&shape)?;
-        command.arg("--model").arg(shape);
-    }
-    let output = process::run(command, LIMIT)?.expect_code(0)?;
-    let answer: Value = serde_json::from_str(&output.stdout)
-        .while_doing(format_args!("reading {:?}", output.stdout))?;
+    let shape = directory.join("shape");
+    Shape::TINY.write(&shape)?;
+    // One after the other: a host may not hold the memory of both.
+    let measure = |ranks: &str, directories: &[PathBuf]| -> Result<Value> {
+        let mut command = programs.worker();
+        command.args(["bench", "checkpoint", "--json", "--ranks", ranks]);
+        command.args(["--device", &device.of_worker(0, 1)]);
+        if quick {
+            command.arg("--model").arg(&shape);
+        }
+        for directory in directories {
+            command.arg("--directory").arg(directory);
+        }
+        let output = process::run(command, LIMIT)?.expect_code(0)?;
+        let answer = serde_json::from_str(&output.stdout);
+        answer.while_doing(format_args!("reading {:?}", output.stdout))
+    };
+    let whole = measure("1", &[])?;
+    let part = measure("4", &places.map(|(_, place)| place.join("checkpoints")))?;
     let (stall, copy) = (
-        number(&answer, "stall_seconds")?,
-        number(&answer, "copy_seconds")?,
+        number(&whole, "stall_seconds")?,
+        number(&whole, "copy_seconds")?,
     );
     let (mut rows, mut slow) = (Vec::new(), stall > STALL * copy);
     for (at, (place, _)) in places.into_iter().enumerate() {
-        let files = &answer["files"][at];
+        let files = &part["files"][at];
         let bytes = number(files, "bytes")?;
         let rate = |key: &str| Ok::<_, Failure>(bytes / number(files, key)? / 1e9);
         let (write, raw_write) = (rate("write_seconds")?, rate("raw_write_seconds")?);
@@ -67,13 +72,10 @@ pub fn run(programs: &Programs, directory: &Path, device: Device, quick: bool) -
         slow |= place == "disk" && (write < SHARE * raw_write || read < SHARE * raw_read);
         rows.push(
             Row::new()
-                .with("device", answer["device"].clone())
+                .with("device", whole["device"].clone())
                 .with("files", place)
-                .with(
-                    "state_gb",
-                    rounded(number(&answer, "state_bytes")? / 1e9, 2),
-                )
-                .with("room_s", rounded(number(&answer, "room_seconds")?, 2))
+                .with("state_gb", rounded(number(&whole, "state_bytes")? / 1e9, 2))
+                .with("room_s", rounded(number(&whole, "room_seconds")?, 2))
                 .with("stall_s", rounded(stall, 3))
                 .with("copy_s", rounded(copy, 3))
                 .with("bytes", bytes)

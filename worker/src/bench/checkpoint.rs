@@ -14,13 +14,14 @@ use supra_checkpoint::{
     store::{directory_name, join},
 };
 use tch::{Device, Kind};
+use tempfile::TempDir;
 
 use crate::{
     checkpoint::{CheckpointError, read, shard, side_by_side, write},
     device::Place,
     kernels::{KernelError, Kernels},
     model::ModelConfig,
-    optim::{HostRoom, Kinds, Layout, Part, Replica},
+    optim::{HostPart, HostRoom, Kinds, Layout, Numbers, Part, Replica},
 };
 
 /// Where plain files are.
@@ -41,9 +42,9 @@ pub struct CheckpointBench {
     pub precision: Kind,
     /// What the moments are kept in.
     pub moments: Kind,
-    /// Ranks that write together: the part of one of them is written and read.
+    /// Ranks that write together: the part of one of them is copied, written and read.
     pub ranks: u32,
-    /// Where: of each directory files are measured.
+    /// Where its files are measured, one after the other.
     pub directories: Vec<PathBuf>,
 }
 
@@ -52,11 +53,11 @@ pub struct CheckpointBench {
 pub struct Measured {
     /// Parameters of the model.
     pub parameters: i64,
-    /// Bytes of the whole state.
+    /// Bytes of its part of the state.
     pub state_bytes: u64,
     /// Getting the host memory for a copy of it, once.
     pub room: f64,
-    /// What the training loop waits for when a checkpoint of the whole state begins.
+    /// What the training loop waits for when a checkpoint begins.
     pub stall: f64,
     /// The copy to host memory alone.
     pub copy: f64,
@@ -110,11 +111,21 @@ impl CheckpointBench {
         place: &Place,
         kernels: &dyn Kernels,
     ) -> Result<Measured, CheckpointBenchError> {
-        let mut measured = self.stalls(place, kernels)?;
-        for directory in &self.directories {
-            measured.files.push(self.files(place, directory)?);
-        }
-        Ok(measured)
+        let part = Part::of_rank(0, self.ranks);
+        let replica = self.replica(place, part);
+        let room = HostRoom::of(&replica, part);
+        let (mut copy, room_seconds) = timed(place, || room.allocate());
+        let (stall, copying) = stalls(place, &replica, &mut copy, part, kernels)?;
+        let files = self.directories.iter();
+        let files = files.map(|directory| self.files(place, directory, &replica, &copy.numbers()));
+        Ok(Measured {
+            parameters: replica.layout().numbers(),
+            state_bytes: room.bytes(),
+            room: room_seconds,
+            stall,
+            copy: copying,
+            files: files.collect::<Result<_, _>>()?,
+        })
     }
 
     fn replica(&self, place: &Place, part: Part) -> Replica {
@@ -132,48 +143,15 @@ impl CheckpointBench {
         replica
     }
 
-    /// What a checkpoint of all state costs the training loop.
-    fn stalls(
+    /// What the files of one rank cost, beside plain ones.
+    fn files(
         &self,
         place: &Place,
-        kernels: &dyn Kernels,
-    ) -> Result<Measured, CheckpointBenchError> {
-        let replica = self.replica(place, Part::WHOLE);
-        let room = HostRoom::of(&replica, Part::WHOLE);
-        let (mut copy, room_seconds) = timed(place, || room.allocate());
-        // Where it is hardly matters: nothing but a directory is made.
-        let store = open(&self.directories[0])?;
-        let (mut stalls, mut copies) = (Vec::new(), Vec::new());
-        for round in 0..ROUNDS as u64 {
-            let (begun, seconds) = timed(place, || -> Result<(), CheckpointBenchError> {
-                replica
-                    .prints(kernels, &mut Solo)
-                    .map_err(CheckpointError::from)?;
-                let relative = directory_name(round, 0);
-                write::begin(&store, &relative, 0).map_err(CheckpointError::from)?;
-                copy.copy_from(&replica, Part::WHOLE);
-                Ok(())
-            });
-            begun?;
-            stalls.push(seconds);
-            copies.push(timed(place, || copy.copy_from(&replica, Part::WHOLE)).1);
-        }
-        Ok(Measured {
-            parameters: replica.layout().numbers(),
-            state_bytes: room.bytes(),
-            room: room_seconds,
-            stall: median(stalls),
-            copy: median(copies),
-            files: Vec::new(),
-        })
-    }
-
-    /// What the files of one rank cost, beside plain ones.
-    fn files(&self, place: &Place, directory: &Path) -> Result<Files, CheckpointBenchError> {
-        let part = Part::of_rank(0, self.ranks);
-        let replica = self.replica(place, part);
-        let mut copy = HostRoom::of(&replica, part).allocate();
-        copy.copy_from(&replica, part);
+        directory: &Path,
+        replica: &Replica,
+        copy: &Numbers,
+    ) -> Result<Files, CheckpointBenchError> {
+        let part = replica.part();
         let files = shard::files(replica.layout(), part, self.moments);
         let bytes = shard::bytes(replica.layout(), part, self.moments);
         let sizes: Vec<u64> = files
@@ -185,7 +163,7 @@ impl CheckpointBench {
         for _ in 0..ROUNDS {
             let relative = directory_name(0, 0);
             write::begin(&store, &relative, bytes).map_err(CheckpointError::from)?;
-            let write = || write::shard(&store, &relative, &files, &copy.numbers(), &|| false);
+            let write = || write::shard(&store, &relative, &files, copy, &|| false);
             let (stored, seconds) = timed(place, write);
             times[0].push(seconds);
             let stored = stored.map_err(CheckpointError::from)?.unwrap_or_default();
@@ -200,7 +178,7 @@ impl CheckpointBench {
             // Readers are to see the disk, where there is one.
             let names = files.iter().map(|file| join(&relative, &file.name));
             names.for_each(|name| store.forget(&name));
-            let read = || read::part(&store, &relative, &manifest, &replica);
+            let read = || read::part(&store, &relative, &manifest, replica);
             let (done, seconds) = timed(place, read);
             done.map_err(CheckpointError::from)?;
             times[2].push(seconds);
@@ -227,6 +205,36 @@ impl CheckpointBench {
             ..Manifest::default()
         }
     }
+}
+
+/// Medians of what a checkpoint costs the training loop, and of the copy alone; seconds.
+fn stalls(
+    place: &Place,
+    replica: &Replica,
+    copy: &mut HostPart,
+    part: Part,
+    kernels: &dyn Kernels,
+) -> Result<(f64, f64), CheckpointBenchError> {
+    // Where it is hardly matters: nothing but a directory is made.
+    let temporary = std::env::temp_dir();
+    let folder = TempDir::new().map_err(|source| CheckpointError::writing(&temporary, source))?;
+    let store = open(folder.path())?;
+    let (mut stalls, mut copies) = (Vec::new(), Vec::new());
+    for round in 0..ROUNDS as u64 {
+        let (begun, seconds) = timed(place, || -> Result<(), CheckpointBenchError> {
+            replica
+                .prints(kernels, &mut Solo)
+                .map_err(CheckpointError::from)?;
+            let relative = directory_name(round, 0);
+            write::begin(&store, &relative, 0).map_err(CheckpointError::from)?;
+            copy.copy_from(replica, part);
+            Ok(())
+        });
+        begun?;
+        stalls.push(seconds);
+        copies.push(timed(place, || copy.copy_from(replica, part)).1);
+    }
+    Ok((median(stalls), median(copies)))
 }
 
 fn open(directory: &Path) -> Result<Store, CheckpointError> {

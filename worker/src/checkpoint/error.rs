@@ -24,7 +24,7 @@ pub enum CheckpointError {
 
 impl CheckpointError {
     /// Wraps an error of writing `path`.
-    pub(super) fn writing(path: &Path, source: std::io::Error) -> CheckpointError {
+    pub(crate) fn writing(path: &Path, source: std::io::Error) -> CheckpointError {
         StoredError::writing(path, source).into()
     }
 

@@ -57,13 +57,14 @@ impl HostRoom {
         element.sum::<usize>() as u64 * self.elements as u64
     }
 
-    /// A part of zeros. Beside a GPU it is pinned, so that copies go at full speed.
+    /// A part that holds nothing yet. Beside a GPU it is pinned, so that copies go at full speed.
     pub fn allocate(&self) -> HostPart {
         let room = |kind: &Kind| {
-            let room = Tensor::zeros([self.elements], (*kind, Device::Cpu));
+            let options = (*kind, Device::Cpu);
             match self.device {
-                Device::Cpu => room,
-                device => room.pin_memory(device),
+                Device::Cpu => Tensor::zeros([self.elements], options),
+                // What is pinned is a copy. Of memory that nobody has touched it takes neither memory nor time.
+                device => Tensor::empty([self.elements], options).pin_memory(device),
             }
         };
         HostPart {

@@ -18,8 +18,8 @@ use crate::cli::{
     out,
 };
 
-/// Times what a checkpoint costs: for how long training stands still (all state is copied to host memory), and how fast the part of
-/// one rank is written and read, beside plain writes and reads of as many bytes. Needs host memory for a copy of all state.
+/// Times what a checkpoint costs one of some ranks: for how long training stands still (its part of the state is copied to host
+/// memory), and how fast that is written and read, beside plain writes and reads of as many bytes. Needs host memory for the copy.
 #[derive(Debug, Args)]
 pub struct Checkpoint {
     /// Shape of the model
@@ -28,12 +28,12 @@ pub struct Checkpoint {
     /// Model directory whose shape to take in its place
     #[arg(long, value_name = "DIR", conflicts_with = "shape")]
     model: Option<PathBuf>,
-    /// Ranks that write together: the part of one of them is written and read
+    /// Ranks that write together: the part of one of them is copied, written and read; with 1, all of the state
     #[arg(long, default_value_t = 4, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
     ranks: u32,
     /// Empty or new directory to write to, on the storage in question; what is written is removed. Several are measured one after
-    /// the other
-    #[arg(long = "directory", value_name = "DIR", required = true)]
+    /// the other; without any, only the copy is
+    #[arg(long = "directory", value_name = "DIR")]
     directories: Vec<PathBuf>,
     /// Number format that the model computes in; masters are fp32 either way
     #[arg(long, value_enum, default_value_t = Dtype::Bf16)]
@@ -50,14 +50,14 @@ pub struct Checkpoint {
 struct Answer {
     device: String,
     parameters: i64,
-    /// Of all state, as it is copied to host memory.
+    /// Of its part of the state, as it is copied to host memory.
     state_bytes: u64,
     /// Getting that memory, once.
     room_seconds: f64,
     /// Medians, like all below.
     stall_seconds: f64,
     copy_seconds: f64,
-    /// The part of one rank, in each directory.
+    /// In each directory.
     files: Vec<FilesAnswer>,
 }
 
@@ -148,7 +148,7 @@ impl FilesAnswer {
     fn text(&self) -> String {
         let rate = |seconds: f64| self.bytes as f64 / seconds / 1e9;
         format!(
-            "{}: the part of one rank, {:.1} GB, written at {:.2} GB/s (plain files {:.2}), read at {:.2} GB/s (plain files {:.2})",
+            "{}: {:.1} GB written at {:.2} GB/s (plain files {:.2}), read at {:.2} GB/s (plain files {:.2})",
             self.directory.display(),
             self.bytes as f64 / 1e9,
             rate(self.write_seconds),
