@@ -242,7 +242,7 @@ const CASES: &[Case] = &[
     case(
         5,
         "checkpoint: { to: s4://bucket/x }",
-        (5, 13),
+        (5, 19),
         &[
             "s4:// is not supported, did you mean s3://?",
             "gs://bucket/prefix",
@@ -250,8 +250,15 @@ const CASES: &[Case] = &[
     ),
     case(
         5,
+        "checkpoint: { keep: 2, to: file://relative/x }",
+        (5, 28),
+        &["`file://relative/x`", "three slashes"],
+    ),
+    case(5, "checkpoint: { to: '' }", (5, 19), &["the path is empty"]),
+    case(
+        5,
         "checkpoint: { to: s3:///x }",
-        (5, 13),
+        (5, 19),
         &["write s3://bucket/prefix"],
     ),
     case(

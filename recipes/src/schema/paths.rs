@@ -52,36 +52,52 @@ struct StoreLocation(PathBuf);
 
 impl<'de> Deserialize<'de> for StoreLocation {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let value = String::deserialize(deserializer)?;
-        let Some((scheme, rest)) = value.split_once("://") else {
-            let directory = value.as_str().into_deserializer();
-            return Location::deserialize(directory).map(|location| StoreLocation(location.0));
-        };
-        let wrong = |problem: String| Err(D::Error::custom(format!("`{value}`: {problem}")));
-        if scheme == "file" {
-            return match rest.starts_with('/') {
-                true => Ok(StoreLocation(rest.into())),
-                false => wrong("a file:// URL has three slashes: file:///directory".into()),
-            };
+        struct StoreVisitor;
+        impl Visitor<'_> for StoreVisitor {
+            type Value = StoreLocation;
+
+            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+                f.write_str("a directory or the URL of an object store")
+            }
+
+            fn visit_str<E: DeError>(self, value: &str) -> Result<StoreLocation, E> {
+                store_location(value)
+            }
         }
-        if !OBJECT_STORES.contains(&scheme) {
-            let known = ["s3", "gs", "file"].map(str::to_owned);
-            let meant = match nearest(scheme, &known) {
-                Some(nearest) => format!(", did you mean {nearest}://?"),
-                None => ":".to_owned(),
-            };
-            return wrong(format!(
-                "{scheme}:// is not supported{meant} write a directory, file:///directory, s3://bucket/prefix or \
-                 gs://bucket/prefix"
-            ));
-        }
-        let url = value.trim_end_matches('/');
-        let mut parts = url[scheme.len() + 3..].split('/');
-        if parts.any(|part| part.is_empty() || part == "." || part == "..") {
-            return wrong(format!("write {scheme}://bucket/prefix"));
-        }
-        Ok(StoreLocation(url.into()))
+        // From within the visitor an error has the place of the value, not that of the mapping around it.
+        deserializer.deserialize_str(StoreVisitor)
     }
+}
+
+fn store_location<E: DeError>(value: &str) -> Result<StoreLocation, E> {
+    let Some((scheme, rest)) = value.split_once("://") else {
+        let directory = value.into_deserializer();
+        return Location::deserialize(directory).map(|location| StoreLocation(location.0));
+    };
+    let wrong = |problem: String| Err(E::custom(format!("`{value}`: {problem}")));
+    if scheme == "file" {
+        return match rest.starts_with('/') {
+            true => Ok(StoreLocation(rest.into())),
+            false => wrong("a file:// URL has three slashes: file:///directory".into()),
+        };
+    }
+    if !OBJECT_STORES.contains(&scheme) {
+        let known = ["s3", "gs", "file"].map(str::to_owned);
+        let meant = match nearest(scheme, &known) {
+            Some(nearest) => format!(", did you mean {nearest}://?"),
+            None => ":".to_owned(),
+        };
+        return wrong(format!(
+            "{scheme}:// is not supported{meant} write a directory, file:///directory, s3://bucket/prefix or \
+             gs://bucket/prefix"
+        ));
+    }
+    let url = value.trim_end_matches('/');
+    let mut parts = url[scheme.len() + 3..].split('/');
+    if parts.any(|part| part.is_empty() || part == "." || part == "..") {
+        return wrong(format!("write {scheme}://bucket/prefix"));
+    }
+    Ok(StoreLocation(url.into()))
 }
 
 /// Whether `checkpoint.to` names an object store: its path is then a URL.
