@@ -177,6 +177,14 @@ impl Spent {
     }
 }
 
+/// What the steps between two checkpoints spent.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+struct Durable {
+    /// The later checkpoint, relative to the root of the run.
+    path: String,
+    spent: Spent,
+}
+
 /// The account of one run's time. Its JSON is what a coordinator that starts again goes on from.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Account {
@@ -199,6 +207,10 @@ pub struct Account {
     /// What steps after the newest checkpoint spent: they may still be voided.
     #[serde(serialize_with = "merged")]
     open: BTreeMap<u64, Spent>,
+    /// What the steps behind each checkpoint that may be started from spent, back to the one before, by its step: they are
+    /// voided when it and all newer ones turn out to be damaged. Empty in accounts that are older.
+    #[serde(default)]
+    durable: BTreeMap<u64, Durable>,
     /// Incidents so far, and those of them since the run last trained.
     incidents: u64,
     waiting: usize,
@@ -218,6 +230,7 @@ impl Account {
             unspent: 0,
             written: false,
             open: BTreeMap::new(),
+            durable: BTreeMap::new(),
             incidents: 0,
             waiting: 0,
             newest: VecDeque::new(),
@@ -300,10 +313,14 @@ impl Account {
                 }
             }
             Fact::Written { checkpoint, .. } => {
-                // Nothing goes back behind the newest checkpoint.
-                self.open = self.open.split_off(&(checkpoint.step + 1));
+                let later = self.open.split_off(&(checkpoint.step + 1));
+                let behind = std::mem::replace(&mut self.open, later);
+                let durable = self.durable.entry(checkpoint.step).or_default();
+                durable.path.clone_from(&checkpoint.path);
+                behind.values().for_each(|spent| durable.spent.add(spent));
                 self.written = true;
             }
+            Fact::Damaged { path, .. } | Fact::Retired { path, .. } => self.unusable(path),
             Fact::Ended { .. } => {
                 self.pass(at);
                 self.parts.checkpoint += std::mem::take(&mut self.unspent);
@@ -314,9 +331,7 @@ impl Account {
             | Fact::Logged { .. }
             | Fact::Published { .. }
             | Fact::Verified { .. }
-            | Fact::Damaged { .. }
             | Fact::Named { .. }
-            | Fact::Retired { .. }
             | Fact::Deleted { .. }
             | Fact::PutAside { .. }
             | Fact::TakenBack { .. }
@@ -367,8 +382,24 @@ impl Account {
         self.incidents += 1;
     }
 
+    /// Nothing starts from a checkpoint any more: the steps behind it are voided with those after it, or not at all.
+    fn unusable(&mut self, path: &str) {
+        let named = |(_, durable): &(&u64, &Durable)| durable.path == path;
+        let Some(step) = self.durable.iter().find(named).map(|(step, _)| *step) else {
+            return;
+        };
+        let Durable { spent, .. } = self.durable.remove(&step).unwrap_or_default();
+        match self.durable.range_mut(step..).next() {
+            Some((_, newer)) => newer.spent.add(&spent),
+            None => self.open.entry(step).or_default().add(&spent),
+        }
+    }
+
     fn voided(&mut self, after_step: u64) {
         let mut gone = Spent::default();
+        for durable in self.durable.split_off(&(after_step + 1)).values() {
+            gone.add(&durable.spent);
+        }
         for spent in self.open.split_off(&(after_step + 1)).values() {
             gone.add(spent);
         }
@@ -404,8 +435,8 @@ impl Account {
     }
 }
 
-/// A note of the account holds open steps in one: a coordinator that starts again goes back to the checkpoint before all
-/// of them, or to none.
+/// A note of the account holds open steps in one: a coordinator that starts again goes back to a checkpoint before all of
+/// them, or to none.
 fn merged<S: Serializer>(open: &BTreeMap<u64, Spent>, serializer: S) -> Result<S::Ok, S::Error> {
     let mut sum = Spent::default();
     for spent in open.values() {

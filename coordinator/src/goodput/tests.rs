@@ -39,12 +39,31 @@ fn void(after_step: u64) -> Fact {
     }
 }
 
+fn path(step: u64) -> String {
+    format!("step-{step}")
+}
+
+fn damaged(step: u64) -> Fact {
+    Fact::Damaged {
+        run: 1,
+        path: path(step),
+        problem: "a bit has flipped".into(),
+    }
+}
+
+fn retired(step: u64) -> Fact {
+    Fact::Retired {
+        run: 1,
+        path: path(step),
+    }
+}
+
 fn written(step: u64) -> Fact {
     let checkpoint = Checkpoint {
         step,
         tokens: 0,
         generation: 1,
-        path: "step".into(),
+        path: path(step),
         bytes: 0,
         manifest_hash: [0; 32],
         published: false,
@@ -140,6 +159,59 @@ fn a_death_costs_the_voided_steps_and_what_was_under_way() {
             voided_steps: 2,
         }]
     );
+}
+
+/// Steps 1 to 4 of a second each, with checkpoints behind 1, 2 and 3.
+fn with_three_checkpoints() -> Account {
+    let mut account = training();
+    for number in 1..=4 {
+        let at = 3000 + 1000 * number;
+        account.measured(&step(number, 1.0), at);
+        if number < 4 {
+            account.decided(&written(number), at);
+        }
+    }
+    account
+}
+
+#[test]
+fn a_damaged_checkpoint_costs_the_steps_behind_it_and_after_it() {
+    // Whether the coordinator has started again since makes no difference, nor that an old one is gone.
+    for restarted in [false, true] {
+        let mut account = with_three_checkpoints();
+        account.decided(&retired(1), 7000);
+        if restarted {
+            let note = serde_json::to_string(&account).unwrap();
+            account = serde_json::from_str(&note).unwrap();
+        }
+        account.decided(&broke(), 7000);
+        account.decided(&damaged(3), 7000);
+        assert_eq!(account.parts(7000).lost, 0, "nothing is void yet");
+        account.decided(&void(2), 7000);
+        assert_eq!(account.parts(7000).lost, 2_000_000);
+        let (_, mut listed) = account.incidents();
+        assert_eq!(listed.next().map(|incident| incident.voided_steps), Some(2));
+    }
+}
+
+#[test]
+fn when_no_checkpoint_is_whole_all_that_was_trained_is_lost() {
+    let mut account = with_three_checkpoints();
+    account.decided(&retired(1), 7000);
+    account.decided(&broke(), 7000);
+    account.decided(&damaged(3), 7000);
+    account.decided(&damaged(2), 7000);
+    account.decided(&void(0), 7000);
+    let parts = account.parts(7000);
+    assert_eq!((parts.lost, parts.productive), (4_000_000, 0));
+}
+
+#[test]
+fn an_account_without_durable_steps_is_read() {
+    let mut note = serde_json::to_value(training()).unwrap();
+    note.as_object_mut().unwrap().remove("durable");
+    let account: Account = serde_json::from_value(note).unwrap();
+    assert_eq!(account, training());
 }
 
 #[test]
@@ -259,6 +331,8 @@ fn happening() -> impl Strategy<Value = Happening> {
         1 => Just(Happening::Decided(Fact::Queued { run: 1, strict: false, at: 0 })),
         1 => (0..20u64).prop_map(|step| Happening::Decided(void(step))),
         1 => (0..20u64).prop_map(|step| Happening::Decided(written(step))),
+        1 => (0..20u64).prop_map(|step| Happening::Decided(damaged(step))),
+        1 => (0..20u64).prop_map(|step| Happening::Decided(retired(step))),
         1 => Just(Happening::Restarted),
         4 => doing.prop_map(Happening::Seen),
         6 => metrics.prop_map(Happening::Measured),

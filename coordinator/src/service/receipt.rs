@@ -13,7 +13,7 @@ use crate::chaos::Ordeal;
 use crate::goodput::{Account, Goodput, Incident};
 use crate::interval::Experience;
 use crate::ledger::hex;
-use crate::machine::{Run, RunNumber, RunPhase, State};
+use crate::machine::{Damaged, Run, RunNumber, RunPhase, State};
 
 /// Version of the receipt's form: grows when a field changes its meaning or goes.
 const FORMAT: u32 = 1;
@@ -49,6 +49,8 @@ struct Receipt {
     ledger_records: u64,
     /// Where the run can go on, or what it made; `null` before the first.
     checkpoint: Option<Checkpoint>,
+    /// Checkpoints that were found damaged and not deleted since, as they were found.
+    damaged_checkpoints: Vec<DamagedCheckpoint>,
     /// Milliseconds since the Unix epoch, as is the next.
     submitted_unix_ms: u64,
     ended_unix_ms: u64,
@@ -83,6 +85,16 @@ struct Checkpoint {
     published: bool,
 }
 
+/// A checkpoint that nothing starts from any more.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+struct DamagedCheckpoint {
+    step: u64,
+    /// Relative to the receipt.
+    path: String,
+    /// File and cause, in one line.
+    problem: String,
+}
+
 impl Receipt {
     /// The receipt of a run that has ended.
     fn new(run: &Run, account: Option<&Account>, build: &str) -> Receipt {
@@ -114,6 +126,7 @@ impl Receipt {
                 manifest_hash: hex(&known.manifest_hash),
                 published: known.published,
             }),
+            damaged_checkpoints: run.damaged.iter().map(DamagedCheckpoint::from).collect(),
             submitted_unix_ms: run.submitted_unix_ms,
             ended_unix_ms: run.ended_unix_ms,
             goodput: goodput.as_ref().map(Goodput::from),
@@ -136,6 +149,16 @@ impl Receipt {
             serde_json::to_vec_pretty(self).expect("invariant: a receipt has only string keys");
         text.push(b'\n');
         Store::open(root)?.replace(FILE, &text)
+    }
+}
+
+impl From<&Damaged> for DamagedCheckpoint {
+    fn from(damaged: &Damaged) -> DamagedCheckpoint {
+        DamagedCheckpoint {
+            step: damaged.checkpoint.step,
+            path: damaged.checkpoint.path.clone(),
+            problem: damaged.problem.clone(),
+        }
     }
 }
 
