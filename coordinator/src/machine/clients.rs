@@ -75,6 +75,11 @@ pub enum Refused {
     /// An id that is taken.
     #[error("there is a run {0} already")]
     Taken(String),
+    /// How strict a run is does not change while it is under way.
+    #[error(
+        "run {0} is under way without --strict and would go on so; `supra cancel {0} --wait`, then `supra resume {0} --strict`"
+    )]
+    NotStrict(String),
     /// The run has ended.
     #[error("run {id} {how} already")]
     Over {
@@ -156,6 +161,7 @@ impl Machine {
         let run = self.known(number)?;
         let id = run.id.clone();
         match run.phase {
+            RunPhase::Queued if strict && !run.strict => return Err(Refused::NotStrict(id)),
             RunPhase::Queued => return Ok(()),
             RunPhase::Finished => {
                 return Err(Refused::Over {

@@ -287,9 +287,10 @@ fn refused(refused: Refused) -> Status {
         }
         Refused::BadName(_) => Status::invalid_argument(refused.to_string()),
         Refused::ShuttingDown => Status::unavailable(refused.to_string()),
-        Refused::Taken(_) | Refused::NameTaken { .. } | Refused::Over { .. } => {
-            Status::failed_precondition(refused.to_string())
-        }
+        Refused::Taken(_)
+        | Refused::NameTaken { .. }
+        | Refused::NotStrict(_)
+        | Refused::Over { .. } => Status::failed_precondition(refused.to_string()),
     }
 }
 

@@ -63,6 +63,10 @@ pub async fn begin(
         let run = newest.run.clone();
         match decision {
             Decision::Join => {
+                if request.strict {
+                    // Changes nothing in a run that is strict, and is refused for one that is not.
+                    client.resume(&run, true).await?;
+                }
                 let step = format::grouped(newest.step);
                 let said = format!(
                     "Run {run} of the same recipe goes on after step {step} (--new begins another)."

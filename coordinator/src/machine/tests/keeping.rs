@@ -207,6 +207,22 @@ fn a_strict_run_fails_and_keeps_what_it_has_until_it_is_resumed_otherwise() {
 }
 
 #[test]
+fn a_run_that_is_under_way_does_not_become_strict_and_whoever_asks_for_it_is_told() {
+    let strictly = Event::Resume {
+        run: 1,
+        strict: true,
+    };
+    let mut rig = restarted(false);
+    let refused = rig.event(strictly.clone()).unwrap_err();
+    assert!(matches!(refused, Refused::NotStrict(_)), "{refused}");
+    assert!(refused.to_string().contains("supra cancel"), "{refused}");
+    assert!(!rig.run().strict);
+    let mut rig = restarted(true);
+    rig.event(strictly).unwrap();
+    assert!(rig.run().strict);
+}
+
+#[test]
 fn survivors_go_on_from_memory_when_the_checkpoint_cannot_be_published() {
     let mut rig = halfway();
     rig.verified(Found::Whole);
