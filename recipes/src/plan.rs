@@ -1,6 +1,7 @@
 //! What follows from a recipe, evaluated alike by coordinator and workers: which samples a step holds, which windows
 //! they are, the learning rate, and when checkpoints are due. Pure functions of the recipe and the dataset's size and hash.
 
+mod checkpoint_copy;
 mod digest;
 mod flat;
 pub mod memory;
@@ -14,6 +15,7 @@ pub mod snapshots;
 
 use std::ops::Range;
 
+pub use checkpoint_copy::CheckpointCopy;
 pub use digest::Digest;
 pub use memory::Memory;
 pub use needs::{Fit, Needs, Rank};

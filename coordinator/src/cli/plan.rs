@@ -232,9 +232,7 @@ impl Preview {
         if let Some(needs) = &self.needs {
             text.push_str(&format!("\nNeeds\n{}", needs_table(needs).render()));
             text.push_str(&format!("\n{}", memory_table(&needs.rank).render()));
-            if needs.rank.snapshots_per_rank.every > 0 {
-                text.push_str(&format!("\n{}", snapshots_table(&needs.rank).render()));
-            }
+            text.push_str(&format!("\n{}", host_table(&needs.rank).render()));
             text.push_str(&format!("\n{}", workers_table(needs).render()));
         }
         if !self.notes.is_empty() {
@@ -395,17 +393,29 @@ fn memory_table(rank: &Rank) -> Table {
     table
 }
 
-/// What snapshots take of a worker's host memory, by item.
-fn snapshots_table(rank: &Rank) -> Table {
-    let snapshots = &rank.snapshots_per_rank;
-    let mut table = Table::new(&["Host memory per GPU", ">SNAPSHOTS"]);
-    for component in &snapshots.components {
-        table.row([
-            format!("  {}", component.name),
-            format::bytes(component.bytes),
-        ]);
+/// What the copy of a checkpoint and snapshots take of a worker's host memory, by item; and of a host with all workers.
+fn host_table(rank: &Rank) -> Table {
+    let (copy, snapshots) = (&rank.checkpoint_copy_per_rank, &rank.snapshots_per_rank);
+    let mut table = Table::new(&[
+        "Host memory per GPU",
+        ">CHECKPOINT",
+        ">SNAPSHOTS",
+        ">IN ALL",
+    ]);
+    let mut row = |name: &str, copy: u64, snapshots: u64| {
+        let all = copy.saturating_add(snapshots);
+        let [copy, snapshots, all] = [copy, snapshots, all].map(format::bytes);
+        table.row([format!("  {name}"), copy, snapshots, all]);
+    };
+    for (of_copy, of_snapshots) in copy.components.iter().zip(&snapshots.components) {
+        row(of_copy.name, of_copy.bytes, of_snapshots.bytes);
     }
-    table.row(["  in all".to_owned(), format::bytes(snapshots.bytes)]);
+    row("in all", copy.bytes, snapshots.bytes);
+    if rank.world > 1 {
+        let on_one_host = |bytes: u64| bytes.saturating_mul(rank.world.into());
+        let name = format!("of {} GPUs of one host", rank.world);
+        row(&name, on_one_host(copy.bytes), on_one_host(snapshots.bytes));
+    }
     table
 }
 

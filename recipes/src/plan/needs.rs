@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::memory::{self, CARDS, Card, Memory};
 use super::sizes::element;
-use super::{ModelShape, Plan, PlanError, Policy, Snapshots};
+use super::{CheckpointCopy, ModelShape, Plan, PlanError, Policy, Snapshots};
 use crate::schema::{Attention, Recipe, Sharding, Tokens};
 
 const FP32: u64 = 4;
@@ -69,6 +69,8 @@ pub struct Rank {
     pub world: u32,
     /// Memory of one rank, for every policy.
     pub memory_per_rank: [Memory; 3],
+    /// Host memory of one rank that the copy takes from which a checkpoint is written.
+    pub checkpoint_copy_per_rank: CheckpointCopy,
     /// Host memory of one rank that snapshots take.
     pub snapshots_per_rank: Snapshots,
     /// What the recipe's choice of activations comes to on GPUs of usual sizes.
@@ -85,6 +87,7 @@ impl Rank {
         Rank {
             world,
             memory_per_rank,
+            checkpoint_copy_per_rank: CheckpointCopy::new(recipe, shape, world),
             snapshots_per_rank: Snapshots::new(recipe, shape, world),
             cards,
         }

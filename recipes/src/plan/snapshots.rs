@@ -33,27 +33,36 @@ impl Snapshots {
             0 => 0,
             _ => BUFFERS * PARTS * Flat::new(recipe, shape, world).own,
         };
-        let moment = element(recipe.optimizer.moments);
-        let components = [
-            ("fp32 masters", FP32),
-            ("first moments", moment),
-            ("second moments", moment),
-        ];
-        let components: Vec<Component> = components
-            .into_iter()
-            .map(|(name, size)| Component {
-                name,
-                bytes: u64::try_from(copies * size).unwrap_or(u64::MAX),
-                estimate: false,
-            })
-            .collect();
-        let bytes = components.iter().map(|part| part.bytes);
+        let components = state(recipe, copies);
         Snapshots {
             every,
-            bytes: bytes.fold(0, u64::saturating_add),
+            bytes: sum(&components),
             components,
         }
     }
+}
+
+/// Masters and moments of so many parameters. Of bf16 parameters a master is the parameter and its remainder, which have
+/// 4 bytes together.
+pub(super) fn state(recipe: &Recipe, parameters: u128) -> Vec<Component> {
+    let moment = element(recipe.optimizer.moments);
+    let components = [
+        ("fp32 masters", FP32),
+        ("first moments", moment),
+        ("second moments", moment),
+    ];
+    let sized = components.into_iter().map(|(name, size)| Component {
+        name,
+        bytes: u64::try_from(parameters * size).unwrap_or(u64::MAX),
+        estimate: false,
+    });
+    sized.collect()
+}
+
+/// Bytes of all components.
+pub(super) fn sum(components: &[Component]) -> u64 {
+    let bytes = components.iter().map(|part| part.bytes);
+    bytes.fold(0, u64::saturating_add)
 }
 
 /// Steps from one snapshot to the next where `world` workers train by `recipe`; 0 = none are taken, because the recipe
