@@ -1,10 +1,13 @@
 //! Ranks on a GPU, which they share: correct over NCCL, and as hard to stop as on CPUs. Without a GPU the tests say
 //! "skipped" and pass.
 
-use std::path::Path;
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use supra_tests::{Cluster, Result, TinyRecipe, ledger};
+use supra_tests::{Cluster, Failure, Result, TinyRecipe, ledger, weights};
 
 use crate::{LIMIT, Stage};
 
@@ -165,4 +168,78 @@ fn survive(sharding: &'static str) -> Result<()> {
     assert_eq!(end.tokens, recipe.tokens());
     cluster.audit(&run)?;
     ledger::expect_exactly_once(&cluster.ledger(&run)?, recipe.samples())
+}
+
+/// What is written then is in pinned memory of the process that dies, and its copy may still be under way.
+#[test]
+fn a_gpu_rank_killed_while_a_checkpoint_is_written_changes_no_bit() -> Result<()> {
+    if gpu_is_missing() {
+        return Ok(());
+    }
+    kill_while_writing("none")?;
+    kill_while_writing("zero1")
+}
+
+fn kill_while_writing(sharding: &'static str) -> Result<()> {
+    let stage = Stage::new()?;
+    let mut cluster = cluster(&stage, 2)?;
+    let recipe = TinyRecipe {
+        budget: 60_010,
+        workers: (2, 2),
+        sharding,
+        more: "reduction: ordered".to_owned(),
+        ..TinyRecipe::default()
+    };
+    let quiet = stage.submit(&cluster, &recipe)?;
+    cluster.wait_finished(&quiet, LIMIT)?;
+
+    let run = stage.submit(&cluster, &recipe)?;
+    cluster.wait(&run, "past a checkpoint", LIMIT, |status| {
+        status.checkpoint.as_ref().is_some_and(|it| it.published)
+    })?;
+    let newest = cluster.last_checkpoint(&run)?;
+    let root = newest
+        .parent()
+        .ok_or_else(|| Failure::new("a checkpoint without a root"))?;
+    let mut known = BTreeSet::new();
+    let mut met = 0;
+    for victim in ["w1", "w0", "w1"] {
+        let half = wait_unpublished(root, &known)?;
+        cluster.worker(victim)?.kill_children()?;
+        met += u32::from(!half.join("manifest.json").exists());
+        known.insert(half);
+        let dead = cluster.status(&run)?;
+        cluster.wait(&run, "training again", LIMIT, |status| {
+            status.generation > dead.generation && status.step > dead.step
+        })?;
+    }
+    assert!(met > 0, "no kill met a checkpoint that was half written");
+    let end = cluster.wait_finished(&run, LIMIT)?;
+    assert_eq!(end.tokens, recipe.tokens());
+    cluster.audit(&run)?;
+    ledger::expect_exactly_once(&cluster.ledger(&run)?, recipe.samples())?;
+    cluster
+        .supra(&["checkpoints", &run, "--verify"])?
+        .expect_code(0)?;
+    weights::expect_same(
+        &cluster.last_checkpoint(&quiet)?,
+        &cluster.last_checkpoint(&run)?,
+    )
+}
+
+/// The first folder of a checkpoint that has no manifest yet, and is not known to have been left so.
+fn wait_unpublished(root: &Path, known: &BTreeSet<PathBuf>) -> Result<PathBuf> {
+    let deadline = Instant::now() + LIMIT;
+    while Instant::now() < deadline {
+        let folders = fs::read_dir(root)
+            .map_err(|error| Failure::new(format!("cannot list {}: {error}", root.display())))?;
+        let half = folders.flatten().map(|entry| entry.path()).find(|folder| {
+            folder.is_dir() && !known.contains(folder) && !folder.join("manifest.json").exists()
+        });
+        if let Some(half) = half {
+            return Ok(half);
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    Err(Failure::new("no checkpoint was begun"))
 }
