@@ -80,6 +80,7 @@ impl Store {
             }
             found => {
                 supported(&path, found)?;
+                check_pages(&path, &connection)?;
                 if found < SUMS_SINCE {
                     add_sums(&connection).map_err(sqlite)?;
                 }
@@ -189,6 +190,23 @@ fn supported(path: &Path, found: i64) -> Result<(), JournalError> {
         });
     }
     Ok(())
+}
+
+/// Rows have hashes, but where SQLite finds room for the next ones has none: it would write over those that are there.
+fn check_pages(path: &Path, connection: &Connection) -> Result<(), JournalError> {
+    let found: String = connection
+        .query_row("PRAGMA quick_check(1)", [], |row| row.get(0))
+        .map_err(|cause| JournalError::Sqlite {
+            path: path.to_owned(),
+            cause,
+        })?;
+    match found.as_str() {
+        "ok" => Ok(()),
+        _ => Err(JournalError::Damaged {
+            path: path.to_owned(),
+            what: found,
+        }),
+    }
 }
 
 /// A second, reading connection: for clients, and for audits without a coordinator.

@@ -113,3 +113,16 @@ fn a_journal_of_a_build_without_hashes_gets_them() {
     let error = Store::open(directory.path()).unwrap_err().to_string();
     assert!(error.contains("fact 1 was altered"), "{error}");
 }
+
+#[test]
+fn a_page_whose_free_space_is_wrong_is_found_before_anything_is_written_into_it() {
+    let (directory, _) = written(3);
+    let path = file(directory.path());
+    let mut bytes = fs::read(&path).unwrap();
+    // Page 2 is the root of `facts`: bytes 1 and 2 of it say where its first hole is, and it has none.
+    assert_eq!(bytes[4097..4099], [0, 0]);
+    bytes[4098] ^= 0x40;
+    fs::write(&path, bytes).unwrap();
+    let error = Store::open(directory.path()).unwrap_err();
+    assert!(matches!(error, JournalError::Damaged { .. }), "{error}");
+}
