@@ -351,6 +351,17 @@ fn stream(
         sink(piece, chunk);
         true
     })?;
+    // The checksum is of what is there: it does not say that the manifest counts right.
+    let tokens = checksum.tokens();
+    if tokens != expected.tokens {
+        return Err(DataError::changed(
+            file.file().path(),
+            format!(
+                "row group {group} has {tokens} tokens, and {} in the manifest",
+                expected.tokens
+            ),
+        ));
+    }
     if checksum.finish() != expected.checksum {
         return Err(DataError::changed(
             file.file().path(),

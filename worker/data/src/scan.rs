@@ -70,18 +70,27 @@ impl ColumnFile {
             metadata,
             column,
         };
-        file.check_codecs()?;
+        file.check_chunks()?;
         Ok(file)
     }
 
-    /// That no page of the column is compressed in a way that is not read here.
-    fn check_codecs(&self) -> Result<(), DataError> {
+    /// That the column's pages lie somewhere, and none is compressed in a way that is not read here.
+    fn check_chunks(&self) -> Result<(), DataError> {
         let schema = self.metadata().file_metadata().schema_descr();
         for (number, group) in self.metadata().row_groups().iter().enumerate() {
             let leaves = group.columns().iter().enumerate();
             for (_, chunk) in
                 leaves.filter(|(leaf, _)| schema.get_column_root_idx(*leaf) == self.column)
             {
+                let begin = chunk.dictionary_page_offset();
+                let begin = begin.unwrap_or(chunk.data_page_offset());
+                if begin < 0 || chunk.compressed_size() < 0 {
+                    let cause = format!(
+                        "row group {number}: the column is said to have {} bytes from byte {begin} on",
+                        chunk.compressed_size()
+                    );
+                    return Err(DataError::content(&self.path, cause, INCOMPLETE));
+                }
                 let codec = match chunk.compression() {
                     Compression::BROTLI(_) => "brotli",
                     Compression::LZO => "lzo",
