@@ -31,6 +31,8 @@ pub struct Options<'a> {
     pub recipe_hash: Option<Hash>,
     /// Heads that published checkpoints remember: the chain has to pass through all of them.
     pub checkpoints: Vec<Remembered>,
+    /// What the receipt of the run remembers.
+    pub receipt: Option<Remembered>,
     /// Manifests of published checkpoints as they are now: what the ledger says about them has to be so.
     pub manifests: Vec<Manifest>,
     /// What is wrong with the files of checkpoints and the journal's end, in one line each, and how many files of
@@ -56,7 +58,7 @@ pub struct Manifest {
 /// The head that the ledger had when a checkpoint was written.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Remembered {
-    /// The checkpoint's manifest, or that of a model made from it, for people.
+    /// The checkpoint's manifest, or that of a model made from it, or the receipt of the run, for people.
     pub manifest: String,
     /// What it says.
     pub head: Hash,
@@ -233,7 +235,9 @@ impl<'a> Auditor<'a> {
                 ledger::hex(&head),
             ));
         }
-        for Remembered { manifest, head } in std::mem::take(&mut self.options.checkpoints) {
+        let receipt = self.options.receipt.take();
+        let checkpoints = std::mem::take(&mut self.options.checkpoints);
+        for Remembered { manifest, head } in checkpoints.into_iter().chain(receipt) {
             self.found(format!(
                 "the chain does not pass through {}, the head that {manifest} remembers: records are missing at the end \
                  or were replaced",
@@ -314,6 +318,9 @@ impl<'a> Auditor<'a> {
             .checkpoints
             .retain(|known| known.head != record.hash);
         self.passed += (waiting - self.options.checkpoints.len()) as u64;
+        self.options
+            .receipt
+            .take_if(|known| known.head == record.hash);
         self.tail.advance(record);
     }
 

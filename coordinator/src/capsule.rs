@@ -21,6 +21,7 @@ use std::io;
 use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use supra_checkpoint::seal;
 
 use crate::journal::JournalError;
 use crate::ledger::{Hash, RecordError, Tail, hex32};
@@ -37,8 +38,8 @@ pub use gather::{gather, submitted};
 pub use metrics::Numbers;
 pub use versions::{Environment, Versions};
 
-/// Version of the form: grows when a member changes its meaning or goes.
-pub const FORMAT: u32 = 1;
+/// Version of the form: grows when a member changes its meaning or goes. Since 2 the index has a hash.
+pub const FORMAT: u32 = 2;
 
 /// The member that names the others.
 pub const INDEX: &str = "index.json";
@@ -65,6 +66,8 @@ pub const JOURNAL: &str = "journal.jsonl";
 pub const INCIDENTS: &str = "incidents.json";
 /// The receipt.
 pub const RECEIPT: &str = "receipt.json";
+/// The format of receipts since which they have a hash.
+pub const SEALED_RECEIPT: u32 = 2;
 
 /// A capsule cannot be packed, written or read.
 #[derive(Debug, thiserror::Error)]
@@ -91,7 +94,7 @@ pub enum CapsuleError {
         problem: String,
     },
     /// A later version.
-    #[error("{} is a capsule of format {found}, this program reads format {FORMAT}: take a newer one", path.display())]
+    #[error("{} is a capsule of format {found}, this program reads formats 1 to {FORMAT}: take a newer one", path.display())]
     Newer {
         /// File or directory.
         path: PathBuf,
@@ -224,12 +227,14 @@ impl Capsule {
         }
         let no_index = |error| damaged(format!("{INDEX} is not that of a capsule: {error}"));
         let Format { format } = serde_json::from_slice(index).map_err(no_index)?;
-        if format != FORMAT {
+        if !(1..=FORMAT).contains(&format) {
             return Err(CapsuleError::Newer {
                 path: path.to_owned(),
                 found: format,
             });
         }
+        let altered = |problem| damaged(format!("{INDEX}: {problem}"));
+        seal::check(index, FORMAT).map_err(altered)?;
         let index: Index = serde_json::from_slice(index).map_err(no_index)?;
         for (name, member) in &index.members {
             match members.get(name) {
@@ -252,10 +257,7 @@ impl Capsule {
 
     /// The bytes of the index.
     fn index_bytes(&self) -> Vec<u8> {
-        let mut bytes = serde_json::to_vec_pretty(&self.index)
-            .expect("invariant: an index has only string keys");
-        bytes.push(b'\n');
-        bytes
+        seal::seal(&self.index)
     }
 }
 

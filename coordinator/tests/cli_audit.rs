@@ -192,6 +192,63 @@ fn a_ledger_that_lost_its_end_is_found_by_an_exported_model() {
 }
 
 #[test]
+fn receipt_and_exported_model_are_proved_by_their_hashes() {
+    let state = tempfile::tempdir().unwrap();
+    journal(state.path());
+    let head: Vec<u8> = rusqlite::Connection::open(state.path().join("journal.db"))
+        .unwrap()
+        .query_row("SELECT hash FROM ledger WHERE idx = 2", [], |row| {
+            row.get(0)
+        })
+        .unwrap();
+    let root = state.path().join("checkpoints");
+    fs::create_dir(&root).unwrap();
+    let receipt = |head: &[u8]| {
+        let head = supra_coordinator::ledger::hex(head);
+        let said = serde_json::json!({ "format": 2, "run": "small-1", "ledger_head": head });
+        let sealed = supra_checkpoint::seal::seal(&said);
+        fs::write(root.join("receipt.json"), &sealed).unwrap();
+        sealed
+    };
+    receipt(&[7; 32]);
+    let answer = audit(state.path(), &[]).expect_code(4);
+    assert!(
+        answer.stdout.contains("receipt.json remembers"),
+        "{}",
+        answer.stdout
+    );
+    let mut sealed = receipt(&head);
+    audit(state.path(), &[]).expect_code(0);
+    sealed[20] ^= 1;
+    fs::write(root.join("receipt.json"), &sealed).unwrap();
+    let answer = audit(state.path(), &[]).expect_code(4);
+    assert!(
+        answer.stdout.contains("receipt.json: it is damaged"),
+        "{}",
+        answer.stdout
+    );
+    fs::remove_file(root.join("receipt.json")).unwrap();
+
+    let model = tempfile::tempdir().unwrap();
+    let head = supra_coordinator::ledger::hex(&head);
+    let origin =
+        serde_json::json!({ "run": "small-1", "generation": 1, "step": 2, "ledger_head": head });
+    fs::write(model.path().join("supra_origin.json"), origin.to_string()).unwrap();
+    fs::write(model.path().join("model.safetensors"), "weights").unwrap();
+    let sums = supra_checkpoint::sums::of(model.path()).unwrap();
+    fs::write(model.path().join(supra_checkpoint::sums::SUMS), sums).unwrap();
+    let export = ["--export", model.path().to_str().unwrap(), "--files"];
+    audit(state.path(), &export).expect_code(0);
+    fs::write(model.path().join("model.safetensors"), "weighty").unwrap();
+    let answer = audit(state.path(), &export).expect_code(4);
+    assert!(
+        answer.stdout.contains("model.safetensors was altered"),
+        "{}",
+        answer.stdout
+    );
+}
+
+#[test]
 fn a_journal_that_is_none_ends_with_four() {
     let state = tempfile::tempdir().unwrap();
     fs::write(

@@ -11,6 +11,7 @@ mod options;
 mod out;
 mod replay;
 mod run;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -34,6 +35,8 @@ enum Command {
     Convert(convert::Convert),
     /// Turn a training checkpoint into a model that other programs load
     Export(export::Export),
+    /// Prove that an exported or converted model is what was written
+    Verify(verify::Verify),
     /// Measure loss and perplexity on a dataset
     Eval(eval::Eval),
     /// Continue a text
@@ -51,6 +54,7 @@ pub fn main() -> ExitCode {
         Command::Run(run) => return run.execute().unwrap_or_else(Failure::report),
         Command::Convert(convert) => convert.execute(),
         Command::Export(export) => export.execute(),
+        Command::Verify(verify) => verify.execute(),
         Command::Eval(eval) => eval.execute(),
         Command::Generate(generate) => generate.execute(),
         Command::Replay(replay) => replay.execute(),

@@ -140,3 +140,27 @@ fn the_card_of_a_trained_model_says_how_it_was_trained() {
         assert_eq!(json(&dir.join("supra_origin.json")), origin);
     }
 }
+
+#[test]
+fn a_model_is_proved_by_the_hashes_that_were_written_with_it() {
+    let place = tempfile::tempdir().unwrap();
+    let dir = place.path().join("model");
+    export(&golden("supra-gqa"), &dir, &[]);
+    let shown = dir.display().to_string();
+    let (code, told, err) = worker(&["verify", &shown, "--json"]);
+    assert_eq!(code, 0, "{err}");
+    let told: Value = serde_json::from_str(&told).unwrap();
+    let files = fs::read_dir(&dir).unwrap().count();
+    assert_eq!(told["files"], files - 1);
+
+    let path = dir.join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    let (code, _, err) = worker(&["verify", &shown]);
+    assert_eq!(code, 4, "{err}");
+    assert!(err.contains("model.safetensors was altered"), "{err}");
+    let (code, _, err) = worker(&["verify", &golden("supra-gqa")]);
+    assert_eq!(code, 2, "{err}");
+}

@@ -5,12 +5,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use supra_checkpoint::PUBLISHED;
+use supra_checkpoint::{PUBLISHED, seal};
 use supra_recipes::Recipe;
 
 use super::{
     BASE, Capsule, CapsuleError, Environment, HELDOUT, INCIDENTS, JOURNAL, LEDGER, METRICS,
-    RECEIPT, RECIPE, SUBMITTED, TRAIN, VERSIONS, Versions, base, lines, metrics,
+    RECEIPT, RECIPE, SEALED_RECEIPT, SUBMITTED, TRAIN, VERSIONS, Versions, base, lines, metrics,
 };
 use crate::goodput::Account;
 use crate::journal::Reader;
@@ -151,6 +151,12 @@ impl Gathered {
             return None;
         }
         self.copy(RECEIPT, &run.checkpoint_root.join(RECEIPT));
+        let proved = seal::check(self.members.get(RECEIPT)?, SEALED_RECEIPT);
+        if let Err(problem) = proved {
+            self.members.remove(RECEIPT);
+            self.lack(RECEIPT, problem);
+            return None;
+        }
         #[derive(Deserialize)]
         struct Said {
             build: String,

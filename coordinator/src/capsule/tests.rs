@@ -137,6 +137,26 @@ fn a_folder_whose_members_are_others_is_no_capsule() {
 }
 
 #[test]
+fn an_index_that_was_altered_is_found_wherever_it_was_hit() {
+    let capsule = capsule();
+    let index = capsule.index_bytes();
+    let read = |index: &[u8]| Capsule::checked(Path::new("x"), index, capsule.members.clone());
+    assert_eq!(read(&index).unwrap(), capsule);
+    for place in 0..index.len() {
+        let mut altered = index.clone();
+        altered[place] ^= 1;
+        read(&altered).unwrap_err();
+    }
+    // One of a build whose indices had no hash.
+    let old = Index {
+        format: 1,
+        ..capsule.index.clone()
+    };
+    let read = read(&serde_json::to_vec(&old).unwrap()).unwrap();
+    assert_eq!(read.members, capsule.members);
+}
+
+#[test]
 fn a_capsule_of_a_later_version_asks_for_it() {
     let mut later = capsule();
     later.index.format = FORMAT + 1;

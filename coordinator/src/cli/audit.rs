@@ -29,8 +29,8 @@ pub struct Audit {
     /// every sample
     #[arg(long, value_name = "RECIPE")]
     data: Option<PathBuf>,
-    /// Also hash every file of the published checkpoints and compare with what was written: slow,
-    /// reads all of them
+    /// Also hash every file of the published checkpoints, and of the model of --export, and compare with
+    /// what was written: slow, reads all of them
     #[arg(long)]
     files: bool,
     /// Also look for what an exported model remembers of the ledger
@@ -180,9 +180,12 @@ fn packed<'a>(path: &Path, recompute: Option<&'a mut Recompute<'a>>) -> Result<V
 /// What there is on this machine of a run beside its ledger.
 struct Witnesses {
     remembered: Vec<Remembered>,
+    receipt: Option<Remembered>,
     manifests: Vec<Manifest>,
     /// Published checkpoints, with what is wrong with their files and how many are right.
     examined: Vec<(Checkpoint, Vec<String>, u64)>,
+    /// The same of receipt and exported model.
+    beside: (Vec<String>, u64),
 }
 
 impl Audit {
@@ -196,6 +199,7 @@ impl Audit {
         damaged: &[PathBuf],
     ) -> Result<Witnesses, Failure> {
         let (mut remembered, manifests) = heads::remembered(root, run, damaged);
+        let (mut receipt, mut beside) = (None, (Vec::new(), 0));
         if let Some(directory) = &self.export {
             let (of, head) = heads::of_export(directory)?;
             if of != run {
@@ -205,6 +209,13 @@ impl Audit {
                 )));
             }
             remembered.push(head);
+            if self.files {
+                beside = heads::files_of_export(directory);
+            }
+        }
+        match heads::of_receipt(root, run) {
+            Ok(said) => receipt = said,
+            Err(problem) => beside.0.push(problem),
         }
         let care = if self.files {
             Care::Thorough
@@ -217,8 +228,10 @@ impl Audit {
         };
         Ok(Witnesses {
             remembered,
+            receipt,
             manifests,
             examined: known.iter().map(examine).collect(),
+            beside,
         })
     }
 }
@@ -231,13 +244,14 @@ impl Witnesses {
     }
 
     fn options<'a>(self) -> Options<'a> {
-        let mut files = (Vec::new(), 0);
+        let mut files = self.beside;
         for (_, problems, right) in self.examined {
             files.0.extend(problems);
             files.1 += right;
         }
         Options {
             checkpoints: self.remembered,
+            receipt: self.receipt,
             manifests: self.manifests,
             files,
             ..Options::default()

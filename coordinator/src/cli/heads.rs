@@ -7,10 +7,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use supra_checkpoint::{PUBLISHED, Store, store};
+use supra_checkpoint::{PUBLISHED, Store, StoredError, seal, store, sums};
 
 use super::failure::Failure;
 use crate::audit::{Manifest, Remembered};
+use crate::capsule::{RECEIPT, SEALED_RECEIPT};
 use crate::ledger::{Hash, hex32};
 
 /// What `supra-worker export` writes beside a model.
@@ -67,6 +68,46 @@ pub(super) fn said(path: &str, bytes: &[u8], run: &str) -> Option<(Remembered, M
         hash: *blake3::hash(bytes).as_bytes(),
     };
     (said.run == run).then_some((remembered, manifest))
+}
+
+/// The head that the receipt of a run below `root` remembers, if there is one: its hash is proved first.
+///
+/// # Errors
+/// It is damaged: what is wrong.
+pub(super) fn of_receipt(root: &Path, run: &str) -> Result<Option<Remembered>, String> {
+    #[derive(Deserialize)]
+    struct Receipt {
+        run: String,
+        #[serde(with = "hex32")]
+        ledger_head: Hash,
+    }
+    let read = Store::open(&root.display().to_string()).and_then(|store| {
+        let bytes = store.read_all(RECEIPT)?;
+        Ok::<_, StoredError>((store.at(RECEIPT).display().to_string(), bytes))
+    });
+    // None is there before the run has ended, nor on another machine.
+    let Ok((path, bytes)) = read else {
+        return Ok(None);
+    };
+    let damaged = |problem| format!("{path}: {problem}");
+    seal::check(&bytes, SEALED_RECEIPT).map_err(damaged)?;
+    let said: Receipt =
+        serde_json::from_slice(&bytes).map_err(|error| damaged(error.to_string()))?;
+    // A run without records has a head of zeros.
+    let remembered = Remembered {
+        manifest: path,
+        head: said.ledger_head,
+    };
+    Ok(Some(remembered).filter(|known| said.run == run && known.head != Hash::default()))
+}
+
+/// What is wrong with the files of an exported model, and how many are right. Nothing is with one of a build that kept no hashes.
+pub(super) fn files_of_export(directory: &Path) -> (Vec<String>, u64) {
+    match sums::verify(directory) {
+        Ok(proved) => (Vec::new(), proved.files),
+        Err(sums::SumsError::Absent { .. }) => Default::default(),
+        Err(error) => (vec![error.to_string()], 0),
+    }
 }
 
 /// The run that an exported model in `directory` is of, and the head that it remembers.

@@ -1,10 +1,11 @@
 //! `receipt.json`: what a run was and what became of it, beside its checkpoints, for whoever finds them later.
 //!
 //! Written by the coordinator whenever the run ends, and replaced when it was resumed and ends again. It says what the
-//! journal says; the ledger's head in it lets an audit prove that the journal is that of these checkpoints.
+//! journal says; the ledger's head in it lets an audit prove that the journal is that of these checkpoints. Its last member is the
+//! hash of all before ([`seal`]).
 
 use serde::Serialize;
-use supra_checkpoint::{Store, StoredError};
+use supra_checkpoint::{Store, StoredError, seal};
 use supra_proto::v1;
 use tokio::task::JoinSet;
 
@@ -15,8 +16,8 @@ use crate::interval::Experience;
 use crate::ledger::hex;
 use crate::machine::{Damaged, Run, RunNumber, RunPhase, State};
 
-/// Version of the receipt's form: grows when a field changes its meaning or goes.
-const FORMAT: u32 = 1;
+/// Version of the receipt's form: grows when a field changes its meaning or goes. Since 2 it is sealed.
+const FORMAT: u32 = 2;
 
 const FILE: &str = "receipt.json";
 
@@ -145,10 +146,7 @@ impl Receipt {
     /// # Errors
     /// The store's.
     fn write(&self, root: &str) -> Result<(), StoredError> {
-        let mut text =
-            serde_json::to_vec_pretty(self).expect("invariant: a receipt has only string keys");
-        text.push(b'\n');
-        Store::open(root)?.replace(FILE, &text)
+        Store::open(root)?.replace(FILE, &seal::seal(self))
     }
 }
 

@@ -66,7 +66,7 @@ enum Campaign {
     Checkpoint,
     /// kill -9 of workers, coordinator and everything, 50 times.
     Kills,
-    /// Bit flips, cuts and swaps at random places of every kind of file that has to be right, 13,200 of them.
+    /// Bit flips, cuts and swaps at random places of every kind of file that has to be right, 18,000 of them.
     Corruption,
     /// kill -9 while a checkpoint is written, 500 times, and storage that refuses, is full or hangs; needs a C++ compiler.
     CheckpointKills,

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+mod beside;
 mod damage;
 mod journal;
 mod material;
@@ -25,11 +26,16 @@ pub const ABOUT: &str = "A small run trains, and what it has written is damaged,
     byte becomes another (two), up to 512 bytes become zeros, the file is cut, grows by up to 512 random bytes, or is another \
     one of the same directory or of an older checkpoint. Then it is read as the programs read it. Checkpoints: the journalled \
     hash of the manifest, and the hashes in the manifest. Dataset: the hash that the run was opened with; every window, compared with \
-    the checksums in the manifest. Journal: opened as by a coordinator, every ledger read and audited. `found` says no by an error. \
+    the checksums in the manifest. Journal: opened as by a coordinator, every ledger read and audited. Exported model: as by `supra-worker verify`, \
+    which compares every file with the list of hashes beside them, the list among the damaged. Receipt: its own hash, as by `supra audit`. \
+    Capsule: as by `supra audit --capsule`. `found` says no by an error. \
     `harmless` was read as exactly what was written, value by value, for the damage met nothing that means anything. Of token parquet: \
-    statistics, the writer's name, the embedded schema, settings that no reader needs. Of the journal: free space of pages, counters of \
-    SQLite, the snapshot (everything is replayed then), the log behind its last commit, and the file that says how far the journal has \
-    come when nothing is left of it; such a journal was also written to, opened again, and held what it should. A wrong value that \
+    statistics, the writer's name, the embedded schema, settings that no reader needs. Of the journal: free space of pages, \
+    SQLite's counters and the fields of its header that it does not use, words of the tables' definitions that nothing depends on, the \
+    snapshot (everything is replayed then), the log behind its last commit, and the file that says how far the journal has \
+    come when nothing is left of it; such a journal was also written to, opened again, and held what it should. Of a capsule file: settings \
+    of its compression. Not damaged here, for no hash of it is kept by itself: the manifest of held-out data, and that of training data \
+    before a run is opened with it; what they say of tokens is checked against the data when it is read. A wrong value that \
     is taken for a right one ends the campaign, as does a panic.";
 
 /// How many cases, and which.

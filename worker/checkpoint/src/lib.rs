@@ -3,7 +3,7 @@
 //! [`manifest`] says what a checkpoint holds, [`store`] where it lies and what may go, [`publish`] what makes it exist, [`verify`]
 //! whether it is what was written, by the hashes of [`tree`], [`examine`] all that is not, and [`fetch`] gets the model out of it.
 //! Coordinator and worker use the same code; tensors are the worker's. [`header`] reads what a file of tensors says of itself,
-//! [`pytorch`] the weights of others.
+//! [`pytorch`] the weights of others. Files beside checkpoints prove themselves: [`seal`]; models that left them: [`sums`].
 
 #![forbid(unsafe_code)]
 
@@ -14,7 +14,9 @@ pub mod header;
 pub mod manifest;
 pub mod publish;
 pub mod pytorch;
+pub mod seal;
 pub mod store;
+pub mod sums;
 pub mod tree;
 pub mod verify;
 

@@ -2,7 +2,7 @@
 
 use std::{error::Error, process::ExitCode};
 
-use supra_checkpoint::StoredError;
+use supra_checkpoint::{StoredError, sums::SumsError};
 use supra_worker::{
     checkpoint::CheckpointError,
     device::DeviceError,
@@ -90,6 +90,16 @@ impl From<StoredError> for Failure {
             StoredError::Damaged { .. } => BROKEN,
             ref error if error.is_transient() => FAILED,
             _ => INPUT,
+        };
+        Failure::with_code(code, &error)
+    }
+}
+
+impl From<SumsError> for Failure {
+    fn from(error: SumsError) -> Failure {
+        let code = match error {
+            SumsError::Damaged { .. } => BROKEN,
+            SumsError::Absent { .. } | SumsError::Io { .. } => INPUT,
         };
         Failure::with_code(code, &error)
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use supra_checkpoint::{EXP_AVG, EXP_AVG_SQ, Manifest, PUBLISHED, Store, verify};
 use supra_data::Reader;
 
+use super::beside;
 use super::journal::{self, Known};
 use super::{Kind, Verdict};
 use crate::cluster::Cluster;
@@ -16,7 +17,7 @@ use crate::process;
 use crate::programs::Programs;
 
 const SEQUENCE_LENGTH: u64 = 32;
-const LIMIT: Duration = Duration::from_secs(120);
+pub const LIMIT: Duration = Duration::from_secs(120);
 const JOURNAL: &str = "journal.db";
 const LOG: &str = "journal.db-wal";
 const HEAD: &str = "journal.head";
@@ -38,6 +39,7 @@ pub fn make(programs: &Programs, directory: &Path) -> Result<Vec<Kind>> {
     let run = cluster.submit(&recipe.write(&fixture)?)?;
     cluster.wait_finished(&run, LIMIT)?;
     let mut kinds = checkpoints(&cluster, &run)?;
+    kinds.extend(beside::make(programs, &cluster, &run, directory)?);
     let packed = directory.join("packed");
     let mut pack = programs.supra();
     pack.args(["data", "pack"]).arg(&fixture.data);
@@ -63,7 +65,7 @@ pub fn make(programs: &Programs, directory: &Path) -> Result<Vec<Kind>> {
     Ok(kinds)
 }
 
-fn copy(from: &Path, to: &Path, names: &[&str]) -> Result<()> {
+pub fn copy(from: &Path, to: &Path, names: &[&str]) -> Result<()> {
     fs::create_dir_all(to)?;
     for name in names {
         let path = from.join(name);
@@ -73,7 +75,7 @@ fn copy(from: &Path, to: &Path, names: &[&str]) -> Result<()> {
 }
 
 /// Names of the files in a directory.
-fn names(directory: &Path) -> Result<Vec<String>> {
+pub fn names(directory: &Path) -> Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(directory)? {
         names.push(entry?.file_name().to_string_lossy().into_owned());

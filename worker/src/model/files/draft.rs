@@ -1,7 +1,9 @@
-//! A directory under construction, beside its final place: it appears whole, or not at all.
+//! A directory under construction, beside its final place: it appears whole, with the hashes of its files, or not at all.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
+
+use supra_checkpoint::sums::{self, SUMS};
 
 use crate::model::ModelError;
 
@@ -66,8 +68,10 @@ impl Draft {
         }
     }
 
-    /// Gives the directory its name, once every file is on the disk.
+    /// Gives the directory its name, once every file and the hashes of all are on the disk.
     pub fn publish(mut self) -> Result<(), ModelError> {
+        let sums = sums::of(&self.path).map_err(|error| ModelError::Unfit(error.to_string()))?;
+        self.write(SUMS, &sums)?;
         let io = |source| ModelError::Io {
             action: "create",
             path: self.target.clone(),
