@@ -170,6 +170,11 @@ fn a_run_whose_checkpoints_are_in_a_bucket_is_killed_and_goes_on_from_there() ->
         audit["files"].as_u64() >= Some(8),
         "two checkpoints: {audit}"
     );
+    let capsule = stage.directory.path().join("capsule");
+    let packed = cluster.supra_json(&["capsule", &run, "--out", &capsule.to_string_lossy()])?;
+    assert_eq!(packed["missing"], serde_json::json!({}), "{packed}");
+    let manifests = capsule.join("checkpoints").read_dir()?.count();
+    assert_eq!(manifests, 2, "{packed}");
 
     let objects = server.objects()?;
     let named = |suffix: &str| objects.iter().filter(|name| name.ends_with(suffix)).count();

@@ -5,7 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use supra_checkpoint::{PUBLISHED, seal};
+use supra_checkpoint::store::join;
+use supra_checkpoint::{PUBLISHED, Store, StoredError, seal};
 use supra_recipes::Recipe;
 
 use super::{
@@ -41,8 +42,9 @@ pub fn gather(state: &Path, journal: &Reader, number: RunNumber) -> Result<Capsu
     gathered.put(LEDGER, ledger(journal, run)?);
     gathered.put(JOURNAL, facts(journal, number)?);
     gathered.telemetry(state, number)?;
-    let build = gathered.receipt(run);
-    let environments = gathered.checkpoints(run);
+    let store = Store::open(&run.checkpoint_root.to_string_lossy());
+    let build = gathered.receipt(run, &store);
+    let environments = gathered.checkpoints(run, &store);
     gathered.put_json(VERSIONS, &Versions::new(environments, build));
     match Recipe::parse(&run.recipe, RECIPE) {
         Ok(recipe) => gathered.sources(&recipe, run),
@@ -144,13 +146,23 @@ impl Gathered {
         Ok(())
     }
 
+    /// Takes a file of the checkpoints' store over as it is.
+    fn fetch(&mut self, name: &str, store: &Result<Store, StoredError>, relative: &str) {
+        let read = store.as_ref().map(|store| store.read_all(relative));
+        match read {
+            Ok(Ok(bytes)) => self.put(name, bytes),
+            Ok(Err(error)) => self.lack(name, error.to_string()),
+            Err(error) => self.lack(name, error.to_string()),
+        }
+    }
+
     /// Takes the receipt, and gives the build that it names.
-    fn receipt(&mut self, run: &Run) -> Option<String> {
+    fn receipt(&mut self, run: &Run, store: &Result<Store, StoredError>) -> Option<String> {
         if !run.ended() {
             self.lack(RECEIPT, "the run has not ended");
             return None;
         }
-        self.copy(RECEIPT, &run.checkpoint_root.join(RECEIPT));
+        self.fetch(RECEIPT, store, RECEIPT);
         let proved = seal::check(self.members.get(RECEIPT)?, SEALED_RECEIPT);
         if let Err(problem) = proved {
             self.members.remove(RECEIPT);
@@ -166,7 +178,7 @@ impl Gathered {
     }
 
     /// Takes the manifests of published checkpoints that are what the journal says, and gives what they were written with.
-    fn checkpoints(&mut self, run: &Run) -> Vec<Environment> {
+    fn checkpoints(&mut self, run: &Run, store: &Result<Store, StoredError>) -> Vec<Environment> {
         #[derive(Deserialize)]
         struct Said {
             world: u32,
@@ -174,14 +186,15 @@ impl Gathered {
         }
         let mut environments = Vec::new();
         for known in run.checkpoints.iter().filter(|known| known.published) {
-            let name = format!("checkpoints/{}/{PUBLISHED}", known.path);
-            let path = run.checkpoint_root.join(&known.path).join(PUBLISHED);
-            self.copy(&name, &path);
+            let relative = join(&known.path, PUBLISHED);
+            let name = format!("checkpoints/{relative}");
+            self.fetch(&name, store, &relative);
             let Some(bytes) = self.members.get(&name) else {
                 continue;
             };
             if *blake3::hash(bytes).as_bytes() != known.manifest_hash {
                 self.members.remove(&name);
+                let path = run.checkpoint_root.join(&relative);
                 self.lack(&name, format!("{} was altered", path.display()));
                 continue;
             }
