@@ -53,7 +53,8 @@ impl Fixture {
 
     /// Models of other libraries with their own answers, in fp32: what `scripts/test-parity` makes.
     pub fn parity() -> Vec<Fixture> {
-        let mut found: Vec<Fixture> = fs::read_dir(repository().join(PARITY))
+        let root = named_root().unwrap_or_else(repository);
+        let mut found: Vec<Fixture> = fs::read_dir(root.join(PARITY))
             .unwrap()
             .map(|entry| entry.unwrap().path())
             .filter(|dir| dir.join(PARITY_ANSWERS).exists())
