@@ -24,12 +24,11 @@ use serde::{Deserialize, Serialize};
 use supra_checkpoint::seal;
 
 use crate::journal::JournalError;
-use crate::ledger::{Hash, RecordError, Tail, hex32};
+use crate::ledger::{Hash, Record, RecordError, Tail, hex32, lines};
 
 mod archive;
 mod base;
 mod gather;
-mod lines;
 mod metrics;
 mod versions;
 
@@ -57,7 +56,7 @@ pub const HELDOUT: &str = "data/heldout.json";
 /// The files of the base model.
 pub const BASE: &str = "base.json";
 /// The ledger.
-pub const LEDGER: &str = "ledger.jsonl";
+pub const LEDGER: &str = supra_checkpoint::LEDGER;
 /// Numbers of the steps.
 pub const METRICS: &str = "metrics.csv";
 /// Decided facts.
@@ -199,6 +198,18 @@ impl Capsule {
     /// A member's bytes.
     pub fn member(&self, name: &str) -> Option<&[u8]> {
         self.members.get(name).map(Vec::as_slice)
+    }
+
+    /// The records of the ledger, in order.
+    ///
+    /// # Errors
+    /// A line that is no record.
+    pub fn ledger(&self) -> Result<Vec<Record>, CapsuleError> {
+        let records = lines::parse(self.member(LEDGER).unwrap_or_default());
+        records.map_err(|problem| CapsuleError::Damaged {
+            path: LEDGER.into(),
+            problem,
+        })
     }
 
     /// Members by name, in order.

@@ -327,6 +327,7 @@ impl Account {
                 (self.alive, self.ended, self.waiting) = (false, true, 0);
             }
             Fact::Submitted { .. }
+            | Fact::Adopted { .. }
             | Fact::StopAsked { .. }
             | Fact::Logged { .. }
             | Fact::Published { .. }

@@ -6,6 +6,7 @@
 //! integers as u64 little-endian, texts as length and UTF-8.
 
 mod encoding;
+pub(crate) mod lines;
 mod wire;
 
 /// Length of every hash and digest in the ledger, bytes.

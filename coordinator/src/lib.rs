@@ -2,12 +2,13 @@
 //!
 //! [`machine`] decides and is pure; [`journal`] remembers; [`ledger`] is the hash-chained account of
 //! trained samples and [`audit`] proves it; [`goodput`] is the account of time; [`interval`] says how
-//! often a checkpoint is worth while, [`chaos`] what a run does to its own workers; [`capsule`] packs what is known of a run,
+//! often a checkpoint is worth while, [`adopt`] reads a run out of one, [`chaos`] what a run does to its own workers; [`capsule`] packs what is known of a run,
 //! and [`diff`] says why two differ; [`service`] is the gRPC shell around them.
 
 #![forbid(unsafe_code)]
 
 pub mod address;
+pub mod adopt;
 pub mod audit;
 pub mod capsule;
 pub mod chaos;

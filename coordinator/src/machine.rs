@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use supra_proto::v1::{self, coordinator_message::Body as Down, worker_message::Body as Up};
 
+mod adopt;
 mod agreement;
 mod aside;
 mod attach;
@@ -48,10 +49,13 @@ mod verify;
 mod view;
 mod worker;
 
+pub use adopt::Adoption;
 pub use clients::{Refused, Submission};
 pub use fact::{Fact, Outcome};
 pub use proofs::Found;
-pub use state::{Aside, Checkpoint, Damaged, Failures, Run, RunNumber, RunPhase, State, Workers};
+pub use state::{
+    Adopted, Aside, Checkpoint, Damaged, Failures, Run, RunNumber, RunPhase, State, Workers,
+};
 pub use verify::Logged;
 pub use view::FindError;
 pub use worker::Conn;
@@ -163,6 +167,8 @@ pub enum Event {
     },
     /// A client submits a validated recipe.
     Submit(Submission),
+    /// A client has a run rebuilt from one of its checkpoints.
+    Adopt(Box<Adoption>),
     /// A client wants a run stopped.
     Cancel(RunNumber),
     /// A client wants a stopped run continued.
@@ -371,6 +377,7 @@ impl Machine {
             Event::Message { conn, message } => self.message(conn, message),
             Event::Lost { conn, cause } => self.drop_worker(conn, &cause),
             Event::Submit(submission) => self.submit(submission)?,
+            Event::Adopt(adoption) => self.adopt(*adoption)?,
             Event::Cancel(run) => self.cancel(run)?,
             Event::Resume { run, strict } => self.resume(run, strict)?,
             Event::NameCheckpoint { run, step, name } => self.name_checkpoint(run, step, name)?,

@@ -22,6 +22,7 @@ use crate::journal::{JournalError, StateLock};
 use crate::machine::{Identity, Limits};
 
 mod accounts;
+mod adoptions;
 mod audits;
 mod capsules;
 mod handle;

@@ -9,7 +9,7 @@ use tonic::transport::{Channel, Endpoint};
 
 use crate::error::unreachable;
 use crate::v1::workers_client::WorkersClient;
-use crate::v1::{CoordinatorMessage, WorkerMessage};
+use crate::v1::{CoordinatorMessage, LedgerRequest, WorkerMessage};
 use crate::{Bearer, ClientError, Token};
 
 /// How long a connection may take.
@@ -48,6 +48,26 @@ pub async fn attach(
     Ok(response
         .map_err(|status| ClientError::from_status(url, &status))?
         .into_inner())
+}
+
+/// The file of a run's ledger, up to the record that is asked for.
+///
+/// # Errors
+///
+/// `Unreachable` when nobody answers or the answer breaks off; a `Status` when the run has no such record.
+pub async fn ledger(
+    url: &str,
+    token: Option<Token>,
+    request: LedgerRequest,
+) -> Result<Vec<u8>, ClientError> {
+    let mut client = WorkersClient::new(connect(url, token).await?);
+    let failed = |status: tonic::Status| ClientError::from_status(url, &status);
+    let mut parts = client.ledger(request).await.map_err(failed)?.into_inner();
+    let mut file = Vec::new();
+    while let Some(part) = parts.message().await.map_err(failed)? {
+        file.extend(part.data);
+    }
+    Ok(file)
 }
 
 fn endpoint(url: &str) -> Result<Endpoint, ClientError> {

@@ -5,10 +5,10 @@ use tonic::{Response, Status, Streaming};
 use crate::channel::{Authorized, connect};
 use crate::v1::runs_client::RunsClient;
 use crate::v1::{
-    CapsulePart, Checkpoint, DrainRequest, DropCheckpointNameRequest, KeepCheckpointRequest,
-    LedgerRecord, ListRequest, LogEntry, LogsRequest, PruneCheckpointsRequest, ResumeRequest,
-    RunRequest, RunStatus, ShutdownRequest, StepMetrics, SubmitRequest, WorkerStatus,
-    WorkersRequest,
+    AdoptRequest, AdoptResponse, CapsulePart, Checkpoint, DrainRequest, DropCheckpointNameRequest,
+    KeepCheckpointRequest, LedgerRecord, ListRequest, LogEntry, LogsRequest,
+    PruneCheckpointsRequest, ResumeRequest, RunRequest, RunStatus, ShutdownRequest, StepMetrics,
+    SubmitRequest, WorkerStatus, WorkersRequest,
 };
 use crate::{ClientError, Token};
 
@@ -89,6 +89,12 @@ impl Client {
     pub async fn resume(&mut self, run: &str, strict: bool) -> Result<RunStatus, ClientError> {
         let run = run.to_owned();
         let response = self.runs.resume(ResumeRequest { run, strict }).await;
+        self.answer(response)
+    }
+
+    /// Rebuilds a run from one of its checkpoints and queues it.
+    pub async fn adopt(&mut self, request: AdoptRequest) -> Result<AdoptResponse, ClientError> {
+        let response = self.runs.adopt(request).await;
         self.answer(response)
     }
 

@@ -1,7 +1,7 @@
 //! `supra.v1`: the only wire contract between coordinator, workers and clients.
 //!
 //! Generated messages and services live in [`v1`]; [`Client`] speaks the client's half of it,
-//! [`attach`] opens the worker's half. [`Token`] is the shared secret, [`Bearer`] sends it and
+//! [`attach`] opens the worker's half, and [`ledger`] is what rank 0 puts into checkpoints. [`Token`] is the shared secret, [`Bearer`] sends it and
 //! [`TokenCheck`] asks for it.
 
 #![forbid(unsafe_code)]
@@ -11,7 +11,7 @@ mod client;
 mod error;
 mod token;
 
-pub use channel::{CONNECT_TIMEOUT, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, attach};
+pub use channel::{CONNECT_TIMEOUT, KEEP_ALIVE_INTERVAL, KEEP_ALIVE_TIMEOUT, attach, ledger};
 pub use client::{Client, Incoming};
 pub use error::ClientError;
 pub use token::{Bearer, Token, TokenCheck, TokenError};

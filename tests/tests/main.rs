@@ -2,6 +2,7 @@
 //!
 //! The programs are those beside this executable: `cargo nextest run --workspace` builds them.
 
+mod adopt;
 mod away;
 mod bad_clock;
 mod bad_disk;

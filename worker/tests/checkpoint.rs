@@ -403,19 +403,22 @@ fn the_copy_of_a_checkpoint_takes_what_is_planned() {
 
 /// Checkpoints of every released version stay readable. See tests/checkpoints/README.md.
 #[test]
-fn a_checkpoint_of_format_1_is_read_to_the_bit_and_still_a_model() {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/checkpoints/format-1");
-    let store = Store::open(dir.to_str().unwrap()).unwrap();
-    let manifest = verify::manifest(&store, "", None).unwrap();
-    assert_eq!(manifest.format, 1);
-    for (world, zero1) in [(1, false), (3, true)] {
-        for hash in read_by(&dir, world, zero1, Kind::Float) {
-            let hash = blake3::Hash::from_bytes(hash).to_hex();
-            assert_eq!(hash.as_str(), manifest.replica_hash);
+fn a_checkpoint_of_every_older_format_is_read_to_the_bit_and_still_a_model() {
+    for format in [1, 2] {
+        let dir = format!("../tests/checkpoints/format-{format}");
+        let dir = &Path::new(env!("CARGO_MANIFEST_DIR")).join(dir);
+        let store = Store::open(dir.to_str().unwrap()).unwrap();
+        let manifest = verify::manifest(&store, "", None).unwrap();
+        assert_eq!(manifest.format, format);
+        for (world, zero1) in [(1, false), (3, true)] {
+            for hash in read_by(dir, world, zero1, Kind::Float) {
+                let hash = blake3::Hash::from_bytes(hash).to_hex();
+                assert_eq!(hash.as_str(), manifest.replica_hash);
+            }
         }
+        verify::model(&store, "", &manifest).unwrap();
+        let config = ModelConfig::load(dir).unwrap();
+        let (_, report) = model::load_params(dir, &config, NewWeights::Refuse).unwrap();
+        assert!(report.missing.is_empty());
     }
-    verify::model(&store, "", &manifest).unwrap();
-    let config = ModelConfig::load(&dir).unwrap();
-    let (_, report) = model::load_params(&dir, &config, NewWeights::Refuse).unwrap();
-    assert!(report.missing.is_empty());
 }

@@ -39,6 +39,9 @@ pub const BUILD: &str = "test-build";
 /// Head of the ledger that no coordinator keeps here.
 pub const LEDGER_HEAD: [u8; 32] = [0xa5; 32];
 
+/// What stands for the ledger there.
+const LEDGER: &[u8] = b"{}\n";
+
 /// Base, data and a place for checkpoints.
 pub struct World {
     pub dir: TempDir,
@@ -438,7 +441,7 @@ impl<'a> Generation<'a> {
                 }
                 Report::CheckpointFilled(unfinished) => {
                     let root = store(root);
-                    let written = unfinished.finish(&root, LEDGER_HEAD).unwrap();
+                    let written = unfinished.finish(&root, LEDGER_HEAD, LEDGER).unwrap();
                     let hash = written.manifest_hash.as_slice().try_into().unwrap();
                     root.publish(&written.path, hash).unwrap();
                     control.published(written.step);

@@ -11,11 +11,11 @@ use supra_recipes::Recipe;
 
 use super::{
     BASE, Capsule, CapsuleError, Environment, HELDOUT, INCIDENTS, JOURNAL, LEDGER, METRICS,
-    RECEIPT, RECIPE, SEALED_RECEIPT, SUBMITTED, TRAIN, VERSIONS, Versions, base, lines, metrics,
+    RECEIPT, RECIPE, SEALED_RECEIPT, SUBMITTED, TRAIN, VERSIONS, Versions, base, metrics,
 };
 use crate::goodput::Account;
 use crate::journal::Reader;
-use crate::ledger::hex;
+use crate::ledger::{hex, lines};
 use crate::machine::{Run, RunNumber};
 use crate::telemetry::{self, TelemetryReader};
 

@@ -3,6 +3,7 @@
 //! Exit codes: 0 done, 1 failed, 2 bad input, 3 unreachable, 4 audit or checkpoint broken, or a comparison that
 //! found a difference, 75 stopped and resumable, 130 interrupted.
 
+mod adopt;
 mod audit;
 mod capsule;
 mod checkpoints;
@@ -66,7 +67,7 @@ enum Command {
     Logs(runs::Logs),
     /// Ask a run for a checkpoint and a stop
     Cancel(runs::Cancel),
-    /// Queue a stopped run again, from its last checkpoint
+    /// Queue a stopped run again, from its last checkpoint; or rebuild one whose head node is gone (--adopt)
     Resume(runs::Resume),
     /// List a run's checkpoints, oldest first, verify, keep or prune them
     Checkpoints(checkpoints::command::Checkpoints),

@@ -10,7 +10,7 @@ use supra_recipes::Recipe;
 use super::connect::Connect;
 use super::failure::{Exit, Failure};
 use super::progress::{self, Progress};
-use super::{describe, format, json, out};
+use super::{adopt, describe, format, json, out};
 
 /// Machine-readable output.
 #[derive(Args, Clone, Copy, Debug, Default)]
@@ -105,6 +105,12 @@ pub struct Cancel {
 pub struct Resume {
     #[command(flatten)]
     which: Which,
+    /// Rebuild a run that the coordinator does not know, since the head node that had its journal is gone: from the
+    /// checkpoint at URL (a path, s3://, gs://), or the newest one that is whole in the folder of a run's checkpoints there.
+    /// The coordinator reads all of it first, and checks files and ledger. Make sure that the old coordinator never comes
+    /// back
+    #[arg(long, value_name = "URL", conflicts_with = "run")]
+    adopt: Option<String>,
     #[command(flatten)]
     strict: Strict,
     /// Then follow the run to its end, as `supra watch` does
@@ -254,14 +260,22 @@ pub async fn cancel(command: Cancel) -> Result<Exit, Failure> {
 /// An unreachable coordinator, an unknown run, or one that cannot be resumed.
 pub async fn resume(command: Resume) -> Result<Exit, Failure> {
     let mut client = command.connect.client().await?;
-    let status = client
-        .resume(&command.which.run, command.strict.strict)
-        .await?;
+    let strict = command.strict.strict;
+    let adopted = match &command.adopt {
+        Some(url) => Some(adopt::adopt(&mut client, url, strict).await?),
+        None => None,
+    };
+    let status = match &adopted {
+        Some(answer) => answer.run.clone().unwrap_or_default(),
+        None => client.resume(&command.which.run, strict).await?,
+    };
     if command.watch {
         return follow(&mut client, &status.run, command.json.json).await;
     }
     if command.json.json {
         out::json(&json::Run::from(&status))?;
+    } else if let Some(answer) = &adopted {
+        out::line(&adopt::render(answer))?;
     } else {
         let from = status.checkpoint.as_ref().map_or_else(
             || "from the beginning".to_owned(),

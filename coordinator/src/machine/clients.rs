@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use supra_proto::v1::{Goodbye, StopAfterStep, coordinator_message::Body as Down};
+use supra_recipes::schema::Recipe;
 
 use super::fact::{Fact, Outcome};
 use super::state::{Run, RunNumber, RunPhase, Workers};
@@ -80,6 +81,11 @@ pub enum Refused {
         "run {0} is under way without --strict and would go on so; `supra cancel {0} --wait`, then `supra resume {0} --strict`"
     )]
     NotStrict(String),
+    /// A run that is to be adopted, and need not be.
+    #[error(
+        "this coordinator knows run {0} already, so there is nothing to adopt; `supra resume {0}` continues it when it has stopped"
+    )]
+    Known(String),
     /// The run has ended.
     #[error("run {id} {how} already")]
     Over {
@@ -95,6 +101,28 @@ fn hint(near: &[String]) -> String {
         return ";".to_owned();
     }
     format!("; did you mean {}?", near.join(" or "))
+}
+
+impl Submission {
+    /// A run of a resolved recipe.
+    pub fn new(id: String, recipe: &Recipe, checkpoint_root: PathBuf, strict: bool) -> Submission {
+        let length = u64::from(recipe.batch.sequence_length.max(1));
+        Submission {
+            id,
+            name: recipe.name.to_string(),
+            recipe: recipe.to_yaml(),
+            checkpoint_root,
+            keep: recipe.checkpoint.keep,
+            keep_every: recipe.checkpoint.keep_every.map_or(0, |tokens| tokens.0),
+            strict,
+            budget_tokens: recipe.budget.tokens() / length * length,
+            workers: Workers {
+                min: recipe.workers.min,
+                max: recipe.workers.max,
+                grace: recipe.workers.grace.duration(),
+            },
+        }
+    }
 }
 
 impl Machine {
@@ -276,7 +304,7 @@ impl Machine {
         self.state.run(number).ok_or(Refused::NoRun(number))
     }
 
-    fn not_ending(&self) -> Result<(), Refused> {
+    pub(super) fn not_ending(&self) -> Result<(), Refused> {
         if self.shutdown.is_some() {
             Err(Refused::ShuttingDown)
         } else {

@@ -42,6 +42,21 @@ pub enum Fact {
         /// Milliseconds since the Unix epoch.
         at: u64,
     },
+    /// A run whose coordinator is gone was rebuilt from a checkpoint: the records of its ledger came before this, and the
+    /// checkpoint comes after it.
+    Adopted {
+        /// Run.
+        run: RunNumber,
+        /// Which checkpoint.
+        path: String,
+        /// Hash of the state in it, as its manifest states it.
+        #[serde(with = "hex32")]
+        replica_hash: Hash,
+        /// Its generations have greater numbers from here on: the coordinator that is gone may have given those up to this one.
+        generation: u64,
+        /// Milliseconds since the Unix epoch.
+        at: u64,
+    },
     /// A stopped run was queued again.
     Queued {
         /// Run.
@@ -253,6 +268,7 @@ impl Fact {
     pub fn run(&self) -> RunNumber {
         match self {
             Fact::Submitted { run, .. }
+            | Fact::Adopted { run, .. }
             | Fact::Queued { run, .. }
             | Fact::StopAsked { run, .. }
             | Fact::Formed { run, .. }

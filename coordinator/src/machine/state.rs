@@ -82,6 +82,9 @@ pub struct Run {
     pub ledger: Tail,
     /// The ledger's opening, once the data is known.
     pub open: Option<Open>,
+    /// What it was adopted from; none when it was submitted here.
+    #[serde(default)]
+    pub adopted: Option<Adopted>,
     /// Last applied step.
     pub step: u64,
     /// Oldest generation whose state behind `step` is the one that the ledger accounts for: what older ones left in the
@@ -125,6 +128,17 @@ pub struct Run {
     pub submitted_unix_ms: u64,
     /// Milliseconds since the Unix epoch; 0 while it has not ended.
     pub ended_unix_ms: u64,
+}
+
+/// The checkpoint that a run was adopted from. Nobody but its manifest vouches for that manifest, so ranks that start from it
+/// have to come to the state that it states.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Adopted {
+    /// Directory, relative to the run's checkpoint root.
+    pub path: String,
+    /// Hash of its state, as ranks state it when they have formed.
+    #[serde(with = "hex32")]
+    pub replica_hash: Hash,
 }
 
 /// How many workers train together.
@@ -295,6 +309,7 @@ impl State {
             failures: Failures::default(),
             ledger: Tail::default(),
             open: None,
+            adopted: None,
             step: 0,
             lineage: 0,
             trained: Vec::new(),
@@ -356,6 +371,22 @@ impl Run {
             | Fact::TakenUp { .. }
             | Fact::PutAside { .. }
             | Fact::TakenBack { .. } => {}
+            Fact::Adopted {
+                path,
+                replica_hash,
+                generation,
+                ..
+            } => {
+                self.generation = *generation;
+                self.adopted = Some(Adopted {
+                    path: path.clone(),
+                    replica_hash: *replica_hash,
+                });
+                // What workers of the old coordinator hold, the ledger does not account for.
+                self.lineage = generation.saturating_add(1);
+                // Records of voids are there, and how long was trained between them is not.
+                self.experience = Experience::default();
+            }
             Fact::Queued { strict, .. } => {
                 (self.strict, self.broken) = (*strict, false);
                 self.phase = RunPhase::Queued;

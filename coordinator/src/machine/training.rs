@@ -75,6 +75,13 @@ impl Machine {
             let from_held = generation.from_held.as_ref();
             let (from_step, open) = (generation.from_step, run.open.as_ref());
             let ground = agreement::formed(&said, from_step, from_held, open)?;
+            if from_held.is_none() {
+                let hash = said.first().map(|(_, _, formed)| &formed.replica_hash[..]);
+                run.holds_what_was_adopted(
+                    generation.restores.as_deref(),
+                    hash.unwrap_or_default(),
+                )?;
+            }
             let recipe = Recipe::parse(&run.recipe, &run.id).map_err(|error| error.to_string())?;
             let plan = Plan::new(&recipe, ground.windows, ground.manifest_hash)
                 .map_err(|error| error.to_string())?;

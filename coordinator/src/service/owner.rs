@@ -1,6 +1,6 @@
 //! The task that owns the machine: events in, actions carried out in order.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -420,6 +420,12 @@ impl Owner {
 
     pub fn find(&self, prefix: &str) -> Result<RunNumber, FindError> {
         self.machine.find(prefix)
+    }
+
+    /// Ids of all runs.
+    pub fn run_ids(&self) -> BTreeSet<String> {
+        let runs = self.machine.state().runs().iter();
+        runs.map(|run| run.id.clone()).collect()
     }
 
     /// All run numbers, newest first.

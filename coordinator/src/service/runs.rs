@@ -5,20 +5,21 @@ use std::path::{Path, PathBuf};
 use jiff::Timestamp;
 use supra_proto::v1::runs_server::Runs;
 use supra_proto::v1::{
-    CapsulePart, CheckpointsResponse, DrainRequest, DropCheckpointNameRequest,
-    KeepCheckpointRequest, LedgerRecord, ListRequest, ListResponse, LogEntry, LogsRequest,
-    PruneCheckpointsRequest, ResumeRequest, RunRequest, RunStatus, ShutdownRequest,
-    ShutdownResponse, StepMetrics, SubmitRequest, SubmitResponse, WorkersRequest, WorkersResponse,
+    AdoptRequest, AdoptResponse, CapsulePart, Checkpoint, CheckpointsResponse, DrainRequest,
+    DropCheckpointNameRequest, KeepCheckpointRequest, LedgerRecord, ListRequest, ListResponse,
+    LogEntry, LogsRequest, PruneCheckpointsRequest, ResumeRequest, RunRequest, RunStatus,
+    ShutdownRequest, ShutdownResponse, StepMetrics, SubmitRequest, SubmitResponse, WorkersRequest,
+    WorkersResponse,
 };
 use supra_recipes::schema::Recipe;
 use tonic::{Request, Response, Status};
 
-use super::capsules;
 use super::handle::Handle;
 use super::owner::Owner;
 use super::streams::{self, Stream};
+use super::{adoptions, capsules};
 use crate::journal::Reader;
-use crate::machine::{Event, FindError, Refused, RunNumber, Submission, Workers};
+use crate::machine::{Event, FindError, Refused, RunNumber, Submission};
 
 pub(super) struct RunsService {
     owner: Handle,
@@ -164,6 +165,29 @@ impl Runs for RunsService {
         self.act(run, |run| Event::Resume { run, strict }).await
     }
 
+    async fn adopt(
+        &self,
+        request: Request<AdoptRequest>,
+    ) -> Result<Response<AdoptResponse>, Status> {
+        let look = |owner: &Owner| owner.run_ids();
+        let known = self.owner.look(look).await?;
+        let adoption = adoptions::read(request.into_inner(), known).await?;
+        let (id, newest) = (adoption.submission.id.clone(), adoption.checkpoint.clone());
+        self.wish(Event::Adopt(Box::new(adoption))).await?;
+        let answer = move |owner: &Owner, run| {
+            let mut all = owner.checkpoints(run);
+            let ours = |known: &Checkpoint| known.manifest_hash == newest.manifest_hash;
+            let checkpoint = all.iter().find(|known| ours(known)).cloned();
+            all.retain(|known| !known.damaged.is_empty());
+            AdoptResponse {
+                run: Some(owner.status(run)),
+                checkpoint,
+                passed_over: all,
+            }
+        };
+        Ok(Response::new(self.with(id, answer).await?))
+    }
+
     async fn checkpoints(
         &self,
         request: Request<RunRequest>,
@@ -285,6 +309,7 @@ fn refused(refused: Refused) -> Status {
         Refused::NoRun(_) | Refused::NoWorker { .. } | Refused::NoCheckpoint { .. } => {
             Status::not_found(refused.to_string())
         }
+        Refused::Known(_) => Status::already_exists(refused.to_string()),
         Refused::BadName(_) => Status::invalid_argument(refused.to_string()),
         Refused::ShuttingDown => Status::unavailable(refused.to_string()),
         Refused::Taken(_)
@@ -317,22 +342,12 @@ fn submission(request: &SubmitRequest, state: &Path) -> Result<Submission, Strin
         Some(to) => to.join(&id),
         None => state.join("runs").join(&id).join("checkpoints"),
     };
-    let length = u64::from(recipe.batch.sequence_length.max(1));
-    Ok(Submission {
-        name: recipe.name.to_string(),
-        checkpoint_root,
-        keep: recipe.checkpoint.keep,
-        keep_every: recipe.checkpoint.keep_every.map_or(0, |tokens| tokens.0),
-        strict: request.strict,
-        budget_tokens: recipe.budget.tokens() / length * length,
-        workers: Workers {
-            min: recipe.workers.min,
-            max: recipe.workers.max,
-            grace: recipe.workers.grace.duration(),
-        },
-        recipe: recipe.to_yaml(),
+    Ok(Submission::new(
         id,
-    })
+        &recipe,
+        checkpoint_root,
+        request.strict,
+    ))
 }
 
 /// NAME-YYYYMMDD-HHMMSS-xxxx: sorts by time, unique by its random end.

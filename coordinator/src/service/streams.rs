@@ -3,14 +3,15 @@
 use std::ops::ControlFlow;
 use std::time::Duration;
 
-use supra_proto::v1::{LedgerRecord, LogEntry, RunStatus};
+use supra_proto::v1::{LedgerPart, LedgerRecord, LogEntry, RunStatus};
 use tokio::sync::{broadcast, mpsc};
 use tokio::time::{sleep, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 
 use super::handle::{Ended, Handle};
-use crate::journal::Reader;
+use crate::journal::{JournalError, Reader};
+use crate::ledger::{Hash, hex, lines};
 use crate::machine::RunNumber;
 
 /// Messages that may wait for a slow client.
@@ -158,5 +159,64 @@ fn page(
         ControlFlow::Break(())
     } else {
         ControlFlow::Continue(next)
+    }
+}
+
+/// The file of a run's ledger up to the record with the hash `head`, page by page.
+pub(super) fn ledger_file(reader: Reader, run: RunNumber, head: Hash) -> Stream<LedgerPart> {
+    let (sink, receiver) = stream();
+    tokio::task::spawn_blocking(move || {
+        let next = Some(0);
+        let mut parts = LedgerFile {
+            reader,
+            run,
+            head,
+            next,
+        };
+        parts.try_for_each(|part| sink.blocking_send(part).map_err(drop))
+    });
+    receiver
+}
+
+/// The pages of such a file.
+struct LedgerFile {
+    reader: Reader,
+    run: RunNumber,
+    head: Hash,
+    /// First record of the next page; none behind the head, or what cannot be read.
+    next: Option<u64>,
+}
+
+impl Iterator for LedgerFile {
+    type Item = Result<LedgerPart, Status>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let from = self.next.take()?;
+        Some(self.page(from))
+    }
+}
+
+impl LedgerFile {
+    fn page(&mut self, from: u64) -> Result<LedgerPart, Status> {
+        let internal = |error: JournalError| Status::internal(error.to_string());
+        let records = self.reader.ledger(self.run, from, PAGE).map_err(internal)?;
+        if records.is_empty() {
+            let head = hex(&self.head);
+            return Err(Status::not_found(format!(
+                "the ledger has no record with the hash {head}"
+            )));
+        }
+        let next = from + records.len() as u64;
+        let mut data = Vec::new();
+        for record in records {
+            let record = record.map_err(|error| Status::data_loss(error.to_string()))?;
+            let hash = record.hash;
+            lines::append(&mut data, record);
+            if hash == self.head {
+                return Ok(LedgerPart { data });
+            }
+        }
+        self.next = Some(next);
+        Ok(LedgerPart { data })
     }
 }

@@ -3,13 +3,18 @@
 use std::time::Duration;
 
 use supra_proto::v1::workers_server::Workers;
-use supra_proto::v1::{CoordinatorMessage, WorkerMessage, worker_message::Body as Up};
+use supra_proto::v1::{
+    CoordinatorMessage, LedgerPart, LedgerRequest, WorkerMessage, worker_message::Body as Up,
+};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::handle::Handle;
-use super::owner::Downstream;
+use super::owner::{Downstream, Owner};
+use super::streams::{self, Stream};
+use crate::journal::Reader;
+use crate::ledger::Hash;
 use crate::machine::Event;
 
 /// Messages that may wait to be sent to a worker.
@@ -31,6 +36,25 @@ impl WorkersService {
 #[tonic::async_trait]
 impl Workers for WorkersService {
     type AttachStream = ReceiverStream<Result<CoordinatorMessage, Status>>;
+    type LedgerStream = Stream<LedgerPart>;
+
+    async fn ledger(
+        &self,
+        request: Request<LedgerRequest>,
+    ) -> Result<Response<Self::LedgerStream>, Status> {
+        let LedgerRequest { run, head } = request.into_inner();
+        let head = Hash::try_from(head.as_slice()).map_err(|_| {
+            let bytes = head.len();
+            Status::invalid_argument(format!("the head of a ledger has 32 bytes, not {bytes}"))
+        })?;
+        let look = move |owner: &Owner| (owner.find(&run), owner.journal_written());
+        let (run, written) = self.owner.look(look).await?;
+        let run = run.map_err(|error| Status::not_found(error.to_string()))?;
+        written.await;
+        let reader = Reader::open(self.owner.state())
+            .map_err(|error| Status::internal(error.to_string()))?;
+        Ok(Response::new(streams::ledger_file(reader, run, head)))
+    }
 
     async fn attach(
         &self,

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use rand::RngExt;
 use supra_agent::Exit;
-use supra_agent::session::{Action, Input, Session, Unpublished};
+use supra_agent::session::{Action, Input, Session, Unpublished, Unwritten};
 use supra_proto::v1::{
     CoordinatorMessage, FaultKind, Hello, OrderedFaultKind, WorkerMessage,
     worker_message::Body as Up,
@@ -323,12 +323,18 @@ impl World {
             Action::TellPublished(step) => self.work(number, MS, Work::ToldPublished(step)),
             Action::Finish {
                 job,
-                root,
+                run,
                 unfinished,
                 head,
+                ..
             } => {
-                let run = root.url().rsplit('/').next().unwrap_or_default();
-                let result = self.finished(number, run, &unfinished, head);
+                // The ledger comes from a coordinator that may have died since it named the head.
+                let result = match self.coordinator.machine {
+                    None => Err(Unwritten::NoLedger(unfinished)),
+                    Some(_) => self
+                        .finished(number, &run, &unfinished, head)
+                        .map_err(Unwritten::Refused),
+                };
                 self.errand(number, Input::Finished { job, result });
             }
             Action::End(exit) => self.ends(number, exit),

@@ -18,6 +18,7 @@ use crate::chaos;
 use crate::collective::RingPlan;
 use crate::error::AgentError;
 use crate::job::{DataPlane, Job};
+use crate::ledger;
 use crate::line::{self, Line, Pauses};
 use crate::link::{self, LinkControl, Tagged};
 use crate::place::Place;
@@ -171,14 +172,15 @@ impl Controller {
                     Action::TellPublished(step) => self.tell(|control| control.published(step)),
                     Action::Finish {
                         job,
+                        run,
                         root,
                         unfinished,
                         head,
                     } => {
                         let done = self.published_in.clone();
-                        tokio::task::spawn_blocking(move || {
-                            let result = unfinished.finish(&root, head);
-                            let result = result.map_err(|error| error.to_string());
+                        let ledger = ledger::Source::new(&self.options, run, head);
+                        tokio::spawn(async move {
+                            let result = ledger.finish(root, unfinished).await;
                             // Nobody waits for it when the worker ends.
                             done.send(Input::Finished { job, result }).ok();
                         });
@@ -244,6 +246,7 @@ impl Controller {
             run: place.run,
             generation: place.generation,
             recipe: place.recipe,
+            recipe_text: place.recipe_text,
             rank: place.rank,
             world: place.world,
             donation: place.donation,

@@ -17,6 +17,8 @@ pub struct Job {
     pub generation: u64,
     /// The resolved recipe.
     pub recipe: Recipe,
+    /// Its text, as the run has it: the ledger was opened for its hash.
+    pub recipe_text: String,
     /// This rank, `0..world`.
     pub rank: u32,
     /// Number of ranks.
@@ -119,6 +121,7 @@ impl Job {
         Job {
             run: run.into(),
             generation: 1,
+            recipe_text: recipe.to_yaml(),
             recipe,
             rank: collective.rank(),
             world: collective.world(),

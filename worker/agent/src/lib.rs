@@ -19,6 +19,7 @@ pub mod collective;
 mod control;
 mod error;
 mod job;
+mod ledger;
 mod limits;
 mod line;
 pub mod link;
@@ -39,5 +40,5 @@ pub use place::Place;
 pub use supra_proto::v1::{
     CheckpointWritten, FaultKind, Formed, Held, Part, Phase, Snapshot, SnapshotTaken, StepReport,
 };
-pub use unfinished::Unfinished;
+pub use unfinished::{Unfinished, Unwritten};
 pub use worker::{Exit, Timing, WorkerOptions, run_worker};

@@ -17,6 +17,8 @@ pub struct Place {
     pub generation: u64,
     /// The resolved recipe.
     pub recipe: Recipe,
+    /// Its text, as the run has it.
+    pub recipe_text: String,
     /// This rank.
     pub rank: u32,
     /// Number of ranks.
@@ -45,7 +47,7 @@ impl Place {
         assignment: Assignment,
     ) -> Result<Place, String> {
         let Assignment {
-            recipe,
+            recipe: recipe_text,
             rank,
             world,
             next_address,
@@ -54,8 +56,8 @@ impl Place {
             checkpoint_root,
             held,
         } = assignment;
-        let recipe =
-            Recipe::parse(&recipe, "the assigned recipe").map_err(|error| error.to_string())?;
+        let recipe = Recipe::parse(&recipe_text, "the assigned recipe")
+            .map_err(|error| error.to_string())?;
         if rank >= world {
             return Err(format!("assigned rank {rank} of {world} ranks"));
         }
@@ -77,6 +79,7 @@ impl Place {
             run: run.to_owned(),
             generation,
             recipe,
+            recipe_text,
             rank,
             world,
             next_address,

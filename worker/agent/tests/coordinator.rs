@@ -2,12 +2,15 @@
 
 use std::net::SocketAddr;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use supra_proto::v1::coordinator_message::Body as Down;
 use supra_proto::v1::worker_message::Body as Up;
 use supra_proto::v1::workers_server::{Workers, WorkersServer};
-use supra_proto::v1::{CoordinatorMessage, Hello, Welcome, WorkerMessage};
+use supra_proto::v1::{
+    CoordinatorMessage, Hello, LedgerPart, LedgerRequest, Welcome, WorkerMessage,
+};
 use supra_proto::{Token, TokenCheck};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
@@ -45,11 +48,27 @@ pub struct Attached {
 
 struct Service {
     attached: mpsc::Sender<Attached>,
+    asked: AtomicBool,
 }
 
 #[tonic::async_trait]
 impl Workers for Service {
     type AttachStream = Pin<Box<dyn Stream<Item = Result<CoordinatorMessage, Status>> + Send>>;
+    type LedgerStream = Pin<Box<dyn Stream<Item = Result<LedgerPart, Status>> + Send>>;
+
+    async fn ledger(
+        &self,
+        request: Request<LedgerRequest>,
+    ) -> Result<Response<Self::LedgerStream>, Status> {
+        let LedgerRequest { run, head } = request.into_inner();
+        // The first question is lost.
+        if !self.asked.swap(true, Ordering::Relaxed) {
+            return Err(Status::unavailable("not yet"));
+        }
+        let parts = [format!("{run} up to "), format!("{}\n", head[0])];
+        let parts = parts.map(|part| Ok(LedgerPart { data: part.into() }));
+        Ok(Response::new(Box::pin(tokio_stream::iter(parts))))
+    }
 
     async fn attach(
         &self,
@@ -102,6 +121,7 @@ impl Coordinator {
         let service = WorkersServer::with_interceptor(
             Service {
                 attached: attached_in,
+                asked: AtomicBool::new(false),
             },
             TokenCheck(token),
         );

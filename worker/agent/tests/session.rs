@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use supra_agent::link::{Report, Tagged};
-use supra_agent::session::{Action, Input, Session, Unpublished};
+use supra_agent::session::{Action, Input, Session, Unpublished, Unwritten};
 use supra_agent::{FaultKind, Formed, Outcome, Phase, Unfinished};
 use supra_proto::v1::coordinator_message::Body as Down;
 use supra_proto::v1::worker_message::Body as Up;
@@ -653,7 +653,7 @@ fn a_manifest_is_finished_with_the_ledgers_head_once() {
     assert_eq!(bench.says(1, head(8, 32)), [""; 0], "a repeat");
     let full = Input::Finished {
         job: 1,
-        result: Err("disk full".to_owned()),
+        result: Err(Unwritten::Refused("disk full".to_owned())),
     };
     let actions = bench.feed(full);
     assert_eq!(actions, ["Transient fault \"disk full\" of run/1", "void"]);
@@ -663,6 +663,22 @@ fn a_manifest_is_finished_with_the_ledgers_head_once() {
         actions[0].contains("31 bytes") && actions[1] == "void",
         "{actions:?}"
     );
+}
+
+#[test]
+fn a_coordinator_that_did_not_give_the_ledger_is_asked_again() {
+    let mut bench = Bench::working();
+    bench.hears(1, filled(8));
+    bench.says(1, head(8, 32));
+    let Report::CheckpointFilled(unfinished) = filled(8) else {
+        unreachable!("it is one");
+    };
+    let again = bench.feed(Input::Finished {
+        job: 1,
+        result: Err(Unwritten::NoLedger(Box::new(unfinished))),
+    });
+    assert_eq!(again, ["begun 8 of run/1"]);
+    assert_eq!(bench.says(1, head(8, 32)), ["finish step-8 for job 1"]);
 }
 
 #[test]

@@ -21,7 +21,7 @@ pub mod tree;
 pub mod verify;
 
 pub use error::StoredError;
-pub use manifest::{Environment, Manifest};
+pub use manifest::{Environment, LEDGER, Manifest};
 pub use publish::{PENDING, PUBLISHED};
 pub use store::Store;
 

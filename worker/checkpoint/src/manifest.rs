@@ -10,10 +10,17 @@ use crate::StoredError;
 ///
 /// - 1: rank 0 wrote everything; a file is proved as a whole.
 /// - 2: every rank writes its own part; large files are proved group by group.
-pub const FORMAT: u32 = 2;
+/// - 3: it carries the run's ledger, [`LEDGER`].
+pub const FORMAT: u32 = 3;
 
 /// Versions that this program reads.
 pub const READABLE: std::ops::RangeInclusive<u32> = 1..=FORMAT;
+
+/// The file that holds the run's ledger up to [`Manifest::ledger_head`], a record a line, as the coordinator gave it.
+///
+/// All of it, not only what came since the checkpoint before: that one may be deleted, and one checkpoint alone, wherever it
+/// was taken, is to be enough to rebuild its run. A step takes 370 bytes, 100 billion tokens in steps of 2 Mi 18 MB.
+pub const LEDGER: &str = "ledger.jsonl";
 
 /// What a checkpoint holds and where it comes from.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -128,21 +135,6 @@ impl Manifest {
             serde_json::to_vec_pretty(self).expect("invariant: a manifest has only string keys");
         bytes.push(b'\n');
         bytes
-    }
-
-    /// The text before and after the ledger's head.
-    pub fn around_head(&self) -> [String; 2] {
-        // No value looks like it: quotes inside of strings are escaped.
-        const KEY: &str = "\"ledger_head\": \"";
-        let headless = Manifest {
-            ledger_head: String::new(),
-            ..self.clone()
-        };
-        let text = String::from_utf8(headless.to_bytes()).expect("invariant: JSON is UTF-8");
-        let (before, after) = text
-            .split_once(KEY)
-            .expect("invariant: a manifest has a ledger head");
-        [before.to_owned() + KEY, after.to_owned()]
     }
 
     /// Reads a manifest that `path` held.

@@ -3,7 +3,8 @@
 use std::{collections::BTreeSet, path::Path};
 
 use crate::{
-    EXP_AVG, EXP_AVG_SQ, Manifest, PUBLISHED, Store, StoredError, manifest::StoredFile, store::join,
+    EXP_AVG, EXP_AVG_SQ, LEDGER, Manifest, PUBLISHED, Store, StoredError, manifest::StoredFile,
+    store::join,
 };
 
 /// Bytes of a file that are in memory at once: some pieces of an object store.
@@ -35,19 +36,20 @@ pub fn manifest_hash(store: &Store, dir: &str) -> Result<[u8; 32], StoredError> 
     Ok(*blake3::hash(&bytes).as_bytes())
 }
 
-/// Proves every file of a checkpoint but the optimizer's, which a model does not need.
+/// Proves every file of a checkpoint but the optimizer's and the ledger, which a model does not need.
 pub fn model(store: &Store, dir: &str, manifest: &Manifest) -> Result<(), StoredError> {
     let mut files = model_files(manifest);
     files.try_for_each(|(name, stored)| file(store, &join(dir, name), stored))
 }
 
-/// The files of a checkpoint that hold no moments.
+/// The files of a checkpoint that hold neither moments nor the ledger.
 pub(crate) fn model_files(manifest: &Manifest) -> impl Iterator<Item = (&String, &StoredFile)> {
     let is_moment = |key: &str| key.starts_with(EXP_AVG) || key.starts_with(EXP_AVG_SQ);
     let moments = manifest.tensors.iter().filter(|(key, _)| is_moment(key));
     let skipped: BTreeSet<&str> = moments
         .flat_map(|(_, tensor)| &tensor.slices)
         .map(|slice| slice.file.as_str())
+        .chain([LEDGER])
         .collect();
     let files = manifest.files.iter();
     files.filter(move |(name, _)| !skipped.contains(name.as_str()))

@@ -148,7 +148,7 @@ impl Trainer<'_> {
             step: manifest.step,
             path: relative,
             bytes: manifest.files.values().map(|file| file.bytes).sum(),
-            manifest: manifest.around_head(),
+            manifest: Box::new(manifest),
             seconds,
         });
     }
@@ -196,9 +196,9 @@ impl Trainer<'_> {
                 data: recipe.data.seed,
             },
             replica_hash: blake3::Hash::from_bytes(replica_hash).to_hex().to_string(),
-            // The agent puts it in: nobody knows it yet.
+            // The agent puts it in, with the ledger: nobody knows it yet.
             ledger_head: String::new(),
-            recipe: recipe.to_yaml(),
+            recipe: job.recipe_text.clone(),
             dataset: self.dataset.hash.clone(),
             tokenizer: self.dataset.tokenizer.clone(),
             environment: self.environment.clone(),

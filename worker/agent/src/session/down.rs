@@ -256,6 +256,7 @@ impl Session {
         };
         actions.push(Action::Finish {
             job: current.job,
+            run: current.run.clone(),
             root: current.root.clone(),
             unfinished: Box::new(current.unfinished.remove(place)),
             head: hash,

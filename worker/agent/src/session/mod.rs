@@ -26,6 +26,7 @@ use supra_proto::v1::{
 use crate::link::Tagged;
 use crate::place::Place;
 use crate::unfinished::Unfinished;
+pub use crate::unfinished::Unwritten;
 pub use crate::unpublished::Unpublished;
 use crate::worker::Exit;
 use standing::Standing;
@@ -50,12 +51,12 @@ pub enum Input {
         /// How it went.
         result: Result<(), Unpublished>,
     },
-    /// The manifest of a checkpoint is written, or is not; the error is one line.
+    /// The manifest of a checkpoint is written, or is not.
     Finished {
         /// Job that wrote the rest.
         job: u64,
         /// How it went.
-        result: Result<CheckpointWritten, String>,
+        result: Result<CheckpointWritten, Unwritten>,
     },
     /// The user, or something that cannot be repaired, ends the worker; says why on one line.
     Interrupted(String),
@@ -109,10 +110,13 @@ pub enum Action {
     },
     /// Tell the job that was started last that its checkpoint is published.
     TellPublished(u64),
-    /// Write the manifest of a checkpoint with the ledger's head, and tell of it with [`Input::Finished`].
+    /// Get the ledger from the coordinator, write it and the manifest of a checkpoint with its head, and tell of it with
+    /// [`Input::Finished`].
     Finish {
         /// Job that wrote the rest.
         job: u64,
+        /// Run whose ledger it is.
+        run: String,
         /// Root of the run's checkpoints.
         root: Store,
         /// What is there.

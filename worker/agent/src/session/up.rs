@@ -7,7 +7,7 @@ use supra_proto::v1::{
     CheckpointBegun, CheckpointPublished, CheckpointWritten, Fault, FaultKind, LeftReason, Phase,
 };
 
-use super::{Action, Actions, Session, Stage, Unpublished};
+use super::{Action, Actions, Session, Stage, Unpublished, Unwritten};
 use crate::job::Outcome;
 use crate::link::{Report, Tagged};
 
@@ -50,7 +50,7 @@ impl Session {
     pub(super) fn on_finished(
         &mut self,
         job: u64,
-        result: Result<CheckpointWritten, String>,
+        result: Result<CheckpointWritten, Unwritten>,
         now: Instant,
         actions: &mut Actions,
     ) {
@@ -62,7 +62,15 @@ impl Session {
             return;
         };
         match result {
-            Err(message) => self.fail(FaultKind::Transient, message, now, actions),
+            Err(Unwritten::Refused(message)) => {
+                self.fail(FaultKind::Transient, message, now, actions);
+            }
+            Err(Unwritten::NoLedger(unfinished)) => {
+                let step = unfinished.step;
+                current.unfinished.push(*unfinished);
+                // Without a stream, this is said again when there is the next one.
+                self.send_for_current(Up::CheckpointBegun(CheckpointBegun { step }), actions);
+            }
             Ok(written) => {
                 current.written.push(written.clone());
                 if let Some(standing) = &mut self.standing {

@@ -1,9 +1,8 @@
-//! `ledger.jsonl`: the ledger as text, a record a line, hashes as hexadecimal digits.
+//! `ledger.jsonl` of capsules and checkpoints: the ledger as text, a record a line, hashes as hexadecimal digits.
 
 use serde::{Deserialize, Serialize};
 
-use super::{Capsule, CapsuleError, LEDGER};
-use crate::ledger::{Body, Hash, Open, Record, Step, hex32};
+use super::{Body, Hash, Open, Record, Step, hex32};
 
 #[derive(Serialize, Deserialize)]
 struct Line(#[serde(with = "Linked")] Record);
@@ -78,29 +77,23 @@ struct Stepped {
 }
 
 /// Appends the line of a record.
-pub(super) fn append(bytes: &mut Vec<u8>, record: Record) {
+pub(crate) fn append(bytes: &mut Vec<u8>, record: Record) {
     serde_json::to_writer(&mut *bytes, &Line(record))
         .expect("invariant: a record has only text and numbers, and memory can be written");
     bytes.push(b'\n');
 }
 
-impl Capsule {
-    /// The records of the ledger, in order.
-    ///
-    /// # Errors
-    /// A line that is no record.
-    pub fn ledger(&self) -> Result<Vec<Record>, CapsuleError> {
-        let lines = self.member(LEDGER).unwrap_or_default();
-        let lines = lines.split(|byte| *byte == b'\n');
-        let mut records = Vec::new();
-        for (number, line) in lines.enumerate().filter(|(_, line)| !line.is_empty()) {
-            let line: Line =
-                serde_json::from_slice(line).map_err(|error| CapsuleError::Damaged {
-                    path: LEDGER.into(),
-                    problem: format!("line {} is no record: {error}", number + 1),
-                })?;
-            records.push(line.0);
-        }
-        Ok(records)
-    }
+/// The records of such a file, in order.
+///
+/// # Errors
+/// A line that is no record: which, and why, in one line.
+pub(crate) fn parse(bytes: &[u8]) -> Result<Vec<Record>, String> {
+    let lines = bytes.split(|byte| *byte == b'\n').enumerate();
+    let records = lines.filter(|(_, line)| !line.is_empty());
+    let record = |(number, line)| {
+        let line: Line = serde_json::from_slice(line)
+            .map_err(|error| format!("line {} is no record: {error}", number + 1))?;
+        Ok(line.0)
+    };
+    records.map(record).collect()
 }
