@@ -2,16 +2,19 @@
 //!
 //! One checkpoint at a time: the copy has one room. Where the host has none, the state itself is written, and training stands
 //! still meanwhile.
+//!
+//! A generation that becomes void must not wait for a disk, or for memory that is being pinned: its thread is left to itself and
+//! ends soon. The next generation's thread takes the room over from it, since pinning that much anew would take a minute.
 
 use std::{
     collections::BTreeMap,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
-        mpsc::{Receiver, SyncSender, TryRecvError, sync_channel},
+        mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel},
     },
     thread::{self, JoinHandle},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use supra_agent::Link;
@@ -23,6 +26,49 @@ use super::{
     write::{self, Companions},
 };
 use crate::optim::{HostPart, HostRoom, Numbers, Part, Replica};
+
+/// How often a wait looks whether there is still something to wait for.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// Threads of generations that are over in this process, and the rooms that they leave.
+static LEFT: Mutex<Vec<Left>> = Mutex::new(Vec::new());
+
+/// A thread that ends by itself, and the room that it had.
+struct Left {
+    room: Room,
+    thread: JoinHandle<()>,
+}
+
+/// Room for a copy. It is not there while it is being allocated, or written from.
+#[derive(Clone)]
+struct Room {
+    bytes: u64,
+    copy: Arc<Mutex<Option<HostPart>>>,
+}
+
+impl Room {
+    fn put(&self, copy: HostPart) {
+        *self.copy.lock().unwrap_or_else(PoisonError::into_inner) = Some(copy);
+    }
+
+    fn take(&self) -> Option<HostPart> {
+        let mut copy = self.copy.lock().unwrap_or_else(PoisonError::into_inner);
+        copy.take()
+    }
+}
+
+impl Left {
+    /// The room, as soon as it is there; none when nobody wants it any more, or the thread is gone.
+    fn room(&self, stop: &dyn Fn() -> bool) -> Option<HostPart> {
+        loop {
+            let gone = stop() || self.thread.is_finished();
+            match self.room.take() {
+                None if !gone => thread::sleep(LOOK),
+                taken => return taken,
+            }
+        }
+    }
+}
 
 /// What one rank is to write.
 #[derive(Clone, Debug)]
@@ -53,8 +99,8 @@ pub struct Written {
 /// The writing end of one rank, for one generation.
 pub struct Saver {
     part: Part,
-    /// Rooms for the copy come back here; none where training stands still.
-    rooms: Option<Receiver<HostPart>>,
+    /// None where training stands still.
+    beside: Option<Left>,
     /// Step of the checkpoint that is under way.
     under_way: Option<u64>,
     /// What is written and not taken yet.
@@ -63,7 +109,6 @@ pub struct Saver {
     over: Arc<AtomicBool>,
     orders: Option<SyncSender<(Order, HostPart)>>,
     done: Receiver<Result<Option<Written>, CheckpointError>>,
-    thread: Option<JoinHandle<()>>,
 }
 
 impl Saver {
@@ -75,25 +120,27 @@ impl Saver {
     pub fn start(copy: Option<HostRoom>, part: Part, link: &Link) -> std::io::Result<Saver> {
         let over = Arc::new(AtomicBool::new(false));
         let (orders, queue) = sync_channel(1);
-        let (back, rooms) = sync_channel(1);
         let (sender, done) = sync_channel(1);
         let mut saver = Saver {
             part,
-            rooms: None,
+            beside: None,
             under_way: None,
             written: None,
             link: link.clone(),
             over,
             orders: None,
             done,
-            thread: None,
         };
-        if let Some(room) = copy {
-            let stop = saver.stop();
+        if let Some(copy) = copy {
+            let room = Room {
+                bytes: copy.bytes(),
+                copy: Arc::default(),
+            };
+            let (stop, own) = (saver.stop(), room.clone());
             let thread = thread::Builder::new().name("saver".to_owned());
-            let work = move || work(&room, &queue, &back, &sender, &stop);
-            saver.thread = Some(thread.spawn(work)?);
-            (saver.rooms, saver.orders) = (Some(rooms), Some(orders));
+            let thread = thread.spawn(move || work(&copy, &own, &queue, &sender, &stop))?;
+            saver.beside = Some(Left { room, thread });
+            saver.orders = Some(orders);
         }
         Ok(saver)
     }
@@ -110,12 +157,12 @@ impl Saver {
     /// Where training stands still: whatever goes wrong with writing.
     pub fn begin(&mut self, order: Order, replica: &Replica) -> Result<(), CheckpointError> {
         self.under_way = Some(order.step);
-        let (Some(rooms), Some(orders)) = (&self.rooms, &self.orders) else {
+        let (Some(beside), Some(orders)) = (&self.beside, &self.orders) else {
             self.written = order.write(&replica.numbers(self.part), &self.stop())?;
             return Ok(());
         };
-        // A thread that is gone is found out by whoever waits for it.
-        if let Ok(mut copy) = rooms.recv() {
+        // When the generation is void, or the thread gone, that is found out by whoever waits for what it writes.
+        if let Some(mut copy) = beside.room(&self.stop()) {
             copy.copy_from(replica, self.part);
             orders.send((order, copy)).ok();
         }
@@ -145,7 +192,7 @@ impl Saver {
     /// Writing has failed.
     pub fn take(&mut self) -> Result<Option<Written>, CheckpointError> {
         if self.written.is_none()
-            && let Ok(written) = self.done.recv()
+            && let Some(written) = receive(&self.done, &self.stop())
         {
             self.written = written?;
         }
@@ -164,24 +211,54 @@ impl Drop for Saver {
     fn drop(&mut self) {
         self.over.store(true, Ordering::Relaxed);
         self.orders = None;
-        if let Some(thread) = self.thread.take() {
-            thread.join().ok();
+        left().extend(self.beside.take());
+    }
+}
+
+/// Bytes of host memory that threads of generations that are over hold, or leave.
+pub fn left_bytes() -> u64 {
+    left().iter().map(|left| left.room.bytes).sum()
+}
+
+/// Waits for the threads of generations that are over; gives the rooms that they leave.
+pub fn join_left() -> Vec<HostPart> {
+    let threads = std::mem::take(&mut *left());
+    let rooms = threads.into_iter().map(|Left { room, thread }| {
+        thread.join().ok()?;
+        room.take()
+    });
+    rooms.flatten().collect()
+}
+
+fn left() -> MutexGuard<'static, Vec<Left>> {
+    LEFT.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What comes, unless nobody wants it any more, or nothing will come.
+fn receive<T>(from: &Receiver<T>, stop: &dyn Fn() -> bool) -> Option<T> {
+    loop {
+        match from.recv_timeout(LOOK) {
+            Ok(received) => return Some(received),
+            Err(RecvTimeoutError::Timeout) if !stop() => {}
+            Err(_) => return None,
         }
     }
 }
 
 /// Writes what is ordered until there is no more of it.
 fn work(
-    room: &HostRoom,
+    copy: &HostRoom,
+    room: &Room,
     orders: &Receiver<(Order, HostPart)>,
-    rooms: &SyncSender<HostPart>,
     done: &SyncSender<Result<Option<Written>, CheckpointError>>,
     stop: &(dyn Fn() -> bool + Sync),
 ) {
-    rooms.send(room.allocate()).ok();
+    let left = join_left().into_iter().find(|left| copy.fits(left));
+    room.put(left.unwrap_or_else(|| copy.allocate()));
     while let Ok((order, copy)) = orders.recv() {
         let written = order.write(&copy.numbers(), stop);
-        if rooms.send(copy).is_err() || done.send(written).is_err() {
+        room.put(copy);
+        if done.send(written).is_err() {
             return;
         }
     }
@@ -226,5 +303,69 @@ impl Order {
         if of_others.is_ok_and(|names| !names.iter().any(parts)) {
             let _ = self.store.remove_dir(&self.dir);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use supra_agent::link::pair;
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::{
+        model::ParamSpec,
+        optim::{Kinds, Layout},
+    };
+
+    fn replica(elements: i64) -> Replica {
+        let spec = ParamSpec {
+            name: "w".to_owned(),
+            shape: vec![elements],
+            decayed: true,
+            new: false,
+        };
+        let kinds = Kinds {
+            parameters: Kind::Float,
+            moments: Kind::Float,
+        };
+        let layout = Layout::new(&[spec], false, 1);
+        let replica = Replica::new(layout, Part::WHOLE, kinds, Device::Cpu);
+        for (flat, _) in replica.flats() {
+            let _ = flat.shallow_clone().fill_(1.0);
+        }
+        replica
+    }
+
+    #[test]
+    fn the_next_generation_takes_over_the_room_of_the_one_before_if_it_is_the_same() {
+        let (link, _control, _reports) = pair();
+        let room = |elements| HostRoom::of(&replica(elements), Part::WHOLE);
+        let start = |elements| Saver::start(Some(room(elements)), Part::WHOLE, &link).unwrap();
+        let taken = |saver: &Saver| saver.beside.as_ref().unwrap().room(&|| false).unwrap();
+        let leave = |saver: Saver, copy| saver.beside.as_ref().unwrap().room.put(copy);
+        let first = start(40);
+        let mut copy = taken(&first);
+        copy.copy_from(&replica(40), Part::WHOLE);
+        let hash = copy.hash();
+        assert_ne!(hash, room(40).allocate().hash());
+        leave(first, copy);
+        assert_eq!(left_bytes(), room(40).bytes());
+        let second = start(40);
+        let copy = taken(&second);
+        assert_eq!(copy.hash(), hash, "the same memory");
+        assert_eq!(left_bytes(), 0);
+        leave(second, copy);
+        assert!(room(41).fits(&taken(&start(41))));
+    }
+
+    #[test]
+    fn what_is_not_wanted_any_more_is_not_waited_for() {
+        let (sender, receiver) = sync_channel::<()>(1);
+        assert!(receive(&receiver, &|| true).is_none());
+        sender.send(()).unwrap();
+        assert!(
+            receive(&receiver, &|| true).is_some(),
+            "what is there is taken"
+        );
     }
 }

@@ -12,6 +12,7 @@ use supra_agent::{
     supervisor::{self, Role},
 };
 use supra_proto::{BUILD, Token};
+use supra_worker::checkpoint::saver;
 
 use super::{
     failure::Failure,
@@ -91,6 +92,8 @@ impl Run {
             supra_worker::trainer::train(job, &place, BUILD, &mut kept)
         })
         .map_err(|error| Failure::with_code(error.exit_code(), &error))?;
+        // libtorch must not end below a thread that works with it.
+        saver::join_left();
         if let Exit::Refused(reason) = &exit {
             super::out::complain(&format!(
                 "error: the coordinator refuses this worker: {reason}"

@@ -51,6 +51,14 @@ impl HostRoom {
         }
     }
 
+    /// Whether a part has exactly this room.
+    pub fn fits(&self, part: &HostPart) -> bool {
+        let kinds = part.flats.iter().map(Tensor::kind);
+        self.part.of == part.part.of
+            && self.kinds.iter().copied().eq(kinds)
+            && part.flats.iter().all(|flat| flat.size() == [self.elements])
+    }
+
     /// Bytes that it takes.
     pub fn bytes(&self) -> u64 {
         let element = self.kinds.iter().map(|kind| kind.elt_size_in_bytes());
@@ -76,15 +84,6 @@ impl HostRoom {
 }
 
 impl HostPart {
-    /// Whether a part of a state like that of `replica` has exactly this room.
-    pub fn fits(&self, replica: &Replica) -> bool {
-        let elements = replica.part.elements(&replica.layout);
-        let kinds = replica.flats().map(|(flat, _)| flat.kind());
-        self.part.of == replica.part.of
-            && self.flats.iter().all(|flat| flat.size() == [elements])
-            && kinds.eq(self.flats.iter().map(Tensor::kind))
-    }
-
     /// From 0.
     pub fn index(&self) -> u32 {
         self.part.index as u32
@@ -346,7 +345,7 @@ mod tests {
             let part = replica.part();
             let mut own = HostRoom::of(&replica, part).allocate();
             let mut kept = HostRoom::of(&replica, part).allocate();
-            assert!(own.fits(&replica));
+            assert!(HostRoom::of(&replica, part).fits(&own));
             own.copy_from(&replica, part);
             let (hash, other) = own.pass(&mut kept, &mut group).unwrap();
             [(own, hash), (kept, other)]

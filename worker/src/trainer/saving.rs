@@ -12,7 +12,7 @@ use tch::Kind;
 use super::{TrainError, Trainer, host_memory};
 use crate::{
     checkpoint::{
-        saver::{Order, Saver, Written},
+        saver::{Order, Saver, Written, left_bytes},
         shard, write,
     },
     optim::{HostRoom, Part, Replica},
@@ -34,7 +34,9 @@ pub fn saver(job: &Job, replica: &Replica) -> Result<Saver, TrainError> {
     let part = Part::of_rank(job.rank, job.world);
     let copy = HostRoom::of(replica, part);
     let writes = job.until.is_none();
-    let beside = writes && host_memory::has(copy.bytes());
+    // What the generation before leaves is taken over.
+    let more = copy.bytes().saturating_sub(left_bytes());
+    let beside = writes && host_memory::has(more);
     if writes && !beside {
         let text = format!(
             "a copy of this rank's part of the state takes {}, more than the host has: training stands still while checkpoints \

@@ -146,10 +146,10 @@ impl Snapshots {
         // This one takes the place of the one before the last.
         let older = (self.whole.len() > 1).then(|| self.whole.remove(0));
         let older = older.map(|older| older.parts.map(|(part, _)| part));
-        let room = older
-            .filter(|[own, _]| own.fits(replica))
-            .unwrap_or_else(|| [(); 2].map(|()| HostRoom::of(replica, replica.part()).allocate()));
-        let [mut own, kept] = room;
+        let room = HostRoom::of(replica, replica.part());
+        let [mut own, kept] = older
+            .filter(|[own, _]| room.fits(own))
+            .unwrap_or_else(|| [(); 2].map(|()| room.allocate()));
         own.copy_from(replica, replica.part());
         let begun = Begun {
             generation: self.generation,
