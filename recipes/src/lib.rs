@@ -4,6 +4,7 @@
 //! of the workspace is needed.
 #![forbid(unsafe_code)]
 
+pub mod panic;
 pub mod plan;
 pub mod schema;
 

@@ -376,7 +376,7 @@ fn any_number_of_ranks_reads_what_any_number_wrote_and_goes_on_with_the_same_los
 
 #[test]
 fn the_copy_of_a_checkpoint_takes_what_is_planned() {
-    let world = World::new(20);
+    let world = World::new(40);
     let config = ModelConfig::load(&world.base()).unwrap();
     for (size, precision) in [(1, Precision::Fp32), (3, Precision::Bf16)] {
         let mut recipe = world.recipe("");

@@ -328,8 +328,9 @@ proptest! {
             prop_assert_ne!(head(&altered), head(&ledger));
         }
         prop_assert!(proof::prove(&altered, &manifest).is_err());
-        // Even with the manifest's word for it, samples are there once.
-        if again && kind < 2 && matches!(ledger[place].body, Body::Step(_)) {
+        // Even with the manifest's word for it, samples are there once. The step that a void takes back need not be there.
+        let taken_back = place == 2 && kind == 0;
+        if again && kind < 2 && !taken_back && matches!(ledger[place].body, Body::Step(_)) {
             let ledger_head = head(&altered).unwrap_or_default();
             let forged = Manifest { ledger_head, ..manifest };
             prop_assert!(proof::prove(&altered, &forged).is_err());

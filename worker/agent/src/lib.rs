@@ -23,7 +23,6 @@ mod ledger;
 mod limits;
 mod line;
 pub mod link;
-mod panic;
 mod place;
 pub mod session;
 pub mod supervisor;

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use supra_proto::Token;
 use supra_proto::v1::FaultKind;
+use supra_recipes::panic;
 use tokio::sync::mpsc;
 
 use crate::address::DataAddress;
@@ -16,7 +17,6 @@ use crate::job::{Job, Outcome};
 use crate::limits;
 use crate::line::Pauses;
 use crate::link::{QUEUE, Report, Tagged};
-use crate::panic;
 use crate::supervisor::Birth;
 
 /// What a worker is told by its user and its supervisor.

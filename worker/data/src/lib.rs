@@ -19,6 +19,7 @@ mod directories;
 mod error;
 mod files;
 mod groups;
+mod guard;
 mod index;
 mod inspect;
 mod loader;

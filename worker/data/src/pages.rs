@@ -24,6 +24,7 @@ use parquet::file::serialized_reader::SerializedPageReader;
 use parquet::schema::types::ColumnDescPtr;
 
 use crate::DataError;
+use crate::guard::guarded;
 
 /// Where a page lies in its file, header included.
 #[derive(Debug, Clone, Copy)]
@@ -144,7 +145,7 @@ impl Pages {
             end: AtomicU64::new(chunk.byte_range().0),
         });
         let locations = some.map(|(chart, pages)| chart.locations(pages));
-        let reader = chosen(Arc::clone(&watched), chunk, locations);
+        let reader = guarded(|| chosen(Arc::clone(&watched), chunk, locations));
         Ok(reader.map(|reader| Pages {
             reader,
             watched,
@@ -169,7 +170,7 @@ impl Pages {
         page.begins.clear();
         loop {
             let begin = self.watched.end.load(Ordering::Relaxed);
-            let Some(read) = self.reader.get_next_page()? else {
+            let Some(read) = guarded(|| self.reader.get_next_page())? else {
                 return Ok(false);
             };
             let end = self.watched.end.load(Ordering::Relaxed);
@@ -186,8 +187,10 @@ impl Pages {
             let pages = Queue(self.dictionary.iter().cloned().chain([read]).collect());
             let levels = &mut self.levels;
             match self.column.physical_type() {
-                Type::INT32 => decode::<Int32Type>(&self.column, pages, levels, &mut self.int32)?,
-                _ => decode::<Int64Type>(&self.column, pages, levels, &mut self.int64)?,
+                Type::INT32 => {
+                    guarded(|| decode::<Int32Type>(&self.column, pages, levels, &mut self.int32))?
+                }
+                _ => guarded(|| decode::<Int64Type>(&self.column, pages, levels, &mut self.int64))?,
             }
             self.rows(page)?;
             self.widen(page)?;

@@ -4,6 +4,7 @@
 //! large list and fixed-size list all arrive as one type; the parquet annotations keep the integer's width and sign.
 
 use std::fs::File;
+use std::iter;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,6 +20,7 @@ use parquet::errors::ParquetError;
 use parquet::file::metadata::ParquetMetaData;
 
 use crate::DataError;
+use crate::guard::guarded;
 use crate::pages::{BadValue, Chart, Pages, Trouble};
 use crate::rows::{Batch, Extent, Rows};
 
@@ -44,13 +46,14 @@ impl ColumnFile {
             ));
         }
         let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
-        let metadata =
-            ArrowReaderMetadata::load(&file, options).map_err(|source| DataError::Parquet {
+        let metadata = guarded(|| ArrowReaderMetadata::load(&file, options)).map_err(|source| {
+            DataError::Parquet {
                 path: path.to_owned(),
                 place: String::new(),
                 source,
                 remedy: INCOMPLETE,
-            })?;
+            }
+        })?;
         let fields = metadata.schema().fields();
         let Some(column) = fields.iter().position(|field| field.name() == column) else {
             let names: Vec<_> = fields.iter().map(|field| field.name().as_str()).collect();
@@ -147,19 +150,19 @@ impl ColumnFile {
             .file
             .try_clone()
             .map_err(DataError::io("read", &self.path))?;
-        let reader =
+        let builder =
             ParquetRecordBatchReaderBuilder::new_with_metadata(file, self.metadata.clone())
                 .with_row_groups(vec![group])
                 .with_projection(ProjectionMask::roots(
                     self.metadata().file_metadata().schema_descr(),
                     [self.column],
                 ))
-                .with_batch_size(rows)
-                .build()
-                .map_err(unreadable)?;
-        Ok(reader.map(move |batch| match batch {
-            Ok(batch) => Ok(Arc::clone(batch.column(0))),
-            Err(error) => Err(unreadable(error.into())),
+                .with_batch_size(rows);
+        let mut reader = guarded(|| builder.build()).map_err(unreadable)?;
+        Ok(iter::from_fn(move || {
+            let batch = guarded(|| Ok(reader.next().transpose()?));
+            let column = batch.map(|batch| Some(Arc::clone(batch?.column(0))));
+            column.map_err(unreadable).transpose()
         }))
     }
 

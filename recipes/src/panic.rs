@@ -1,4 +1,5 @@
-//! Panics of the training loop, turned into one line.
+//! Panics turned into one line: of the training loop, and of libraries that read what others wrote. They are here since all
+//! who catch one stand on this crate.
 
 use std::any::Any;
 use std::cell::{Cell, RefCell};
@@ -13,12 +14,12 @@ thread_local! {
 }
 
 /// Runs `body`; a panic becomes its text and place, and prints nothing.
-pub(crate) fn catch<T>(body: impl FnOnce() -> T) -> Result<T, String> {
+pub fn catch<T>(body: impl FnOnce() -> T) -> Result<T, String> {
     install();
-    CATCHING.set(true);
+    let outer = CATCHING.replace(true);
     // What the panic leaves half done is owned by `body` and dropped with it.
     let result = catch_unwind(AssertUnwindSafe(body));
-    CATCHING.set(false);
+    CATCHING.set(outer);
     result.map_err(|payload| match PLACE.take() {
         Some(place) => format!("{} ({place})", text(&*payload)),
         None => text(&*payload),
@@ -26,7 +27,7 @@ pub(crate) fn catch<T>(body: impl FnOnce() -> T) -> Result<T, String> {
 }
 
 /// What a panic said, on one line.
-pub(crate) fn text(payload: &(dyn Any + Send)) -> String {
+pub fn text(payload: &(dyn Any + Send)) -> String {
     let text = payload
         .downcast_ref::<&str>()
         .copied()
