@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
 
 use self::{
-    graph::Graph,
+    graph::{Graph, Tape},
     library::Library,
     stages::{Stage, Ways},
 };
@@ -220,12 +220,13 @@ impl Decoder {
     /// Measures how products of n rows are computed best, and records a step.
     fn record(&self, n: i64) -> Result<Step, KernelError> {
         let ways = self.measure(n)?;
-        let graph = Graph::record(&self.gpu, |queue| self.enqueue(queue, n, &ways))?;
+        let graph = Graph::record(&self.gpu, |tape| self.enqueue(tape, n, &ways))?;
         Ok(Step { graph, _ways: ways })
     }
 
-    fn enqueue(&self, queue: &Queue, n: i64, ways: &Ways) -> Result<(), KernelError> {
-        let stage = |stage, layer| self.stage(queue, n, stage, layer, &ways[&stage]);
+    fn enqueue(&self, tape: &Tape<'_>, n: i64, ways: &Ways) -> Result<(), KernelError> {
+        let queue = tape.main();
+        let stage = |stage, layer| self.stage(tape, n, stage, layer, &ways[&stage]);
         self.begin(queue, n)?;
         for (at, layer) in self.layers.iter().enumerate() {
             let delta = (at > 0).then_some(&self.buffers.delta);
@@ -305,7 +306,7 @@ impl Decoder {
             64 => "recur_64",
             _ => "recur_128",
         };
-        self.launch(queue, name, ((config.heads, n), 256), &arguments)
+        self.launch(queue, name, ((config.heads, n), 512), &arguments)
     }
 
     fn choose(&self, queue: &Queue, n: i64) -> Result<(), KernelError> {
