@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use tch::Tensor;
 
 use super::{
-    COLUMNS, Decoder,
+    COLUMNS, Decoder, Recurrence,
     graph::{Graph, Tape},
     library::{Algorithm, Described, Shape},
 };
@@ -214,13 +214,18 @@ impl Decoder {
             outer: y.size()[1],
         };
         let columns = |from, width| b.projected.narrow(1, from, width);
-        let [[query, _], [key, _]] = layer.features;
         match stage {
             Stage::Project => vec![product(layer.in_proj, &b.normed, &b.projected)],
-            Stage::Features => vec![
-                product(query, &columns(0, q), &b.features[0]),
-                product(key, &columns(q, k), &b.features[1]),
-            ],
+            Stage::Features => match &layer.supra {
+                Some(Recurrence {
+                    features: [[query, _], [key, _]],
+                    ..
+                }) => vec![
+                    product(*query, &columns(0, q), &b.features[0]),
+                    product(*key, &columns(q, k), &b.features[1]),
+                ],
+                None => Vec::new(),
+            },
             Stage::Out => vec![product(layer.out_proj, &b.mixed, &b.delta)],
             Stage::Gate => vec![product(layer.w12, &b.normed, &b.gate_up)],
             Stage::Down => vec![product(layer.w3, &b.gated, &b.delta)],
@@ -277,35 +282,49 @@ impl Decoder {
         self.launch(queue, "gate_rows", grid, &arguments)
     }
 
-    /// The fastest way of each stage for n rows, measured.
+    /// The fastest way of each stage for n rows, measured. The rows' slots have to be those of padding: no state may move.
     pub(super) fn measure(&self, n: i64) -> Result<Ways, KernelError> {
-        let fastest = |&stage: &Stage| {
-            let mut best = self.by_library(n, stage)?;
+        let mut ways = Ways::new();
+        for stage in STAGES {
+            if !self.products(stage, 0).is_empty() {
+                ways.insert(stage, self.by_library(n, stage)?);
+            }
+        }
+        // One kernel's end and the next one's beginning share the GPU: what is fast alone need not be fast in its place.
+        for stage in STAGES {
+            let in_place = |ways: &Ways| {
+                self.time(|tape, at| match stage {
+                    Stage::Head => self.stage(tape, n, stage, at, &ways[&stage]),
+                    _ => self.block(tape, n, at, ways),
+                })
+            };
+            let mut least = in_place(&ways)?;
             for thin in Thin::ALL {
-                if self.takes_thin(n, stage, thin) {
-                    let way = Way::Thin(thin);
-                    let time = self.time(|tape, at| self.stage(tape, n, stage, at, &way))?;
-                    if time < best.0 {
-                        best = (time, way);
-                    }
+                if !self.takes_thin(n, stage, thin) {
+                    continue;
+                }
+                let before = ways.insert(stage, Way::Thin(thin));
+                let time = in_place(&ways)?;
+                match before {
+                    Some(before) if time >= least => drop(ways.insert(stage, before)),
+                    _ => least = time,
                 }
             }
-            let (milliseconds, way) = best;
-            tracing::debug!(rows = n, ?stage, ?way, milliseconds, "chose a way");
-            Ok((stage, way))
-        };
-        STAGES.iter().map(fastest).collect()
+        }
+        tracing::debug!(rows = n, ?ways, "chose the ways of products");
+        Ok(ways)
     }
 
     /// Whether the kernel for few rows can compute a stage.
     fn takes_thin(&self, n: i64, stage: Stage, thin: Thin) -> bool {
         let whole =
             |product: &Product| product.outer % thin.height() == 0 && product.inner % COLUMNS == 0;
-        n <= MOST_ROWS && self.products(stage, 0).iter().all(whole)
+        let products = self.products(stage, 0);
+        n <= MOST_ROWS && !products.is_empty() && products.iter().all(whole)
     }
 
-    /// The time of a stage with the best algorithm for each of its products.
-    fn by_library(&self, n: i64, stage: Stage) -> Result<(f64, Way), KernelError> {
+    /// A stage by the library, with the algorithm for each of its products that is the fastest alone.
+    fn by_library(&self, n: i64, stage: Stage) -> Result<Way, KernelError> {
         let mut plans = Vec::new();
         for (at, product) in self.products(stage, 0).iter().enumerate() {
             let described = self.library.describe(product.shape(n))?;
@@ -327,9 +346,7 @@ impl Decoder {
             let (_, algorithm) = best.ok_or_else(|| self.library.offers_nothing())?;
             plans.push((described, algorithm));
         }
-        let way = Way::Library(plans);
-        let time = self.time(|tape, layer| self.stage(tape, n, stage, layer, &way))?;
-        Ok((time, way))
+        Ok(Way::Library(plans))
     }
 
     /// Milliseconds of some work on several blocks, one after the other.
