@@ -356,9 +356,8 @@ impl Engine {
                 slot: span.slot as i32,
             };
             let steps: Vec<Row> = spans.iter().zip(ids).map(row).collect();
-            decoder.step(&steps, &mut self.memory)?;
-            let all =
-                Rows::new(decoder.logits(ids.len())).with_likeliest(decoder.chosen(ids.len()));
+            let likeliest = decoder.step(&steps, &mut self.memory)?;
+            let all = Rows::new(decoder.logits(ids.len())).with_likeliest(likeliest);
             return Ok(Box::new(all.of(rows).into_iter()));
         }
         let device = params.device();

@@ -126,7 +126,7 @@ fn recorded_steps_are_those_of_the_model() {
                         slot: slot as i32,
                     })
                     .collect();
-                decoder.step(&rows, &mut slots).unwrap();
+                let chosen = decoder.step(&rows, &mut slots).unwrap();
                 let spans: Vec<Span> = order.iter().map(|&slot| Span { slot, tokens: 1 }).collect();
                 let ids_n = Tensor::from_slice(&ids).to_device(GPU);
                 let x_nd = model.advance(&exact, &mut right, &ids_n, &spans);
@@ -136,7 +136,7 @@ fn recorded_steps_are_those_of_the_model() {
                 let error = distance(&states(&slots), &states(&right));
                 assert!(error < STATES, "{what}: states are {error:.2e} off");
                 let likeliest = decoder.logits(n).to_kind(Kind::Float).argmax(-1, false);
-                let chosen: Vec<i64> = decoder.chosen(n).into_iter().map(i64::from).collect();
+                let chosen: Vec<i64> = chosen.into_iter().map(i64::from).collect();
                 let chosen = Tensor::from_slice(&chosen).to_device(GPU);
                 let best = |token: &Tensor| decoder.logits(n).gather(1, &token.unsqueeze(1), false);
                 assert_eq!(best(&chosen), best(&likeliest), "{what}: not the likeliest");
@@ -164,8 +164,6 @@ fn logits_that_are_not_numbers_choose_nothing() {
     let _ = norm.fill_(f64::NAN);
     let mut slots = Slots::new(&config, 1, GPU, Kind::BFloat16).unwrap();
     let mut decoder = Decoder::new(0, &config, &params, &slots).unwrap();
-    decoder
-        .step(&[Row { token: 1, slot: 0 }], &mut slots)
-        .unwrap();
-    assert_eq!(decoder.chosen(1), [-1]);
+    let row = Row { token: 1, slot: 0 };
+    assert_eq!(decoder.step(&[row], &mut slots).unwrap(), [-1]);
 }

@@ -9,6 +9,7 @@
 mod caches;
 mod graph;
 mod library;
+mod pinned;
 mod stages;
 
 use std::collections::BTreeMap;
@@ -19,6 +20,7 @@ use self::{
     caches::Caches,
     graph::{Graph, Tape},
     library::Library,
+    pinned::Pinned,
     stages::{Stage, Ways},
 };
 use super::{
@@ -177,6 +179,9 @@ pub struct Decoder {
     last_norm: Argument,
     output: Argument,
     buffers: Buffers,
+    /// What the host says of the rows, and what it hears of them.
+    inputs: Pinned,
+    chosen: Pinned,
     /// Of a softmax model.
     caches: Option<Caches>,
     library: Library,
@@ -222,6 +227,8 @@ impl Decoder {
                 .supra()
                 .is_none()
                 .then(|| Caches::new(config, slots.positions_s.len(), rows, device)),
+            inputs: Pinned::new(&gpu, 3 * rows as usize)?,
+            chosen: Pinned::new(&gpu, rows as usize)?,
             library: Library::open(index)?,
             gpu,
             config: config.clone(),
@@ -235,9 +242,10 @@ impl Decoder {
         })
     }
 
-    /// Reads one more token of some sequences, no slot twice: `memory`, that of the slots it was made with, moves on.
-    /// [`logits`](Decoder::logits) and [`chosen`](Decoder::chosen) are then those of these rows.
-    pub fn step(&mut self, rows: &[Row], memory: &mut Slots) -> Result<(), KernelError> {
+    /// Reads one more token of some sequences, no slot twice: `memory`, that of the slots it was made with, moves on. Gives
+    /// the likeliest next token of each row, -1 where logits are not numbers; [`logits`](Decoder::logits) are then those of
+    /// these rows. Waits for the GPU.
+    pub fn step(&mut self, rows: &[Row], memory: &mut Slots) -> Result<Vec<i32>, KernelError> {
         let n = bucket(rows.len() as i64);
         if let Some(caches) = &mut self.caches {
             caches.reserve(rows, memory)?;
@@ -246,35 +254,28 @@ impl Decoder {
             let step = self.record(n)?;
             self.steps.insert(n, step);
         }
-        let size = self.buffers.inputs.size()[1] as usize;
-        let mut host = vec![0i32; 3 * size];
-        host[size..2 * size].fill(-1);
+        let size = self.buffers.chosen.numel();
+        let inputs = self.inputs.numbers();
         for (at, row) in rows.iter().enumerate() {
-            host[at] = row.token;
-            host[size + at] = row.slot;
-            host[2 * size + at] = memory.positions_s[row.slot as usize] as i32;
+            inputs[at] = row.token;
+            inputs[size + at] = row.slot;
+            inputs[2 * size + at] = memory.positions_s[row.slot as usize] as i32;
         }
-        let host = Tensor::from_slice(&host).view([3, size as i64]);
-        self.buffers.inputs.copy_(&host);
+        // Padding: any token, in no slot.
+        inputs[rows.len()..size].fill(0);
+        inputs[size + rows.len()..2 * size].fill(-1);
         self.steps[&n].graph.launch(&self.gpu)?;
+        self.gpu.wait()?;
         for row in rows {
             memory.positions_s[row.slot as usize] += 1;
         }
         Caches::count(rows, memory);
-        Ok(())
+        Ok(self.chosen.numbers()[..rows.len()].to_vec())
     }
 
     /// Logits [n, V] of the rows of the last step.
     pub fn logits(&self, rows: usize) -> Tensor {
         self.buffers.logits.narrow(0, 0, rows as i64)
-    }
-
-    /// The likeliest next tokens of the rows of the last step; -1 where logits are not numbers.
-    pub fn chosen(&self, rows: usize) -> Vec<i32> {
-        let mut host = vec![0; rows];
-        let chosen = self.buffers.chosen.narrow(0, 0, rows as i64);
-        chosen.copy_data(&mut host, rows);
-        host
     }
 
     /// Measures how products of n rows are computed best, and records a step.
@@ -287,11 +288,13 @@ impl Decoder {
 
     fn enqueue(&self, tape: &Tape<'_>, n: i64, ways: &Ways) -> Result<(), KernelError> {
         let queue = tape.main();
+        self.inputs.send(queue, &self.buffers.inputs)?;
         self.begin(queue, n)?;
         (0..self.layers.len()).try_for_each(|at| self.block(tape, n, at, ways))?;
         self.norm(queue, n, Some(&self.buffers.delta), self.last_norm)?;
         self.stage(tape, n, Stage::Head, 0, &ways[&Stage::Head])?;
-        self.choose(queue, n)
+        self.choose(queue, n)?;
+        self.chosen.fetch(queue, &self.buffers.chosen)
     }
 
     fn block(&self, tape: &Tape<'_>, n: i64, at: usize, ways: &Ways) -> Result<(), KernelError> {
