@@ -19,6 +19,7 @@ mod padding;
 mod replay;
 mod sequences;
 mod snapshots;
+mod speed;
 mod step;
 mod train;
 mod witness;
