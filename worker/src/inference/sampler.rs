@@ -36,6 +36,13 @@ impl Default for Sampling {
     }
 }
 
+impl Sampling {
+    /// Whether it takes the likeliest token every time.
+    pub fn is_greedy(&self) -> bool {
+        self.temperature <= 0.0 && self.repetition_penalty == 1.0
+    }
+}
+
 /// A token that was drawn.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Choice {
@@ -217,7 +224,9 @@ mod tests {
     fn distribution(logits: &[f32], temperature: f64) -> Vec<Candidate> {
         let weight = |logit: f32| (f64::from(logit) / temperature).exp();
         let finite = (0..).zip(logits).filter(|(_, logit)| logit.is_finite());
-        let mut all: Vec<Candidate> = finite.map(|(token, &logit)| (token, weight(logit))).collect();
+        let mut all: Vec<Candidate> = finite
+            .map(|(token, &logit)| (token, weight(logit)))
+            .collect();
         let sum = total(&all);
         all.iter_mut().for_each(|(_, weight)| *weight /= sum);
         all.sort_by(|a, b| likelier(&a, &b));
@@ -338,7 +347,13 @@ mod tests {
             .map(|_| sampler.pick(&[-3.0, 3.0, 2.0, -2.0]).unwrap().token)
             .collect();
         assert_eq!(tokens, [1, 2, 1, 1]);
-        assert_eq!(sampler.pick(&[-3.0, f32::NAN, f32::NAN, -2.0]).unwrap().token, 0);
+        assert_eq!(
+            sampler
+                .pick(&[-3.0, f32::NAN, f32::NAN, -2.0])
+                .unwrap()
+                .token,
+            0
+        );
     }
 
     #[test]

@@ -192,3 +192,140 @@ pub fn token_text(tokenizer: &Tokenizer, token: u32) -> Result<String, Error> {
         .strip_prefix(&once)
         .map_or_else(|| once.clone(), str::to_owned))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::{Map, Value, json};
+
+    use super::*;
+
+    fn special(id: u32, content: &str) -> Value {
+        json!({ "id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true })
+    }
+
+    fn tokenizer(
+        words: &[String],
+        merges: Value,
+        byte_fallback: bool,
+        decoder: Value,
+    ) -> Tokenizer {
+        let ids = words.iter().zip(0u32..);
+        let vocabulary: Map<String, Value> =
+            ids.map(|(word, id)| (word.clone(), json!(id))).collect();
+        let file = json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [special(0, "</s>")], "normalizer": null,
+            "pre_tokenizer": null, "post_processor": null, "decoder": decoder,
+            "model": { "type": "BPE", "vocab": vocabulary, "merges": merges, "byte_fallback": byte_fallback }
+        });
+        file.to_string().parse().unwrap()
+    }
+
+    /// GPT-2's kind: tokens are bytes, some of them several, some of those parts of characters.
+    fn byte_level() -> Tokenizer {
+        // Its letters for bytes: those that can be printed stand for themselves, the others follow behind 255.
+        let printed = |byte: u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
+        let hidden = (0..256).filter(|&byte| !printed(byte)).collect::<Vec<_>>();
+        let letter = |byte: u32| match hidden.iter().position(|&other| other == byte) {
+            Some(place) => char::from_u32(256 + place as u32).unwrap(),
+            None => char::from_u32(byte).unwrap(),
+        };
+        let mut words = vec!["</s>".to_owned()];
+        words.extend((0..256).map(|byte| letter(byte).to_string()));
+        let pairs = [(b' ', b'a'), (0xE4, 0xBD), (0xA0, 0xF0), (0x9F, 0x98)];
+        let merges = pairs.map(|(a, b)| [letter(a.into()), letter(b.into())].map(String::from));
+        words.extend(merges.iter().map(|pair| pair.concat()));
+        let decoder = json!({ "type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true });
+        tokenizer(&words, json!(merges), false, decoder)
+    }
+
+    /// Llama's kind: words with a mark for the space, and tokens for single bytes.
+    fn sentence_piece() -> Tokenizer {
+        let mut words = vec!["</s>".to_owned()];
+        words.extend((0..256).map(|byte| format!("<0x{byte:02X}>")));
+        words.extend(["▁", "a", "▁a", "▁▁", "é", "�", "."].map(String::from));
+        let decoder = json!({ "type": "Sequence", "decoders": [
+            { "type": "Replace", "pattern": { "String": "▁" }, "content": " " }, { "type": "ByteFallback" }, { "type": "Fuse" },
+            { "type": "Strip", "content": " ", "start": 1, "stop": 0 }
+        ] });
+        let merges = json!([["▁", "a"], ["▁", "▁"]]);
+        tokenizer(&words, merges, true, decoder)
+    }
+
+    /// Tokens that often make characters, and often do not.
+    fn tokens(vocabulary: u32) -> impl Strategy<Value = Vec<u32>> {
+        let character = prop::sample::select(vec!["é", "你", "😀", "a", " "]);
+        let bytes =
+            character.prop_map(|text| text.bytes().map(|byte| u32::from(byte) + 1).collect());
+        let run = prop_oneof![
+            3 => bytes,
+            1 => prop::collection::vec(0..vocabulary + 2, 1..3),
+            3 => prop::collection::vec(257..vocabulary, 1..3),
+        ];
+        prop::collection::vec(run, 0..9).prop_map(|runs: Vec<Vec<u32>>| runs.concat())
+    }
+
+    /// What a stream says, and what of that only at the end.
+    fn streamed(tokenizer: &Tokenizer, prompt: &[u32], tokens: &[u32]) -> (String, String) {
+        let mut stream = TextStream::after(tokenizer, prompt).unwrap();
+        let pieces: String = tokens
+            .iter()
+            .map(|&token| stream.push(token).unwrap())
+            .collect();
+        (pieces, stream.finish().unwrap())
+    }
+
+    proptest! {
+        #[test]
+        fn pieces_are_the_whole(tokens in tokens(261), cut in 0usize..40) {
+            let tokenizer = byte_level();
+            let whole = tokenizer.decode(&tokens, true).unwrap();
+            let (pieces, rest) = streamed(&tokenizer, &[], &tokens);
+            prop_assert_eq!(format!("{pieces}{rest}"), whole.clone());
+            prop_assert!(rest.is_empty() || rest == "\u{FFFD}", "{rest:?}");
+            let (prompt, new) = tokens.split_at(cut.min(tokens.len()));
+            let before = tokenizer.decode(prompt, true).unwrap();
+            if !before.ends_with(REPLACEMENT) {
+                let (pieces, rest) = streamed(&tokenizer, prompt, new);
+                prop_assert_eq!(format!("{before}{pieces}{rest}"), whole);
+            }
+        }
+
+        #[test]
+        fn pieces_are_the_whole_of_byte_fallback(tokens in tokens(264), cut in 0usize..40) {
+            let tokenizer = sentence_piece();
+            let whole = tokenizer.decode(&tokens, true).unwrap();
+            let (pieces, rest) = streamed(&tokenizer, &[], &tokens);
+            prop_assert_eq!(format!("{pieces}{rest}"), whole.clone());
+            let (prompt, new) = tokens.split_at(cut.min(tokens.len()));
+            let before = tokenizer.decode(prompt, true).unwrap();
+            if prompt.last().is_some_and(|&last| (257..264).contains(&last)) && !before.ends_with(REPLACEMENT) {
+                let (pieces, rest) = streamed(&tokenizer, prompt, new);
+                prop_assert_eq!(format!("{before}{pieces}{rest}"), whole);
+            }
+        }
+    }
+
+    #[test]
+    fn a_character_waits_for_its_bytes() {
+        let tokenizer = byte_level();
+        let mut stream = TextStream::after(&tokenizer, &[]).unwrap();
+        let bytes = "a你.".bytes().map(|byte| u32::from(byte) + 1);
+        let pieces: Vec<String> = bytes.map(|token| stream.push(token).unwrap()).collect();
+        assert_eq!(pieces, ["a", "", "", "你", "."]);
+        // A character that the prompt began belongs to the new text.
+        let mut stream = TextStream::after(&tokenizer, &[0xE4 + 1, 0xBD + 1]).unwrap();
+        assert_eq!(stream.push(0xA0 + 1).unwrap(), "你");
+    }
+
+    #[test]
+    fn a_space_begins_a_text_only_behind_another() {
+        let tokenizer = sentence_piece();
+        assert_eq!(streamed(&tokenizer, &[0], &[259, 259]).0, "a a");
+        assert_eq!(streamed(&tokenizer, &[258], &[259, 259]).0, " a a");
+        assert_eq!(token_text(&tokenizer, 259).unwrap(), " a");
+        assert_eq!(token_text(&tokenizer, 0).unwrap(), "</s>");
+        assert_eq!(token_text(&tokenizer, 0xE4 + 1).unwrap(), "\u{FFFD}");
+    }
+}
