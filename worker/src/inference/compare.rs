@@ -3,7 +3,7 @@
 use std::fmt;
 
 use serde::Serialize;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::{
     engine::{Engine, EngineError, Output, Piece, Want},
@@ -13,6 +13,9 @@ use crate::model::{Form, Params, Slots, attention::ragged::Span};
 
 /// Most tokens of a text that are compared: the parallel form needs memory by the square of their number.
 pub const MOST_TOKENS: usize = 4096;
+
+/// Logits of two forms may differ by so much in fp32, times the greatest of them where that is above 1.
+const IN_FP32: f64 = 5e-4;
 
 /// Forms may differ by so many times the smaller of their own distances to fp32 where they compute in bf16. Two roundings that
 /// have nothing to do with each other are 1.41 times as far apart as each is from the truth.
@@ -132,8 +135,8 @@ impl fmt::Display for Comparison {
     }
 }
 
-/// Reads the first [`MOST_TOKENS`] tokens of a text in every form. In fp64 logits may differ by 1e-9, in fp32 by 5e-4, either
-/// times the greatest logit where that is above 1. In bf16 forms round differently: they may be 1.5 times as far apart as each is
+/// Reads the first [`MOST_TOKENS`] tokens of a text in every form. In fp32 logits may differ by 5e-4, times the greatest logit where
+/// that is above 1. In bf16 forms round differently: they may be 1.5 times as far apart as each is
 /// from fp32 on the same weights, of which a copy is made for it.
 ///
 /// # Errors
@@ -163,7 +166,7 @@ pub fn compare(engine: &mut Engine, tokens: &[u32]) -> Result<Comparison, Engine
             of_tokens: tokens.len(),
             max_logit: number(&forms[0].abs().max()),
             apart: [(0, 1), (0, 2), (1, 2)]
-                .map(|(a, b)| apart((a, b), &forms, to_fp32, model.params.kind()))
+                .map(|(a, b)| apart((a, b), &forms, to_fp32))
                 .into(),
             to_fp32,
         })
@@ -220,10 +223,7 @@ fn apart(
     let relative_rmse = relative_rmse(b_tv, a_tv);
     let (found, bound) = match to_fp32 {
         Some(own) => (relative_rmse, OF_OWN_DISTANCE * own[a].min(own[b])),
-        None => {
-            let allowed = if kind == Kind::Double { 1e-9 } else { 5e-4 };
-            (max_abs, allowed * number(&a_tv.abs().max()).max(1.0))
-        }
+        None => (max_abs, IN_FP32 * number(&a_tv.abs().max()).max(1.0)),
     };
     let same_t = a_tv.argmax(-1, false).eq_tensor(&b_tv.argmax(-1, false));
     Apart {
@@ -241,13 +241,37 @@ fn relative_rmse(found_tv: &Tensor, expected_tv: &Tensor) -> f64 {
 }
 
 fn wide(logits_tv: &Tensor) -> Tensor {
-    let kind = match logits_tv.kind() {
-        Kind::Double => Kind::Double,
-        _ => Kind::Float,
-    };
-    logits_tv.to_kind(kind).to_device(tch::Device::Cpu)
+    logits_tv.to_kind(Kind::Float).to_device(Device::Cpu)
 }
 
 fn number(tensor: &Tensor) -> f64 {
     tensor.double_value(&[])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn forms(difference: f64) -> [Tensor; 3] {
+        let logits_tv = Tensor::from_slice2(&[[1f32, 4.0, -2.0], [3.0, -3.0, 0.0]]);
+        [&logits_tv + 0.0, &logits_tv + 0.0, &logits_tv + difference]
+    }
+
+    #[test]
+    fn what_the_number_format_does_not_explain_is_too_far_apart() {
+        for (difference, agree) in [
+            (0.0, true),
+            (1.9e-3, true),
+            (2.1e-3, false),
+            (f64::NAN, false),
+        ] {
+            let found = apart((0, 2), &forms(difference), None);
+            assert_eq!(found.agree, agree, "{difference}: {found:?}");
+        }
+        // The RMS of the logits is 2.55.
+        let far = forms(0.1);
+        assert!(apart((0, 2), &far, Some([0.03, 0.0, 0.03])).agree);
+        assert!(!apart((0, 2), &far, Some([0.03, 0.0, 0.02])).agree);
+        assert_eq!(apart((0, 1), &far, None).greedy_agree, 2);
+    }
 }
