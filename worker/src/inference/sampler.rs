@@ -127,7 +127,8 @@ impl Sampler {
             min_p,
             ..
         } = self.sampling;
-        let sharpness = (1.0 / temperature) as f32;
+        // Finite, so that the likeliest token weighs 1 however small the temperature.
+        let sharpness = (1.0 / temperature).min(f32::MAX.into()) as f32;
         let weight = |logit: f32| f64::from(exp((logit - best) * sharpness));
         if top_k == 0 && top_p >= 1.0 && min_p <= 0.0 {
             let finite = (0..).zip(logits).filter(|(_, logit)| logit.is_finite());
@@ -336,11 +337,11 @@ mod tests {
                 let mut before = 0.0;
                 // A hair more, for sums are rounded.
                 kept.retain(|(_, p)| {
-                    let inside = before < sampling.top_p * sum * (1.0 + 1e-12);
+                    let inside = before < sampling.top_p * sum * (1.0 + 1e-5);
                     before += p;
                     inside
                 });
-                kept.retain(|(_, p)| *p >= sampling.min_p * all[0].1 * (1.0 - 1e-12));
+                kept.retain(|(_, p)| *p >= sampling.min_p * all[0].1 * (1.0 - 1e-5));
                 kept.into_iter().map(|(token, _)| token).collect::<Vec<_>>()
             };
             for sampling in [
@@ -423,6 +424,11 @@ mod tests {
         assert_eq!(kept(Sampling { top_k: 3, ..all }), [0, 1, 3]);
         assert_eq!(kept(Sampling { top_p: 0.7, ..all }), [1, 3]);
         assert_eq!(kept(Sampling { min_p: 0.1, ..all }), [0, 1, 3]);
+        let cold = Sampling {
+            temperature: 1e-300,
+            ..all
+        };
+        assert_eq!(kept(cold), [1]);
     }
 
     #[test]
