@@ -375,7 +375,7 @@ mod tests {
 
     #[test]
     fn exp_is_exp() {
-        for x in (0..=87_000).map(|x| x as f32 * -1e-3) {
+        for x in (0..87_000).map(|x| x as f32 * -1e-3) {
             let exact = f64::from(x).exp();
             let error = (f64::from(exp(x)) - exact).abs() / exact;
             assert!(error < 2e-7, "{x}: {error:e}");
