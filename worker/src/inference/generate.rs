@@ -169,12 +169,14 @@ pub fn generate(
     let mut waiting = (0..).step_by(options.continuations).zip(starts);
     let mut active: Vec<Sequence<'_>> = Vec::new();
     loop {
-        let mut arrived = Vec::new();
-        while engine.free() >= options.continuations {
+        let (mut arrived, mut promised) = (Vec::new(), 0);
+        while engine.free() >= promised + options.continuations {
             let Some((text, start)) = waiting.next() else {
                 break;
             };
             let sequence = Sequence::begin(engine, tokenizer, (text, start), options)?;
+            // Its other continuations take theirs when the prompt is read.
+            promised += options.continuations - 1;
             match start.from.filter(|_| start.tokens.is_empty()) {
                 Some(saved) => arrived.push((sequence, Next::Logits(saved.logits.clone()))),
                 None => active.push(sequence),
