@@ -6,11 +6,13 @@ mod eval;
 mod export;
 mod failure;
 mod generate;
+mod interrupt;
 mod logging;
 mod options;
 mod out;
 mod replay;
 mod run;
+mod texts;
 mod verify;
 
 use std::process::ExitCode;
