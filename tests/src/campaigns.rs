@@ -9,6 +9,7 @@ pub mod corruption;
 pub mod curves;
 pub mod feed;
 pub mod kills;
+pub mod models;
 pub mod plot;
 pub mod precision;
 pub mod recovery;

@@ -7,7 +7,10 @@ use supra_worker::{
     checkpoint::CheckpointError,
     device::DeviceError,
     failure::chain,
-    inference::{evaluate::EvaluateError, generate::GenerateError, load::LoadError},
+    inference::{
+        evaluate::EvaluateError, generate::GenerateError, load::LoadError, report::ReportError,
+        scorer::ScoreError, tasks::TaskError,
+    },
     model::ModelError,
 };
 
@@ -121,6 +124,9 @@ input_errors!(
     LoadError,
     EvaluateError,
     GenerateError,
+    ReportError,
+    ScoreError,
+    TaskError,
     supra_data::DataError,
     supra_proto::TokenError
 );

@@ -5,4 +5,9 @@
 pub mod evaluate;
 pub mod generate;
 pub mod load;
+pub mod report;
 pub mod sampler;
+pub mod scorer;
+pub mod statistics;
+pub mod tasks;
+pub mod token_bytes;
