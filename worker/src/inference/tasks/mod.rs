@@ -14,7 +14,10 @@ pub mod qa;
 pub mod read;
 mod write;
 
-use std::{collections::BTreeMap, time::Instant};
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    time::Instant,
+};
 
 use serde::{Deserialize, Serialize};
 use tokenizers::Tokenizer;
@@ -200,10 +203,10 @@ pub fn prepare(
         let mut pairs = Vec::new();
         for item in some {
             let subject = item.subject.as_deref();
-            if !headers.contains_key(&subject) {
-                headers.insert(subject, header(task, options, subject)?);
-            }
-            let before = &headers[&subject];
+            let before = match headers.entry(subject) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(new) => new.insert(header(task, options, subject)?),
+            };
             let own = item.question.pairs(&options.delimiter);
             pairs.extend(
                 own.into_iter()
