@@ -20,6 +20,7 @@ mod padding;
 mod replay;
 mod sequences;
 mod snapshots;
+mod speed;
 mod step;
 mod train;
 mod witness;

@@ -354,14 +354,10 @@ impl Engine {
             let row = |(span, &token): (&Span, &i64)| Row {
                 token: token as i32,
                 slot: span.slot as i32,
-                position: self.memory.positions_s[span.slot] as i32,
             };
-            decoder.step(&spans.iter().zip(ids).map(row).collect::<Vec<_>>())?;
-            for span in spans {
-                self.memory.positions_s[span.slot] += 1;
-            }
-            let all =
-                Rows::new(decoder.logits(ids.len())).with_likeliest(decoder.chosen(ids.len()));
+            let steps: Vec<Row> = spans.iter().zip(ids).map(row).collect();
+            let likeliest = decoder.step(&steps, &mut self.memory)?;
+            let all = Rows::new(decoder.logits(ids.len())).with_likeliest(likeliest);
             return Ok(Box::new(all.of(rows).into_iter()));
         }
         let device = params.device();

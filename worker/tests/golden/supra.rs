@@ -345,7 +345,8 @@ fn check_gradients_of_all_forms(fixture: &Fixture, kind: Kind) {
     let weights = fixture.params(kind);
     let tokens = fixture.get("input_ids").size()[1];
     let chunks = [1, 16, tokens].map(How::Chunks);
-    for how in [How::Parallel, How::Recurrent].into_iter().chain(chunks) {
+    // The recurrent form moves its states in place: it is for inference only.
+    for how in [How::Parallel].into_iter().chain(chunks) {
         let gradients = autograd(fixture, &weights, how, tokens);
         check_gradients(fixture, &format!("{how:?}"), &weights, &gradients);
     }

@@ -5,7 +5,7 @@ use supra_worker::{
     kernels::cuda::decode::{Decoder, Row, misfit},
     model::{
         AttentionKind, ModelConfig, Params, Slots, SupraConfig, Transformer,
-        attention::ragged::Span, slots::SlotLayer,
+        attention::ragged::Span,
     },
 };
 use tch::{Device, Kind, Tensor};
@@ -18,7 +18,13 @@ const LOGITS: f64 = 2e-2;
 const STATES: f64 = 1e-2;
 const STEPS: usize = 4;
 
-fn config(head_dim: i64, heads: i64, kv_heads: i64, tied: bool) -> ModelConfig {
+fn config(
+    attention: AttentionKind,
+    head_dim: i64,
+    heads: i64,
+    kv_heads: i64,
+    tied: bool,
+) -> ModelConfig {
     ModelConfig {
         vocab: 1000,
         dim: heads * head_dim,
@@ -30,7 +36,7 @@ fn config(head_dim: i64, heads: i64, kv_heads: i64, tied: bool) -> ModelConfig {
         norm_eps: 1e-5,
         rope_theta: 1e4,
         tied,
-        attention: AttentionKind::Supra(SupraConfig::default()),
+        attention,
         max_positions: 2048,
         sliding_window: None,
         bos: None,
@@ -53,12 +59,14 @@ fn weights(config: &ModelConfig) -> Params {
     Params::new(config.params().into_iter().map(draw).collect())
 }
 
+/// All that the slots remember.
 fn states(slots: &Slots) -> Tensor {
-    let of = |layer: &SlotLayer| match layer {
-        SlotLayer::Supra { state_shde } => state_shde.shallow_clone(),
-        SlotLayer::Softmax { .. } => panic!("not a SUPRA model"),
+    let numbers = |slot| {
+        let tensors = slots.tensors(slot).into_iter();
+        tensors.map(|(_, tensor)| tensor.reshape([-1]).to_kind(Kind::Double))
     };
-    Tensor::stack(&slots.layers.iter().map(of).collect::<Vec<_>>(), 0)
+    let all: Vec<Tensor> = (0..slots.positions_s.len()).flat_map(numbers).collect();
+    Tensor::cat(&all, 0)
 }
 
 #[test]
@@ -67,8 +75,18 @@ fn recorded_steps_are_those_of_the_model() {
         return;
     }
     let _guard = tch::no_grad_guard();
-    for (head_dim, heads, kv_heads, tied) in [(128, 4, 2, false), (64, 4, 4, true)] {
-        let config = config(head_dim, heads, kv_heads, tied);
+    let (supra, softmax) = (
+        AttentionKind::Supra(SupraConfig::default()),
+        AttentionKind::Softmax,
+    );
+    for (attention, head_dim, heads, kv_heads, tied) in [
+        (supra, 128, 4, 2, false),
+        (supra, 64, 4, 4, true),
+        (softmax, 128, 4, 1, false),
+        (softmax, 64, 4, 2, true),
+        (softmax, 64, 4, 4, true),
+    ] {
+        let config = config(attention, head_dim, heads, kv_heads, tied);
         assert_eq!(misfit(&config, Kind::BFloat16), None);
         let model = Transformer::new(config.clone());
         let rounded = weights(&config);
@@ -79,6 +97,16 @@ fn recorded_steps_are_those_of_the_model() {
         let mut slots = Slots::new(&config, 80, GPU, Kind::BFloat16).unwrap();
         let mut right = Slots::new(&config, 80, GPU, Kind::Double).unwrap();
         let mut decoder = Decoder::new(0, &config, &params, &slots).unwrap();
+        // Sequences of different lengths, one of which the blocks of a softmax model divide among them.
+        for (slot, tokens) in [(0, 300), (2, 3)] {
+            let ids: Vec<i64> = (0..tokens).map(|t| t * 31 % 1000).collect();
+            let (ids_n, spans) = (
+                Tensor::from_slice(&ids).to_device(GPU),
+                [Span { slot, tokens }],
+            );
+            let _ = model.advance(&params, &mut slots, &ids_n, &spans);
+            let _ = model.advance(&exact, &mut right, &ids_n, &spans);
+        }
         for n in [1, 3, 16, 23, 32, 40, 70] {
             // Every other slot first, then those between them.
             let order: Vec<usize> = (0..80)
@@ -87,7 +115,7 @@ fn recorded_steps_are_those_of_the_model() {
                 .take(n)
                 .collect();
             for step in 0..STEPS {
-                let what = format!("heads of {head_dim}, {n} rows, step {step}");
+                let what = format!("{attention:?}, heads of {head_dim}, {n} rows, step {step}");
                 let token = |slot: &usize| ((slot * 37 + step * 101 + n) % 1000) as i64;
                 let ids: Vec<i64> = order.iter().map(token).collect();
                 let rows: Vec<Row> = order
@@ -96,10 +124,9 @@ fn recorded_steps_are_those_of_the_model() {
                     .map(|(&slot, &token)| Row {
                         token: token as i32,
                         slot: slot as i32,
-                        position: right.positions_s[slot] as i32,
                     })
                     .collect();
-                decoder.step(&rows).unwrap();
+                let chosen = decoder.step(&rows, &mut slots).unwrap();
                 let spans: Vec<Span> = order.iter().map(|&slot| Span { slot, tokens: 1 }).collect();
                 let ids_n = Tensor::from_slice(&ids).to_device(GPU);
                 let x_nd = model.advance(&exact, &mut right, &ids_n, &spans);
@@ -109,13 +136,13 @@ fn recorded_steps_are_those_of_the_model() {
                 let error = distance(&states(&slots), &states(&right));
                 assert!(error < STATES, "{what}: states are {error:.2e} off");
                 let likeliest = decoder.logits(n).to_kind(Kind::Float).argmax(-1, false);
-                let chosen: Vec<i64> = decoder.chosen(n).into_iter().map(i64::from).collect();
+                let chosen: Vec<i64> = chosen.into_iter().map(i64::from).collect();
                 let chosen = Tensor::from_slice(&chosen).to_device(GPU);
                 let best = |token: &Tensor| decoder.logits(n).gather(1, &token.unsqueeze(1), false);
                 assert_eq!(best(&chosen), best(&likeliest), "{what}: not the likeliest");
             }
         }
-        slots.positions_s.clone_from(&right.positions_s);
+        assert_eq!(slots.positions_s, right.positions_s);
     }
 }
 
@@ -125,17 +152,18 @@ fn logits_that_are_not_numbers_choose_nothing() {
         return;
     }
     let _guard = tch::no_grad_guard();
-    let config = config(64, 2, 1, false);
+    let config = config(
+        AttentionKind::Supra(SupraConfig::default()),
+        64,
+        2,
+        1,
+        false,
+    );
     let params = weights(&config).to(GPU, Kind::BFloat16);
     let mut norm = params.get("norm.weight").shallow_clone();
     let _ = norm.fill_(f64::NAN);
-    let slots = Slots::new(&config, 1, GPU, Kind::BFloat16).unwrap();
+    let mut slots = Slots::new(&config, 1, GPU, Kind::BFloat16).unwrap();
     let mut decoder = Decoder::new(0, &config, &params, &slots).unwrap();
-    let row = Row {
-        token: 1,
-        slot: 0,
-        position: 0,
-    };
-    decoder.step(&[row]).unwrap();
-    assert_eq!(decoder.chosen(1), [-1]);
+    let row = Row { token: 1, slot: 0 };
+    assert_eq!(decoder.step(&[row], &mut slots).unwrap(), [-1]);
 }

@@ -169,6 +169,15 @@ impl Gpu {
             .map_err(|error| refused(self.index, "use the GPU".to_owned(), &error))
     }
 
+    /// Waits for all that the legacy default stream was asked for.
+    #[allow(unsafe_code)]
+    pub fn wait(&self) -> Result<(), KernelError> {
+        self.make_current()?;
+        // SAFETY: the default stream is always alive.
+        unsafe { result::stream::synchronize(Queue::DEFAULT.0) }
+            .map_err(|error| refused(self.index, "finish its work".to_owned(), &error))
+    }
+
     /// Bytes per second between memory and processors, at most.
     #[allow(unsafe_code)]
     pub fn bandwidth(&self) -> Result<f64, KernelError> {

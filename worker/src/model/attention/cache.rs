@@ -51,11 +51,28 @@ impl Cache {
     /// Adds the keys [1, K, t, d] and values [1, K, t, e] of t more tokens.
     pub fn append(&mut self, k_1ktd: &Tensor, v_1kte: &Tensor) {
         let (new, used) = (k_1ktd.size()[2], self.tokens);
-        for (buffer, tokens) in [(&mut self.k_1krd, k_1ktd), (&mut self.v_1kre, v_1kte)] {
-            grow(buffer, used, used + new);
+        self.reserve(new);
+        for (buffer, tokens) in [(&self.k_1krd, k_1ktd), (&self.v_1kre, v_1kte)] {
             buffer.narrow(2, used, new).copy_(tokens);
         }
         self.tokens += new;
+    }
+
+    /// Makes room for so many more tokens.
+    pub fn reserve(&mut self, tokens: i64) {
+        for buffer in [&mut self.k_1krd, &mut self.v_1kre] {
+            grow(buffer, self.tokens, self.tokens + tokens);
+        }
+    }
+
+    /// Counts one more token, which somebody has written behind the others, where room was reserved.
+    pub fn count(&mut self) {
+        self.tokens += 1;
+    }
+
+    /// The buffers [1, K, room, d] and [1, K, room, e] behind it, of which the first tokens are its own.
+    pub fn buffers(&self) -> [&Tensor; 2] {
+        [&self.k_1krd, &self.v_1kre]
     }
 
     /// Keys [1, K, S, d] and values [1, K, S, e] of all S tokens.

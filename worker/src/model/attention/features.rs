@@ -46,31 +46,34 @@ pub fn queries_keys_values(
     let [q, k, v] = [&projected[0], &projected[1], &projected[2]];
     let repeated = |x_btx: &Tensor| repeat_heads(&heads_first(x_btx, kv), h);
     let v_bhte = repeated(v);
-    let Some(features) = &params.features else {
-        let (q_bhtd, k_bhtd) = (heads_first(q, h), repeated(k));
-        return (
-            rotary.rotate(&q_bhtd, 1.0),
-            rotary.rotate(&k_bhtd, 1.0),
-            v_bhte,
-        );
+    // Rotated before they are repeated: the same numbers for less work.
+    let rotated = |q: &Tensor, k: &Tensor, key_scale| {
+        (
+            rotary.rotate(&heads_first(q, h), 1.0),
+            repeat_heads(&rotary.rotate(&heads_first(k, kv), key_scale), h),
+        )
     };
+    let Some(features) = &params.features else {
+        let (q_bhtd, k_bhtd) = rotated(q, k, 1.0);
+        return (q_bhtd, k_bhtd, v_bhte);
+    };
+    let key_scale = (d as f64).sqrt().recip();
     let (q, k) = (features.query.apply(q), features.key.apply(k));
     let (q_bhtd, k_bhtd) = match features.norms {
-        None => (heads_first(&q, h), repeated(&k)),
+        None => rotated(&q, &k, key_scale),
         // One norm over all H d channels of a token, keys already repeated.
         Some((query_gain, key_gain)) => {
             let (b, t) = (x_btd.size()[0], x_btd.size()[1]);
             let k = repeated(&k).transpose(1, 2).reshape([b, t, h * d]);
             let norm =
                 |x: &Tensor, gain: &Tensor| heads_first(&rms_norm(x, gain, config.norm_eps), h);
-            (norm(&q, query_gain), norm(&k, key_gain))
+            (
+                rotary.rotate(&norm(&q, query_gain), 1.0),
+                rotary.rotate(&norm(&k, key_gain), key_scale),
+            )
         }
     };
-    (
-        rotary.rotate(&q_bhtd, 1.0),
-        rotary.rotate(&k_bhtd, (d as f64).sqrt().recip()),
-        v_bhte,
-    )
+    (q_bhtd, k_bhtd, v_bhte)
 }
 
 /// [B, T, heads * d] to [B, heads, T, d].

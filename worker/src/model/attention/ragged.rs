@@ -11,6 +11,7 @@ use tch::{Device, IndexOp, Kind, Tensor};
 use super::cache::Cache;
 use super::chunkwise::Chunkwise;
 use super::decay::slopes;
+use super::features::repeat_heads;
 use super::recurrent::Recurrent;
 use crate::model::slots::SlotLayer;
 use crate::model::{AttentionKind, ModelConfig, accumulate_kind};
@@ -147,20 +148,16 @@ impl Ragged {
 /// What the last t tokens of a cache, with queries [1, H, t, d], see of it: [1, H, t, e].
 fn look(q_1htd: &Tensor, cache: &Cache) -> Tensor {
     let [k_1ksd, v_1kse] = cache.all();
-    let (new, all) = (q_1htd.size()[2], cache.tokens());
-    let causal = new == all;
-    let mask = (!causal && new > 1).then(|| {
-        let before = (Kind::Bool, q_1htd.device());
-        Tensor::ones([new, all], before).tril(all - new)
-    });
-    Tensor::scaled_dot_product_attention(
-        q_1htd,
-        &k_1ksd,
-        &v_1kse,
-        mask,
-        0.0,
-        causal && new > 1,
-        None,
-        true,
-    )
+    let (heads, new, all) = (q_1htd.size()[1], q_1htd.size()[2], cache.tokens());
+    let attend = |k: &Tensor, v: &Tensor, mask, causal, grouped| {
+        Tensor::scaled_dot_product_attention(q_1htd, k, v, mask, 0.0, causal, None::<f64>, grouped)
+    };
+    if new == 1 || new == all {
+        return attend(&k_1ksd, &v_1kse, None, new > 1, true);
+    }
+    let options = (Kind::Bool, q_1htd.device());
+    let before_ts = Tensor::ones([new, all], options).tril(all - new);
+    // With a mask libtorch's frugal kernels want as many key heads as query heads.
+    let [k_1hsd, v_1hse] = [k_1ksd, v_1kse].map(|x| repeat_heads(&x, heads));
+    attend(&k_1hsd, &v_1hse, Some(before_ts), false, false)
 }

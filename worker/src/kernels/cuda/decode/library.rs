@@ -21,13 +21,13 @@ const WORKSPACE: i64 = 64 << 20;
 /// The library's `CUBLAS_OP_T`.
 const TRANSPOSED: i32 = 1;
 /// Algorithms that are offered, at most.
-const OFFERS: usize = 12;
+const OFFERS: usize = 24;
 
 /// The library, on one GPU.
 pub struct Library {
     index: usize,
     handle: sys::cublasLtHandle_t,
-    workspace: Tensor,
+    workspaces: [Tensor; 2],
 }
 
 /// The lengths of a product y [n, out] = x [n, in] W^T of bf16 tensors; rows of x and y may be further apart.
@@ -46,6 +46,7 @@ pub struct Shape {
 }
 
 /// A shape as the library describes it.
+#[derive(Debug)]
 pub struct Described {
     description: sys::cublasLtMatmulDesc_t,
     weight: sys::cublasLtMatrixLayout_t,
@@ -54,7 +55,7 @@ pub struct Described {
 }
 
 /// A way to compute a product.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct Algorithm(sys::cublasLtMatmulAlgo_t);
 
 impl Library {
@@ -74,7 +75,8 @@ impl Library {
         Ok(Library {
             index,
             handle,
-            workspace: Tensor::empty([WORKSPACE], (Kind::Uint8, Device::Cuda(index))),
+            workspaces: [0, 1]
+                .map(|_| Tensor::empty([WORKSPACE], (Kind::Uint8, Device::Cuda(index)))),
         })
     }
 
@@ -170,11 +172,12 @@ impl Library {
         )
     }
 
-    /// Puts a product on a stream.
+    /// Puts a product on a stream. Products that run beside each other have a place each, 0 or 1.
     #[allow(unsafe_code)]
     pub fn multiply(
         &self,
         queue: &Queue,
+        place: usize,
         product: &Described,
         algorithm: &Algorithm,
         [weight, x, y]: [Argument; 3],
@@ -198,7 +201,7 @@ impl Library {
                 y,
                 product.y,
                 &algorithm.0,
-                self.workspace.data_ptr(),
+                self.workspaces[place].data_ptr(),
                 WORKSPACE as usize,
                 queue.raw().cast::<CUstream_st>().cast(),
             )

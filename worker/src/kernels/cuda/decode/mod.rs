@@ -1,12 +1,15 @@
-//! A token step of a SUPRA model as one recorded graph: one more token for each of some rows, in bf16 with fp32 states.
+//! A token step as one recorded graph: one more token for each of some rows, in bf16 with fp32 states, or with the caches of a
+//! softmax model.
 //!
 //! Between two matrix products stands one kernel ([`rows`](self) in `rows.cu`); the products themselves take, for few rows, a
 //! kernel that streams the weights (`thin.cu`) and else cuBLASLt ([`library`]), whichever is measured to be faster for that
 //! number of rows ([`stages`]). What a step computes is what [`Transformer::advance`](crate::model::Transformer::advance)
 //! computes for spans of single tokens; sums are rounded at other places.
 
+mod caches;
 mod graph;
 mod library;
+mod pinned;
 mod stages;
 
 use std::collections::BTreeMap;
@@ -14,8 +17,10 @@ use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
 
 use self::{
-    graph::Graph,
+    caches::Caches,
+    graph::{Graph, Tape},
     library::Library,
+    pinned::Pinned,
     stages::{Stage, Ways},
 };
 use super::{
@@ -49,21 +54,58 @@ const ROWS: super::Source = super::Source {
     ],
 };
 
+const ATTEND: super::Source = super::Source {
+    name: "attend.cu",
+    text: include_str!("attend.cu"),
+    kernels: &[
+        "attend_64_1",
+        "attend_64_2",
+        "attend_64_4",
+        "attend_64_8",
+        "attend_128_1",
+        "attend_128_2",
+        "attend_128_4",
+        "attend_128_8",
+        "unite_64",
+        "unite_128",
+    ],
+};
+
+/// Threads of a block of `attend`.
+const ATTENDING: u32 = 128;
+
+/// The kernel in which the query heads of a key/value head attend together, if there is one.
+fn attend_kernel(config: &ModelConfig) -> Option<&'static str> {
+    Some(match (config.head_dim, config.group()) {
+        (64, 1) => "attend_64_1",
+        (64, 2) => "attend_64_2",
+        (64, 4) => "attend_64_4",
+        (64, 8) => "attend_64_8",
+        (128, 1) => "attend_128_1",
+        (128, 2) => "attend_128_2",
+        (128, 4) => "attend_128_4",
+        (128, 8) => "attend_128_8",
+        _ => return None,
+    })
+}
+
 /// Why a model's token steps are left to libtorch. None: they can be recorded.
 pub fn misfit(config: &ModelConfig, kind: Kind) -> Option<String> {
-    let Some(supra) = config.supra() else {
-        return Some("it is a softmax model".to_owned());
-    };
     let multiple = |what: &str, width: i64| {
         (width % COLUMNS != 0).then(|| format!("its {what} is {width}, no multiple of {COLUMNS}"))
     };
     if kind != Kind::BFloat16 {
         Some("it does not compute in bf16".to_owned())
-    } else if supra.qk_norm {
+    } else if config.supra().is_some_and(|supra| supra.qk_norm) {
         Some("it norms queries and keys".to_owned())
     } else if !matches!(config.head_dim, 64 | 128) {
         let d = config.head_dim;
         Some(format!("its heads have {d} channels, not 64 or 128"))
+    } else if config.supra().is_none() && attend_kernel(config).is_none() {
+        let group = config.group();
+        Some(format!(
+            "{group} query heads share a key/value head, not 1, 2, 4 or 8"
+        ))
     } else if config.dim > MAX_WIDTH {
         let width = config.dim;
         Some(format!("its width is {width}, more than {MAX_WIDTH}"))
@@ -81,12 +123,18 @@ pub fn misfit(config: &ModelConfig, kind: Kind) -> Option<String> {
 struct Layer {
     attention_norm: Argument,
     in_proj: Argument,
-    /// Weight and bias of the queries' feature map, then of the keys'.
-    features: [[Argument; 2]; 2],
+    /// What SUPRA has and softmax has not.
+    supra: Option<Recurrence>,
     out_proj: Argument,
     ffn_norm: Argument,
     w12: Argument,
     w3: Argument,
+}
+
+/// Pointers to what a SUPRA layer has of its own.
+struct Recurrence {
+    /// Weight and bias of the queries' feature map, then of the keys'.
+    features: [[Argument; 2]; 2],
     states: Argument,
 }
 
@@ -131,6 +179,11 @@ pub struct Decoder {
     last_norm: Argument,
     output: Argument,
     buffers: Buffers,
+    /// What the host says of the rows, and what it hears of them.
+    inputs: Pinned,
+    chosen: Pinned,
+    /// Of a softmax model.
+    caches: Option<Caches>,
     library: Library,
     steps: BTreeMap<i64, Step>,
     /// What the pointers point to.
@@ -147,7 +200,7 @@ impl Decoder {
     ) -> Result<Decoder, KernelError> {
         let mut gpu = Gpu::open(index)?;
         let architecture = gpu.architecture()?;
-        load(&mut gpu, &architecture, &[ROWS, stages::SOURCE])?;
+        load(&mut gpu, &architecture, &[ROWS, ATTEND, stages::SOURCE])?;
         let device = Device::Cuda(index);
         let rows = bucket(slots.positions_s.len() as i64);
         let mut alive = Alive {
@@ -170,6 +223,12 @@ impl Decoder {
         let output = alive.weight("output", params.get(output), &[v, d])?;
         let buffers = Buffers::new(config, rows, device);
         Ok(Decoder {
+            caches: config
+                .supra()
+                .is_none()
+                .then(|| Caches::new(config, slots.positions_s.len(), rows, device)),
+            inputs: Pinned::new(&gpu, 3 * rows as usize)?,
+            chosen: Pinned::new(&gpu, rows as usize)?,
             library: Library::open(index)?,
             gpu,
             config: config.clone(),
@@ -183,25 +242,35 @@ impl Decoder {
         })
     }
 
-    /// Reads one more token of some sequences, each with its slot and the position of the token: their states move on.
-    /// [`logits`](Decoder::logits) and [`chosen`](Decoder::chosen) are then those of these rows.
-    pub fn step(&mut self, rows: &[Row]) -> Result<(), KernelError> {
+    /// Reads one more token of some sequences, no slot twice: `memory`, that of the slots it was made with, moves on. Gives
+    /// the likeliest next token of each row, -1 where logits are not numbers; [`logits`](Decoder::logits) are then those of
+    /// these rows. Waits for the GPU.
+    pub fn step(&mut self, rows: &[Row], memory: &mut Slots) -> Result<Vec<i32>, KernelError> {
         let n = bucket(rows.len() as i64);
+        if let Some(caches) = &mut self.caches {
+            caches.reserve(rows, memory)?;
+        }
         if !self.steps.contains_key(&n) {
             let step = self.record(n)?;
             self.steps.insert(n, step);
         }
-        let size = self.buffers.inputs.size()[1] as usize;
-        let mut host = vec![0i32; 3 * size];
-        host[size..2 * size].fill(-1);
+        let size = self.buffers.chosen.numel();
+        let inputs = self.inputs.numbers();
         for (at, row) in rows.iter().enumerate() {
-            host[at] = row.token;
-            host[size + at] = row.slot;
-            host[2 * size + at] = row.position;
+            inputs[at] = row.token;
+            inputs[size + at] = row.slot;
+            inputs[2 * size + at] = memory.positions_s[row.slot as usize] as i32;
         }
-        let host = Tensor::from_slice(&host).view([3, size as i64]);
-        self.buffers.inputs.copy_(&host);
-        self.steps[&n].graph.launch(&self.gpu)
+        // Padding: any token, in no slot.
+        inputs[rows.len()..size].fill(0);
+        inputs[size + rows.len()..2 * size].fill(-1);
+        self.steps[&n].graph.launch(&self.gpu)?;
+        self.gpu.wait()?;
+        for row in rows {
+            memory.positions_s[row.slot as usize] += 1;
+        }
+        Caches::count(rows, memory);
+        Ok(self.chosen.numbers()[..rows.len()].to_vec())
     }
 
     /// Logits [n, V] of the rows of the last step.
@@ -209,38 +278,43 @@ impl Decoder {
         self.buffers.logits.narrow(0, 0, rows as i64)
     }
 
-    /// The likeliest next tokens of the rows of the last step; -1 where logits are not numbers.
-    pub fn chosen(&self, rows: usize) -> Vec<i32> {
-        let mut host = vec![0; rows];
-        let chosen = self.buffers.chosen.narrow(0, 0, rows as i64);
-        chosen.copy_data(&mut host, rows);
-        host
-    }
-
     /// Measures how products of n rows are computed best, and records a step.
-    fn record(&self, n: i64) -> Result<Step, KernelError> {
+    fn record(&mut self, n: i64) -> Result<Step, KernelError> {
+        let _ = self.buffers.inputs.get(1).fill_(-1);
         let ways = self.measure(n)?;
-        let graph = Graph::record(&self.gpu, |queue| self.enqueue(queue, n, &ways))?;
+        let graph = Graph::record(&self.gpu, |tape| self.enqueue(tape, n, &ways))?;
         Ok(Step { graph, _ways: ways })
     }
 
-    fn enqueue(&self, queue: &Queue, n: i64, ways: &Ways) -> Result<(), KernelError> {
-        let stage = |stage, layer| self.stage(queue, n, stage, layer, &ways[&stage]);
+    fn enqueue(&self, tape: &Tape<'_>, n: i64, ways: &Ways) -> Result<(), KernelError> {
+        let queue = tape.main();
+        self.inputs.send(queue, &self.buffers.inputs)?;
         self.begin(queue, n)?;
-        for (at, layer) in self.layers.iter().enumerate() {
-            let delta = (at > 0).then_some(&self.buffers.delta);
-            self.norm(queue, n, delta, layer.attention_norm)?;
-            stage(Stage::Project, at)?;
-            stage(Stage::Features, at)?;
-            self.recur(queue, n, layer)?;
-            stage(Stage::Out, at)?;
-            self.norm(queue, n, Some(&self.buffers.delta), layer.ffn_norm)?;
-            stage(Stage::Gate, at)?;
-            stage(Stage::Down, at)?;
-        }
+        (0..self.layers.len()).try_for_each(|at| self.block(tape, n, at, ways))?;
         self.norm(queue, n, Some(&self.buffers.delta), self.last_norm)?;
-        stage(Stage::Head, 0)?;
-        self.choose(queue, n)
+        self.stage(tape, n, Stage::Head, 0, &ways[&Stage::Head])?;
+        self.choose(queue, n)?;
+        self.chosen.fetch(queue, &self.buffers.chosen)
+    }
+
+    fn block(&self, tape: &Tape<'_>, n: i64, at: usize, ways: &Ways) -> Result<(), KernelError> {
+        let (queue, layer) = (tape.main(), &self.layers[at]);
+        let stage = |stage| self.stage(tape, n, stage, at, &ways[&stage]);
+        let delta = (at > 0).then_some(&self.buffers.delta);
+        self.norm(queue, n, delta, layer.attention_norm)?;
+        stage(Stage::Project)?;
+        match (&layer.supra, &self.caches) {
+            (Some(supra), _) => {
+                stage(Stage::Features)?;
+                self.recur(queue, n, supra)?;
+            }
+            (None, Some(caches)) => self.attend(queue, n, at, caches)?,
+            (None, None) => panic!("invariant: a softmax model has caches"),
+        }
+        stage(Stage::Out)?;
+        self.norm(queue, n, Some(&self.buffers.delta), layer.ffn_norm)?;
+        stage(Stage::Gate)?;
+        stage(Stage::Down)
     }
 
     fn begin(&self, queue: &Queue, n: i64) -> Result<(), KernelError> {
@@ -281,9 +355,9 @@ impl Decoder {
         self.launch(queue, "norm_rows", ((n, 1), threads), &arguments)
     }
 
-    fn recur(&self, queue: &Queue, n: i64, layer: &Layer) -> Result<(), KernelError> {
+    fn recur(&self, queue: &Queue, n: i64, supra: &Recurrence) -> Result<(), KernelError> {
         let (b, config) = (&self.buffers, &self.config);
-        let [[_, bias_q], [_, bias_k]] = layer.features;
+        let [[_, bias_q], [_, bias_k]] = supra.features;
         let [cosines, sines] = b.angles.each_ref().map(Argument::pointer);
         let [features_q, features_k] = b.features.each_ref().map(Argument::pointer);
         let arguments = [
@@ -295,7 +369,7 @@ impl Decoder {
             cosines,
             sines,
             Argument::pointer(&b.gammas),
-            layer.states,
+            supra.states,
             Argument::pointer(&b.inputs.get(1)),
             Argument::pointer(&b.mixed),
             length("q", config.group())?.into(),
@@ -305,7 +379,49 @@ impl Decoder {
             64 => "recur_64",
             _ => "recur_128",
         };
-        self.launch(queue, name, ((config.heads, n), 256), &arguments)
+        self.launch(queue, name, ((config.heads, n), 512), &arguments)
+    }
+
+    fn attend(
+        &self,
+        queue: &Queue,
+        n: i64,
+        layer: usize,
+        caches: &Caches,
+    ) -> Result<(), KernelError> {
+        let (b, config) = (&self.buffers, &self.config);
+        let splits = caches::splits(n);
+        let [cosines, sines] = b.angles.each_ref().map(Argument::pointer);
+        let [keys, values, rooms] = caches.arguments(layer);
+        let slots = Argument::pointer(&b.inputs.get(1));
+        let arguments = [
+            Argument::pointer(&b.projected),
+            cosines,
+            sines,
+            keys,
+            values,
+            rooms,
+            slots,
+            Argument::pointer(&b.inputs.get(2)),
+            caches.parts(),
+            length("k", config.kv_heads)?.into(),
+            ((config.head_dim as f64).sqrt().recip() as f32).into(),
+        ];
+        let name = attend_kernel(config).expect("invariant: other groups are misfits");
+        let grid = ((config.kv_heads * splits, n), ATTENDING);
+        self.launch(queue, name, grid, &arguments)?;
+        let (name, threads) = match config.head_dim {
+            64 => ("unite_64", 64),
+            _ => ("unite_128", 128),
+        };
+        let mixed = Argument::pointer(&b.mixed);
+        let arguments = [
+            caches.parts(),
+            slots,
+            mixed,
+            length("parts", splits)?.into(),
+        ];
+        self.launch(queue, name, ((config.heads, n), threads), &arguments)
     }
 
     fn choose(&self, queue: &Queue, n: i64) -> Result<(), KernelError> {
@@ -348,8 +464,6 @@ pub struct Row {
     pub token: i32,
     /// Where the sequence's state is.
     pub slot: i32,
-    /// Tokens before this one.
-    pub position: i32,
 }
 
 /// Rows that are computed for `rows`: some numbers of rows have no graph of their own, and take that of a larger one, with
@@ -385,34 +499,40 @@ impl Alive {
         weights: &LayerParams<'_>,
         memory: &SlotLayer,
     ) -> Result<Layer, KernelError> {
-        let (SlotLayer::Supra { state_shde }, Some(features)) = (memory, &weights.features) else {
-            panic!("invariant: softmax models are misfits");
-        };
         let (d, f) = (config.dim, config.ffn);
         let (q, k) = (
             config.heads * config.head_dim,
             config.kv_heads * config.head_dim,
         );
-        let mut map = |map: &crate::model::attention::features::FeatureMap<'_>, width: i64| {
-            Ok([
-                self.weight("feature map", map.weight, &[width, width])?,
-                self.weight("feature bias", map.bias, &[width])?,
-            ])
+        let supra = match (memory, &weights.features) {
+            (SlotLayer::Supra { state_shde }, Some(features)) => {
+                let maps = [(&features.query, q), (&features.key, k)];
+                let [query, key] = maps.map(|(map, width)| {
+                    Ok([
+                        self.weight("feature map", map.weight, &[width, width])?,
+                        self.weight("feature bias", map.bias, &[width])?,
+                    ])
+                });
+                self.kept.push(state_shde.shallow_clone());
+                let shape = state_shde.size();
+                Some(Recurrence {
+                    features: [query?, key?],
+                    states: self
+                        .tensors
+                        .vectors("state", state_shde, Kind::Float, &shape)?,
+                })
+            }
+            (SlotLayer::Softmax { .. }, None) => None,
+            _ => panic!("invariant: weights and memory are of one attention"),
         };
-        let features = [map(&features.query, q)?, map(&features.key, k)?];
-        self.kept.push(state_shde.shallow_clone());
-        let shape = state_shde.size();
         Ok(Layer {
             attention_norm: self.weight("attention_norm", weights.attention_norm, &[d])?,
             in_proj: self.weight("in_proj", weights.in_proj, &[q + 2 * k, d])?,
-            features,
+            supra,
             out_proj: self.weight("out_proj", weights.out_proj, &[d, q])?,
             ffn_norm: self.weight("ffn_norm", weights.ffn_norm, &[d])?,
             w12: self.weight("w12", weights.w12, &[2 * f, d])?,
             w3: self.weight("w3", weights.w3, &[d, f])?,
-            states: self
-                .tensors
-                .vectors("state", state_shde, Kind::Float, &shape)?,
         })
     }
 }

@@ -89,7 +89,7 @@ __device__ __forceinline__ void recur(const bf16 *projected, const bf16 *feature
                                       const bf16 *bias_q, const bf16 *bias_k, const float *cosines, const float *sines,
                                       const float *gammas, float *states, const int *slots, bf16 *out, int group,
                                       float key_scale) {
-    constexpr int THREADS = 256, LANES = D / 4, ROWS = THREADS / LANES, PASSES = D / ROWS, HALF = D / 2;
+    constexpr int THREADS = 512, LANES = D / 4, ROWS = THREADS / LANES, PASSES = D / ROWS, HALF = D / 2;
     __shared__ float q[D], k[D], v[D], parts[THREADS / 32][D];
     admit_next();
     const int head = blockIdx.x, heads = gridDim.x, key_head = head / group, key_heads = heads / group;
@@ -155,7 +155,7 @@ __device__ __forceinline__ void recur(const bf16 *projected, const bf16 *feature
 }
 
 #define HEADS_OF(D)                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(256, 2)                                                              \
+    extern "C" __global__ void __launch_bounds__(512, 2)                                                              \
         recur_##D(const bf16 *projected, const bf16 *features_q, const bf16 *features_k, const bf16 *bias_q,          \
                   const bf16 *bias_k, const float *cosines, const float *sines, const float *gammas, float *states,   \
                   const int *slots, bf16 *out, int group, float key_scale) {                                          \

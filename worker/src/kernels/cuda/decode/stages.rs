@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use tch::Tensor;
 
 use super::{
-    COLUMNS, Decoder,
-    graph::Graph,
+    COLUMNS, Decoder, Recurrence,
+    graph::{Graph, Tape},
     library::{Algorithm, Described, Shape},
 };
 use crate::kernels::cuda::{
@@ -22,27 +22,27 @@ pub const SOURCE: Source = Source {
     name: "thin.cu",
     text: include_str!("thin.cu"),
     kernels: &[
-        "thin_1_1",
-        "thin_2_1",
-        "thin_1_2",
-        "thin_2_2",
-        "thin_1_4",
-        "thin_2_4",
-        "thin_gated_1_1",
-        "thin_gated_2_1",
-        "thin_gated_1_2",
-        "thin_gated_2_2",
-        "thin_gated_1_4",
-        "thin_gated_2_4",
+        "thin_shallow_1",
+        "thin_shallow_2",
+        "thin_deep_1",
+        "thin_deep_2",
+        "thin_wide_1",
+        "thin_wide_2",
+        "thin_gated_shallow_1",
+        "thin_gated_shallow_2",
+        "thin_gated_deep_1",
+        "thin_gated_deep_2",
+        "thin_gated_wide_1",
+        "thin_gated_wide_2",
     ],
 };
 
-/// Threads of a block.
+/// Threads of a block of other kernels.
 const THREADS: u32 = 256;
 /// Rows that the kernels for few rows take.
-const MOST_ROWS: i64 = 32;
+const MOST_ROWS: i64 = 16;
 /// Blocks over which a way is measured, so that weights come from memory as they do in a step.
-const MEASURED_LAYERS: usize = 8;
+const MEASURED_LAYERS: usize = 4;
 /// How often each way is measured; the fastest counts.
 const REPEATS: usize = 3;
 
@@ -74,11 +74,60 @@ const STAGES: [Stage; 6] = [
 ];
 
 /// How a stage is computed.
+#[derive(Debug)]
 pub enum Way {
-    /// By the kernel for few rows, so many times 16 rows of a weight per block.
-    Thin(i64),
-    /// By cuBLASLt, one product after the other.
+    /// By a kernel for few rows.
+    Thin(Thin),
+    /// By cuBLASLt; a second product beside the first.
     Library(Vec<(Described, Algorithm)>),
+}
+
+/// The kernels for few rows: how much of a weight a block has in hand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Thin {
+    /// 16 rows of the weight by 8 warps.
+    Shallow,
+    /// Likewise, fetching twice as far ahead.
+    Deep,
+    /// 32 rows by 16 warps.
+    Wide,
+}
+
+impl Thin {
+    const ALL: [Thin; 3] = [Thin::Shallow, Thin::Deep, Thin::Wide];
+
+    /// Rows of a weight per block.
+    fn height(self) -> i64 {
+        match self {
+            Thin::Shallow | Thin::Deep => 16,
+            Thin::Wide => 32,
+        }
+    }
+
+    fn threads(self) -> u32 {
+        match self {
+            Thin::Shallow | Thin::Deep => 256,
+            Thin::Wide => 512,
+        }
+    }
+
+    /// The kernel for n rows.
+    fn kernel(self, gated: bool, n: i64) -> &'static str {
+        match (gated, self, n) {
+            (false, Thin::Shallow, ..=8) => "thin_shallow_1",
+            (false, Thin::Shallow, _) => "thin_shallow_2",
+            (false, Thin::Deep, ..=8) => "thin_deep_1",
+            (false, Thin::Deep, _) => "thin_deep_2",
+            (false, Thin::Wide, ..=8) => "thin_wide_1",
+            (false, Thin::Wide, _) => "thin_wide_2",
+            (true, Thin::Shallow, ..=8) => "thin_gated_shallow_1",
+            (true, Thin::Shallow, _) => "thin_gated_shallow_2",
+            (true, Thin::Deep, ..=8) => "thin_gated_deep_1",
+            (true, Thin::Deep, _) => "thin_gated_deep_2",
+            (true, Thin::Wide, ..=8) => "thin_gated_wide_1",
+            (true, Thin::Wide, _) => "thin_gated_wide_2",
+        }
+    }
 }
 
 /// The way of each stage for a number of rows.
@@ -122,7 +171,7 @@ impl Decoder {
     /// Puts a stage of block `layer` on a stream, for n rows.
     pub(super) fn stage(
         &self,
-        queue: &Queue,
+        tape: &Tape<'_>,
         n: i64,
         stage: Stage,
         layer: usize,
@@ -130,17 +179,22 @@ impl Decoder {
     ) -> Result<(), KernelError> {
         let products = self.products(stage, layer);
         match way {
-            &Way::Thin(tiles) => self.thin(queue, n, stage, tiles, &products),
+            &Way::Thin(thin) => self.thin(tape.main(), n, stage, thin, &products),
             Way::Library(plans) => {
-                for (product, (described, algorithm)) in products.iter().zip(plans) {
+                let multiply = |at: usize, queue: &Queue| {
+                    let (product, (described, algorithm)) = (&products[at], &plans[at]);
                     let tensors = [product.weight, product.x, product.y];
                     self.library
-                        .multiply(queue, described, algorithm, tensors)?;
+                        .multiply(queue, at, described, algorithm, tensors)
+                };
+                match plans.len() {
+                    1 => multiply(0, tape.main())?,
+                    _ => tape.both(|main| multiply(0, main), |beside| multiply(1, beside))?,
                 }
-                if stage == Stage::Gate {
-                    self.gate(queue, n)?;
+                match stage {
+                    Stage::Gate => self.gate(tape.main(), n),
+                    _ => Ok(()),
                 }
-                Ok(())
             }
         }
     }
@@ -160,13 +214,18 @@ impl Decoder {
             outer: y.size()[1],
         };
         let columns = |from, width| b.projected.narrow(1, from, width);
-        let [[query, _], [key, _]] = layer.features;
         match stage {
             Stage::Project => vec![product(layer.in_proj, &b.normed, &b.projected)],
-            Stage::Features => vec![
-                product(query, &columns(0, q), &b.features[0]),
-                product(key, &columns(q, k), &b.features[1]),
-            ],
+            Stage::Features => match &layer.supra {
+                Some(Recurrence {
+                    features: [[query, _], [key, _]],
+                    ..
+                }) => vec![
+                    product(*query, &columns(0, q), &b.features[0]),
+                    product(*key, &columns(q, k), &b.features[1]),
+                ],
+                None => Vec::new(),
+            },
             Stage::Out => vec![product(layer.out_proj, &b.mixed, &b.delta)],
             Stage::Gate => vec![product(layer.w12, &b.normed, &b.gate_up)],
             Stage::Down => vec![product(layer.w3, &b.gated, &b.delta)],
@@ -179,13 +238,13 @@ impl Decoder {
         queue: &Queue,
         n: i64,
         stage: Stage,
-        tiles: i64,
+        thin: Thin,
         products: &[Product],
     ) -> Result<(), KernelError> {
         let rows = length("x", n)?.into();
         let (first, last) = (&products[0], &products[products.len() - 1]);
         let gated = stage == Stage::Gate;
-        let name = kernel(gated, tiles, n);
+        let name = thin.kernel(gated, n);
         if gated {
             let f = self.config.ffn;
             let [weight, x, _, inner, x_stride, _] = first.arguments()?;
@@ -194,14 +253,19 @@ impl Decoder {
                 length("y", f)?.into(),
             );
             let arguments = [weight, x, y, inner, x_stride, f_32, f_32, rows];
-            return self.launch(queue, name, ((f / (8 * tiles), 1), THREADS), &arguments);
+            return self.launch(
+                queue,
+                name,
+                ((f / (thin.height() / 2), 1), thin.threads()),
+                &arguments,
+            );
         }
-        let blocks = |product: &Product| product.outer / (16 * tiles);
+        let blocks = |product: &Product| product.outer / thin.height();
         let all = products.iter().map(blocks).sum();
         let split = length("y", blocks(first))?.into();
         let mut arguments = [first.arguments()?, last.arguments()?].concat();
         arguments.extend([split, rows]);
-        self.launch(queue, name, ((all, 1), THREADS), &arguments)
+        self.launch(queue, name, ((all, 1), thin.threads()), &arguments)
     }
 
     fn gate(&self, queue: &Queue, n: i64) -> Result<(), KernelError> {
@@ -218,55 +282,59 @@ impl Decoder {
         self.launch(queue, "gate_rows", grid, &arguments)
     }
 
-    /// The fastest way of each stage for n rows, measured.
+    /// The fastest way of each stage for n rows, measured. The rows' slots have to be those of padding: no state may move.
     pub(super) fn measure(&self, n: i64) -> Result<Ways, KernelError> {
-        let fastest = |&stage: &Stage| {
-            let mut best = self.by_library(n, stage)?;
-            for tiles in [1, 2] {
-                if self.takes_thin(n, stage, tiles) {
-                    let way = Way::Thin(tiles);
-                    let time = self.time(|queue, at| self.stage(queue, n, stage, at, &way))?;
-                    if time < best.0 {
-                        best = (time, way);
-                    }
+        let mut ways = Ways::new();
+        for stage in STAGES {
+            if !self.products(stage, 0).is_empty() {
+                ways.insert(stage, self.by_library(n, stage)?);
+            }
+        }
+        // One kernel's end and the next one's beginning share the GPU: what is fast alone need not be fast in its place.
+        for stage in STAGES {
+            let in_place = |ways: &Ways| {
+                self.time(|tape, at| match stage {
+                    Stage::Head => self.stage(tape, n, stage, at, &ways[&stage]),
+                    _ => self.block(tape, n, at, ways),
+                })
+            };
+            let mut least = in_place(&ways)?;
+            for thin in Thin::ALL {
+                if !self.takes_thin(n, stage, thin) {
+                    continue;
+                }
+                let before = ways.insert(stage, Way::Thin(thin));
+                let time = in_place(&ways)?;
+                match before {
+                    Some(before) if time >= least => drop(ways.insert(stage, before)),
+                    _ => least = time,
                 }
             }
-            let (milliseconds, way) = best;
-            let how = match &way {
-                Way::Thin(tiles) => format!("thin, {tiles} tiles"),
-                Way::Library(_) => "cuBLASLt".to_owned(),
-            };
-            tracing::debug!(
-                rows = n,
-                ?stage,
-                how,
-                milliseconds,
-                "chose the products' way"
-            );
-            Ok((stage, way))
-        };
-        STAGES.iter().map(fastest).collect()
+        }
+        tracing::debug!(rows = n, ?ways, "chose the ways of products");
+        Ok(ways)
     }
 
     /// Whether the kernel for few rows can compute a stage.
-    fn takes_thin(&self, n: i64, stage: Stage, tiles: i64) -> bool {
+    fn takes_thin(&self, n: i64, stage: Stage, thin: Thin) -> bool {
         let whole =
-            |product: &Product| product.outer % (16 * tiles) == 0 && product.inner % COLUMNS == 0;
-        n <= MOST_ROWS && self.products(stage, 0).iter().all(whole)
+            |product: &Product| product.outer % thin.height() == 0 && product.inner % COLUMNS == 0;
+        let products = self.products(stage, 0);
+        n <= MOST_ROWS && !products.is_empty() && products.iter().all(whole)
     }
 
-    /// The time of a stage with the best algorithm for each of its products.
-    fn by_library(&self, n: i64, stage: Stage) -> Result<(f64, Way), KernelError> {
+    /// A stage by the library, with the algorithm for each of its products that is the fastest alone.
+    fn by_library(&self, n: i64, stage: Stage) -> Result<Way, KernelError> {
         let mut plans = Vec::new();
         for (at, product) in self.products(stage, 0).iter().enumerate() {
             let described = self.library.describe(product.shape(n))?;
             let mut best = None;
             for algorithm in self.library.algorithms(&described)? {
-                let time = self.time(|queue, layer| {
+                let time = self.time(|tape, layer| {
                     let product = &self.products(stage, layer)[at];
                     let tensors = [product.weight, product.x, product.y];
                     self.library
-                        .multiply(queue, &described, &algorithm, tensors)
+                        .multiply(tape.main(), at, &described, &algorithm, tensors)
                 });
                 // What the library offers and then refuses is not used.
                 if let Ok(time) = time
@@ -278,18 +346,16 @@ impl Decoder {
             let (_, algorithm) = best.ok_or_else(|| self.library.offers_nothing())?;
             plans.push((described, algorithm));
         }
-        let way = Way::Library(plans);
-        let time = self.time(|queue, layer| self.stage(queue, n, stage, layer, &way))?;
-        Ok((time, way))
+        Ok(Way::Library(plans))
     }
 
     /// Milliseconds of some work on several blocks, one after the other.
     fn time(
         &self,
-        work: impl Fn(&Queue, usize) -> Result<(), KernelError>,
+        work: impl Fn(&Tape<'_>, usize) -> Result<(), KernelError>,
     ) -> Result<f64, KernelError> {
-        let graph = Graph::record(&self.gpu, |queue| {
-            (0..self.layers.len().min(MEASURED_LAYERS)).try_for_each(|at| work(queue, at))
+        let graph = Graph::record(&self.gpu, |tape| {
+            (0..self.layers.len().min(MEASURED_LAYERS)).try_for_each(|at| work(tape, at))
         })?;
         let mut least = f64::INFINITY;
         for _ in 0..=REPEATS {
@@ -298,23 +364,5 @@ impl Decoder {
             least = least.min(Event::now(&self.gpu)?.since(&before, &self.gpu)?);
         }
         Ok(least)
-    }
-}
-
-/// The kernel for few rows, for n of them.
-fn kernel(gated: bool, tiles: i64, n: i64) -> &'static str {
-    match (gated, tiles, n) {
-        (false, 1, ..=8) => "thin_1_1",
-        (false, _, ..=8) => "thin_2_1",
-        (false, 1, ..=16) => "thin_1_2",
-        (false, _, ..=16) => "thin_2_2",
-        (false, 1, _) => "thin_1_4",
-        (false, _, _) => "thin_2_4",
-        (true, 1, ..=8) => "thin_gated_1_1",
-        (true, _, ..=8) => "thin_gated_2_1",
-        (true, 1, ..=16) => "thin_gated_1_2",
-        (true, _, ..=16) => "thin_gated_2_2",
-        (true, 1, _) => "thin_gated_1_4",
-        (true, _, _) => "thin_gated_2_4",
     }
 }

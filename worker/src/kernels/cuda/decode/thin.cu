@@ -2,11 +2,11 @@
 //
 // A warp's product has 16 rows of W and 8 rows of x. Which columns of a block of 32 are summed in which of its products does
 // not matter as long as W and x agree; so a lane takes 16 bytes in a row of W, columns 8t to 8t + 7, and the same of x, and
-// nothing goes through shared memory but the sums of the block's eight warps, each of which has an eighth of the columns.
+// nothing goes through shared memory but the sums of the block's warps, each of which has a part of the columns.
 #include "relay.cuh"
 #include "warp.cuh"
 
-constexpr int WARPS = 8, COLUMNS = 32;
+constexpr int COLUMNS = 32;
 
 // One weight, and what it is multiplied with.
 struct Product {
@@ -16,11 +16,11 @@ struct Product {
     int in, x_stride, y_stride;
 };
 
-// TILES times 16 rows of W by 8 PARTS rows of x. GATED: the 16 rows are 8 of the gate and the same 8 of up, `up` rows further on, and
+// TILES times 16 rows of W by 8 PARTS rows of x, by so many WARPS, which fetch DEPTH blocks of columns ahead. GATED: the 16 rows are 8 of the gate and the same 8 of up, `up` rows further on, and
 // y = silu(gate) * up has as many columns as either.
-template <int TILES, int PARTS, bool GATED>
+template <int WARPS, int TILES, int DEPTH, int PARTS, bool GATED>
 __device__ __forceinline__ void thin(const Product &p, int tile, int n, int up) {
-    constexpr int HEIGHT = 16 * TILES, WIDTH = 8 * PARTS, DEPTH = TILES == 1 ? 4 : 2;
+    constexpr int HEIGHT = 16 * TILES, WIDTH = 8 * PARTS;
     __shared__ float sums[WARPS][WIDTH][HEIGHT + 1];
     const int warp = threadIdx.x / WARP, g = threadIdx.x % WARP / 4, t = threadIdx.x % 4;
     const int blocks = p.in / COLUMNS, share = (blocks + WARPS - 1) / WARPS;
@@ -111,22 +111,24 @@ __device__ __forceinline__ void thin(const Product &p, int tile, int n, int up) 
 }
 
 // Blocks from `split` on work on the second product. One product: `split` is gridDim.x.
-#define THIN(TILES, PARTS)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(256) thin_##TILES##_##PARTS(                                         \
+#define THIN(NAME, WARPS, TILES, DEPTH, PARTS)                                                                        \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32) thin_##NAME##_##PARTS(                                   \
         const bf16 *w0, const bf16 *x0, bf16 *y0, int in0, int xs0, int ys0, const bf16 *w1, const bf16 *x1, bf16 *y1, \
         int in1, int xs1, int ys1, int split, int n) {                                                                \
         const int block = blockIdx.x;                                                                                 \
         const Product p = block < split ? Product{w0, x0, y0, in0, xs0, ys0} : Product{w1, x1, y1, in1, xs1, ys1};    \
-        thin<TILES, PARTS, false>(p, block < split ? block : block - split, n, 0);                                    \
+        thin<WARPS, TILES, DEPTH, PARTS, false>(p, block < split ? block : block - split, n, 0);                      \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(256) thin_gated_##TILES##_##PARTS(                                   \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32) thin_gated_##NAME##_##PARTS(                             \
         const bf16 *w, const bf16 *x, bf16 *y, int in, int xs, int ys, int up, int n) {                               \
-        thin<TILES, PARTS, true>(Product{w, x, y, in, xs, ys}, blockIdx.x, n, up);                                    \
+        thin<WARPS, TILES, DEPTH, PARTS, true>(Product{w, x, y, in, xs, ys}, blockIdx.x, n, up);                      \
     }
 
-THIN(1, 1)
-THIN(2, 1)
-THIN(1, 2)
-THIN(2, 2)
-THIN(1, 4)
-THIN(2, 4)
+// For one row the first or the second is the fastest, by the weight's shape; for some the third.
+#define THIN_FOR(PARTS)             \
+    THIN(shallow, 8, 1, 4, PARTS)   \
+    THIN(deep, 8, 1, 8, PARTS)      \
+    THIN(wide, 16, 2, 4, PARTS)
+
+THIN_FOR(1)
+THIN_FOR(2)
