@@ -82,7 +82,7 @@ struct Study<'a> {
 impl Study<'_> {
     fn run(&self, shape: &Path) -> Result<Vec<Row>> {
         let pretraining = if self.campaign.quick {
-            300_000
+            100_000
         } else {
             PRETRAINING
         };
