@@ -10,6 +10,7 @@ pub mod curves;
 pub mod feed;
 pub mod inference;
 pub mod kills;
+pub mod models;
 pub mod plot;
 pub mod precision;
 pub mod recovery;

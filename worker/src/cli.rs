@@ -39,7 +39,7 @@ enum Command {
     Export(export::Export),
     /// Prove that an exported or converted model is what was written
     Verify(verify::Verify),
-    /// Measure loss and perplexity on a dataset
+    /// Measure loss on held-out text and accuracies in tasks
     Eval(eval::Eval),
     /// Continue a text
     Generate(generate::Generate),

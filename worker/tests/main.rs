@@ -6,6 +6,7 @@
 mod broken;
 mod checkpoint;
 mod cli;
+mod eval;
 mod export;
 mod fixture;
 mod foreign;

@@ -14,6 +14,7 @@ use supra_tests::campaigns::corruption::{self, Corruption};
 use supra_tests::campaigns::curves::{self, Curves};
 use supra_tests::campaigns::inference::{self, Inference};
 use supra_tests::campaigns::kills::{self, Kills};
+use supra_tests::campaigns::models::{self, Models};
 use supra_tests::campaigns::precision::{self, Precision};
 use supra_tests::campaigns::recovery::{self, Recovery};
 use supra_tests::campaigns::simulation::{self, Simulation};
@@ -34,12 +35,15 @@ struct Arguments {
     /// Run it small and write nothing.
     #[arg(long)]
     quick: bool,
-    /// Where big, checkpoint, uptrain, precision [default: cuda; with --quick cpu] and recovery [default: cpu] train.
+    /// Where big, checkpoint, uptrain, models, precision [default: cuda; with --quick cpu] and recovery [default: cpu] train.
     #[arg(long, value_enum)]
     device: Option<Device>,
-    /// Folder with text (parquet, column `content`) that uptrain takes in place of the quickstart's.
+    /// Folder with text (parquet, column `content`) that uptrain and models take in place of the quickstart's.
     #[arg(long, value_name = "DIR")]
     text: Option<PathBuf>,
+    /// Folder with arc_easy.jsonl and lambada_openai.jsonl that models takes in place of tests/evals.
+    #[arg(long, value_name = "DIR")]
+    evals: Option<PathBuf>,
     /// Repeat only the case of this seed (simulation, chaos, checkpoint-kills), or damage by it (corruption), and write nothing.
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
@@ -93,6 +97,8 @@ enum Campaign {
     Big,
     /// A model of 30 M parameters is pretrained and uptrained, by one rank and by two; needs an NVIDIA GPU.
     Uptrain,
+    /// What a softmax model of 29 M parameters, its uptrained form, and a linear one from random weights can do; needs an NVIDIA GPU.
+    Models,
     /// The coordinator's and the workers' state machines in simulated time, with everything going wrong.
     Simulation,
     /// bf16 on a GPU learns like fp32 on the processor; needs an NVIDIA GPU.
@@ -251,6 +257,15 @@ fn prove(arguments: &Arguments) -> Result<()> {
                 text: arguments.text.clone().unwrap_or_else(|| quickstart("text")),
             };
             (uptrain::ABOUT, uptrain.run(&programs, scratch.path())?)
+        }
+        Campaign::Models => {
+            let models = Models {
+                quick: arguments.quick,
+                device: arguments.device(),
+                text: arguments.text.clone().unwrap_or_else(|| quickstart("text")),
+                evals: arguments.evals.clone().unwrap_or_else(models::own_evals),
+            };
+            (models::ABOUT, models.run(&programs, scratch.path())?)
         }
         Campaign::Simulation => {
             let simulation = if arguments.quick {

@@ -30,8 +30,8 @@ pub const ABOUT_PREFILL: &str = "Prompts of one sequence, of the same model as o
 /// What the report of `flat` says above its table.
 pub const ABOUT_FLAT: &str = "Time of the next token, and memory of the sequence, behind 1 to 131,072 tokens: a SUPRA model, which has \
     read all of them, beside the softmax model of the same shape (Mistral 7B, bf16, random weights), whose cache is filled with \
-    random numbers. One sequence, medians. The softmax model's step is not recorded as a graph: its figures hold the time of \
-    launching each operation, so what counts is how they grow.";
+    random numbers. One sequence, medians. Both \
+    models' steps are recorded as graphs.";
 
 /// Compiling the peer takes minutes.
 const LIMIT: Duration = Duration::from_secs(540);

@@ -9,7 +9,7 @@ use supra_worker::{
     failure::chain,
     inference::{
         engine::EngineError, evaluate::EvaluateError, generate::GenerateError, load::LoadError,
-        saved::SavedError,
+        report::ReportError, saved::SavedError, scorer::ScoreError, tasks::TaskError,
     },
     model::ModelError,
 };
@@ -161,6 +161,9 @@ input_errors!(
     LoadError,
     EvaluateError,
     GenerateError,
+    ReportError,
+    ScoreError,
+    TaskError,
     supra_data::DataError,
     supra_proto::TokenError
 );

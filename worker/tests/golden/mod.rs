@@ -2,6 +2,7 @@
 //! repository. What the files hold and which errors are allowed stands in the README there.
 
 mod convert;
+mod evaluate;
 mod fixture;
 mod huggingface;
 mod measure;
