@@ -6,6 +6,7 @@ mod eval;
 mod export;
 mod failure;
 mod generate;
+mod interrupt;
 mod logging;
 mod options;
 mod out;
@@ -13,6 +14,7 @@ mod parent;
 mod replay;
 mod run;
 mod serve;
+mod texts;
 mod verify;
 
 use std::process::ExitCode;

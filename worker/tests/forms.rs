@@ -1,9 +1,12 @@
 //! The forms of attention agree where the fixtures do not look: other decays, query and key norms, odd head counts,
 //! documents anywhere, and softmax with its cache.
 
+use supra_worker::model::attention::{
+    chunkwise::Chunkwise, decay::slopes, parallel::Parallel, recurrent::Recurrent,
+};
 use supra_worker::model::{
-    AttentionKind, Decay, Documents, Form, LossInput, Params, RopeFrequencies, State, SupraConfig,
-    Transformer,
+    AttentionKind, Decay, Documents, Form, LossInput, ModelConfig, Params, RopeFrequencies, State,
+    SupraConfig, Transformer,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -209,4 +212,120 @@ fn far_positions_are_as_exact_as_near_ones() {
     let far = model.extend(&params, &mut state, &ids, None);
     let error = (&far - &near).norm().double_value(&[]) / near.norm().double_value(&[]);
     assert!(error < 1e-9, "{error:e}");
+}
+
+const LONG: i64 = 4096;
+
+/// Logits of a long text: parallel, then by chunks of several lengths in pieces that end anywhere, then token by token.
+fn long(config: &ModelConfig, params: &Params) -> Vec<(String, Tensor)> {
+    let ids = ids(1, LONG, 3);
+    let model = Transformer::new(config.clone());
+    let parallel = model.clone().with_form(Form::Parallel);
+    let mut all = vec![("parallel".to_owned(), parallel.logits(params, &ids, None))];
+    for chunk in [16, 64, 100, LONG + 1] {
+        let attention = supra(Decay::Alibi, false, chunk);
+        let model = Transformer::new(config.clone().with_attention(attention));
+        all.push((
+            format!("chunks of {chunk}"),
+            model.logits(params, &ids, None),
+        ));
+        let mut sequences = Sequences::new(&model, params, 1);
+        let mut at = 0;
+        let parts = [1, 1000, 63, 2, LONG - 1066].map(|tokens| {
+            at += tokens;
+            sequences.extend(&ids.narrow(1, at - tokens, tokens))
+        });
+        all.push((
+            format!("pieces in chunks of {chunk}"),
+            Tensor::cat(&parts, 1),
+        ));
+    }
+    let recurrent = Sequences::new(&model, params, 1).steps(&ids);
+    all.push(("recurrent".to_owned(), recurrent));
+    all
+}
+
+fn distance(found: &Tensor, expected: &Tensor) -> f64 {
+    let [found, expected] = [found, expected].map(|x| x.to_kind(Kind::Double));
+    (found - &expected).norm().double_value(&[]) / expected.norm().double_value(&[])
+}
+
+#[test]
+fn forms_agree_over_thousands_of_tokens() {
+    tch::set_num_threads(1);
+    let _guard = tch::no_grad_guard();
+    let config = config(2, 1, supra(Decay::Alibi, false, 64));
+    let weights = weights(&config, 3);
+    for (kind, bound) in [(Kind::Double, 1e-9), (Kind::Float, 5e-4)] {
+        let all = long(&config, &weights.to(Device::Cpu, kind));
+        let (_, parallel) = &all[0];
+        for (form, logits) in &all[1..] {
+            let error = (logits - parallel).abs().max().double_value(&[]);
+            assert!(error <= bound, "{kind:?} {form}: {error:e}");
+        }
+    }
+    // Forms round differently in bf16, but are no further apart than that explains.
+    let rounded = weights.to(Device::Cpu, Kind::BFloat16);
+    let exact = &long_parallel(&config, &rounded.to(Device::Cpu, Kind::Float));
+    let all = long(&config, &rounded);
+    let own: Vec<f64> = all.iter().map(|(_, form)| distance(form, exact)).collect();
+    for a in 0..all.len() {
+        for b in 0..a {
+            let apart = distance(&all[a].1, &all[b].1);
+            let allowed = 1.5 * own[a].min(own[b]);
+            assert!(
+                apart <= allowed,
+                "{} - {}: {apart:e} of {allowed:e}",
+                all[a].0,
+                all[b].0
+            );
+        }
+    }
+}
+
+fn long_parallel(config: &ModelConfig, params: &Params) -> Tensor {
+    let model = Transformer::new(config.clone()).with_form(Form::Parallel);
+    model.logits(params, &ids(1, LONG, 3), None)
+}
+
+#[test]
+fn attention_in_bf16_is_as_exact_as_its_numbers() {
+    tch::set_num_threads(1);
+    tch::manual_seed(1);
+    let (h, d) = (2, 16);
+    let slopes = slopes(Decay::Alibi, h);
+    let options = (Kind::Float, Device::Cpu);
+    let normal = || Tensor::randn([1, h, LONG, d], options);
+    // Features are not negative, and keys are scaled.
+    let qkv = [
+        normal().relu(),
+        normal().relu() / (d as f64).sqrt(),
+        normal(),
+    ];
+    let qkv = qkv.map(|x| x.to_kind(Kind::BFloat16));
+    let [q, k, v] = &qkv;
+    let exact = Parallel::new(&slopes, LONG, None, (Kind::Double, Device::Cpu)).mix(q, k, v);
+    let check = |form: &str, found: Tensor| {
+        let error = distance(&found.to_kind(Kind::BFloat16), &exact);
+        assert!(error <= 5e-3, "{form}: {error:e}");
+    };
+    check(
+        "parallel",
+        Parallel::new(&slopes, LONG, None, options).mix(q, k, v),
+    );
+    for chunk in [16, 64, 100, LONG] {
+        let form = Chunkwise::new(&slopes, chunk, LONG, None, options);
+        check(&format!("chunks of {chunk}"), form.mix(q, k, v));
+    }
+    let form = Recurrent::new(&slopes, options);
+    let mut state = Tensor::zeros([1, h, d, d], options);
+    let steps: Vec<Tensor> = (0..LONG)
+        .map(|t| {
+            let one = qkv
+                .each_ref()
+                .map(|x| x.narrow(2, t, 1).to_kind(Kind::Float));
+            form.advance(one.each_ref(), &mut state, &[0])
+        })
+        .collect();
+    check("recurrent", Tensor::cat(&steps, 2));
 }

@@ -10,6 +10,7 @@ mod export;
 mod fixture;
 mod foreign;
 mod forms;
+mod generate;
 mod golden;
 mod gpu;
 mod import;

@@ -86,6 +86,18 @@ pub enum StoredError {
         /// What came back.
         refusal: Refusal,
     },
+    /// A run has begun checkpoints and completed none.
+    #[error(
+        "{path} has no complete checkpoint yet: {begun} begun, none with a {}; wait for the run's first one, which \
+         `supra checkpoints` lists",
+        crate::PUBLISHED
+    )]
+    Incomplete {
+        /// The folder of checkpoints.
+        path: PathBuf,
+        /// Checkpoints without a manifest.
+        begun: usize,
+    },
     /// No store has such a name.
     #[error(
         "{location:?} names no store of checkpoints: write a directory, file:///directory, s3://bucket/prefix or \

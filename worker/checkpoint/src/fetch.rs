@@ -8,26 +8,36 @@ use std::{
 
 use tempfile::TempDir;
 
-use crate::{Manifest, PUBLISHED, Store, StoredError, verify};
+use crate::{
+    Manifest, PUBLISHED, Store, StoredError,
+    store::{join, parse_directory_name},
+    verify,
+};
 
 /// A model's directory on this machine. Copies go with it.
 #[derive(Debug)]
 pub struct ModelDirectory {
+    location: String,
     path: PathBuf,
     _copies: Option<TempDir>,
 }
 
 impl ModelDirectory {
     /// The model at a path, as it is; or the one of the checkpoint at a URL: its files but the optimizer's are copied to the
-    /// folder for temporary files and proved.
+    /// folder for temporary files and proved. Where a run keeps its checkpoints, which may still be training, it is the newest
+    /// complete one: [`location`](Self::location) says which.
     ///
     /// # Errors
     ///
-    /// As [`of_checkpoint`](Self::of_checkpoint).
+    /// As [`of_checkpoint`](Self::of_checkpoint); or a run's checkpoints are there and none is complete.
     pub fn open(location: &str) -> Result<ModelDirectory, StoredError> {
-        let store = Store::open(location)?;
+        let mut store = Store::open(location)?;
+        if let Some(newest) = newest(&store)? {
+            store = Store::open(&store.at(&newest).display().to_string())?;
+        }
         if let Some(path) = store.local_path("") {
             return Ok(ModelDirectory {
+                location: store.url().to_owned(),
                 path,
                 _copies: None,
             });
@@ -48,6 +58,7 @@ impl ModelDirectory {
         if let Some(path) = store.local_path("") {
             verify::model(store, "", manifest)?;
             return Ok(ModelDirectory {
+                location: store.url().to_owned(),
                 path,
                 _copies: None,
             });
@@ -68,6 +79,7 @@ impl ModelDirectory {
         fs::write(&published, store.read_all(PUBLISHED)?)
             .map_err(|source| StoredError::writing(&published, source))?;
         Ok(ModelDirectory {
+            location: store.url().to_owned(),
             path,
             _copies: Some(copies),
         })
@@ -76,5 +88,36 @@ impl ModelDirectory {
     /// Where its files are.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Path or URL that it was opened at, for messages.
+    pub fn location(&self) -> &str {
+        &self.location
+    }
+}
+
+/// The newest complete checkpoint in a folder of checkpoints; none where it is no such folder.
+fn newest(store: &Store) -> Result<Option<String>, StoredError> {
+    let is_file = store.local_path("").is_some_and(|path| path.is_file());
+    if is_file || store.exists(PUBLISHED)? || store.exists("config.json")? {
+        return Ok(None);
+    }
+    let names = store.list("")?.into_iter();
+    let mut checkpoints: Vec<_> = names
+        .filter_map(|name| Some((parse_directory_name(&name)?, name)))
+        .collect();
+    checkpoints.sort();
+    let begun = checkpoints.len();
+    while let Some((_, name)) = checkpoints.pop() {
+        if store.exists(&join(&name, PUBLISHED))? {
+            return Ok(Some(name));
+        }
+    }
+    match begun {
+        0 => Ok(None),
+        _ => Err(StoredError::Incomplete {
+            path: store.at(""),
+            begun,
+        }),
     }
 }

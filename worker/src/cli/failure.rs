@@ -7,7 +7,10 @@ use supra_worker::{
     checkpoint::CheckpointError,
     device::DeviceError,
     failure::chain,
-    inference::{evaluate::EvaluateError, generate::GenerateError, load::LoadError},
+    inference::{
+        engine::EngineError, evaluate::EvaluateError, generate::GenerateError, load::LoadError,
+        saved::SavedError,
+    },
     model::ModelError,
 };
 
@@ -15,14 +18,18 @@ use supra_worker::{
 const FAILED: u8 = 1;
 /// What the user gave is wrong.
 const INPUT: u8 = 2;
-/// Something stored is not what was stored.
+/// Something stored is not what was stored, or computed is not what it has to be.
 const BROKEN: u8 = 4;
+/// Ended by Ctrl-C, as shells say it.
+pub(super) const INTERRUPTED: u8 = 130;
 
 /// Why a command ends early.
 #[derive(Debug)]
 pub enum Failure {
     /// Whoever read our output has gone; nothing is left to say.
     Closed,
+    /// Somebody has had enough; what was written stands.
+    Interrupted,
     /// A paragraph to print, and the exit code that goes with it.
     Told {
         /// Exit code.
@@ -57,10 +64,19 @@ impl Failure {
         }
     }
 
+    /// Something is not what it has to be.
+    pub fn broken(message: String) -> Failure {
+        Failure::Told {
+            code: BROKEN,
+            message,
+        }
+    }
+
     /// Prints the error and gives the exit code. A closed stdout is no error.
     pub fn report(self) -> ExitCode {
         match self {
             Failure::Closed => ExitCode::SUCCESS,
+            Failure::Interrupted => ExitCode::from(INTERRUPTED),
             Failure::Told { code, message } => {
                 super::out::complain(&format!("error: {message}"));
                 ExitCode::from(code)
@@ -89,6 +105,30 @@ impl From<StoredError> for Failure {
         let code = match error {
             StoredError::Damaged { .. } => BROKEN,
             ref error if error.is_transient() => FAILED,
+            _ => INPUT,
+        };
+        Failure::with_code(code, &error)
+    }
+}
+
+impl From<EngineError> for Failure {
+    fn from(error: EngineError) -> Failure {
+        let code = match error {
+            EngineError::Memory { .. } => FAILED,
+            _ => INPUT,
+        };
+        Failure::with_code(code, &error)
+    }
+}
+
+impl From<SavedError> for Failure {
+    fn from(error: SavedError) -> Failure {
+        let code = match error {
+            SavedError::Damaged { .. } => BROKEN,
+            SavedError::Io {
+                action: "write", ..
+            }
+            | SavedError::Torch(_) => FAILED,
             _ => INPUT,
         };
         Failure::with_code(code, &error)

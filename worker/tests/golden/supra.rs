@@ -1,5 +1,7 @@
 //! SUPRA models, converted ones among them: every answer, in every form and precision.
 
+use supra_worker::inference::engine::{Engine, Output, Piece, Slot, Want};
+use supra_worker::inference::load::LoadedModel;
 use supra_worker::model::attention::decay::gammas;
 use supra_worker::model::norm::head_norm;
 use supra_worker::model::{LossInput, Params, State, Transformer};
@@ -322,6 +324,67 @@ fn golden_supra_generate() {
             verdict.close();
         }
     });
+}
+
+/// All rows in one ragged batch, through the engine that everything runs on.
+#[test]
+fn golden_supra_engine() {
+    each_supra(|fixture| {
+        let golden = Vec::<Vec<i64>>::try_from(fixture.get("generate")).unwrap();
+        let rows = Vec::<Vec<i64>>::try_from(fixture.get("input_ids")).unwrap();
+        // Of several documents in a row only the last is remembered.
+        let starts = fixture.starts().unwrap_or(vec![vec![]; rows.len()]);
+        let last = |(row, starts): (&Vec<i64>, &Vec<u32>)| {
+            let start = starts.last().map_or(0, |&start| start as usize);
+            row[start..].iter().map(|&id| id as u32).collect::<Vec<_>>()
+        };
+        let prompts: Vec<Vec<u32>> = rows.iter().zip(&starts).map(last).collect();
+        for kind in [Kind::Double, Kind::Float] {
+            let model = LoadedModel::open(&fixture.dir, Device::Cpu, kind).unwrap();
+            let mut engine = Engine::new(model, rows.len()).unwrap();
+            let slots: Vec<Slot> = rows.iter().map(|_| engine.open().unwrap()).collect();
+            let mut unread = prompts.clone();
+            let mut verdict = Verdict::new(format!("{} {kind:?} engine", fixture.name()));
+            for at in 0..golden[0].len() {
+                let pieces = slots.iter().zip(&unread).map(|(slot, tokens)| Piece {
+                    slot,
+                    tokens,
+                    want: Want::Greedy,
+                });
+                let outputs = engine.advance(&pieces.collect::<Vec<_>>()).unwrap();
+                for (row, output) in outputs.iter().enumerate() {
+                    assert_eq!(*output, Output::Greedy(golden[row][at] as u32));
+                    unread[row] = vec![golden[row][at] as u32];
+                }
+                for (row, slot) in slots.iter().enumerate().filter(|_| at == 0) {
+                    check_saved_state(fixture, &engine, slot, row as i64, &mut verdict);
+                }
+            }
+            verdict.close();
+        }
+    });
+}
+
+fn check_saved_state(
+    fixture: &Fixture,
+    engine: &Engine,
+    slot: &Slot,
+    row: i64,
+    verdict: &mut Verdict,
+) {
+    let saved = engine.save(slot);
+    assert_eq!(saved.tensors.len() as i64, fixture.config.layers);
+    for (layer, (name, state_hde)) in saved.tensors.iter().enumerate() {
+        let golden = fixture.get(&format!("state.{layer}"));
+        let (error, bound) = match (state_hde.kind(), golden.kind()) {
+            (Kind::Double, kind) => (
+                max_relative(state_hde, &golden.get(row)),
+                if kind == Kind::Double { 1e-9 } else { 1e-6 },
+            ),
+            _ => (l2_relative(state_hde, &golden.get(row)), 1e-5),
+        };
+        verdict.bound(&format!("{name} of row {row}"), error, bound);
+    }
 }
 
 #[test]
