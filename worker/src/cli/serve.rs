@@ -34,6 +34,10 @@ pub struct Serve {
     /// Completions that are computed at once
     #[arg(long, default_value_t = 16, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=4096))]
     slots: u32,
+    /// Read every prompt from its first token on, also where another one began alike: clients then cannot tell from the time that an
+    /// answer takes what others have asked
+    #[arg(long)]
+    no_prefix_reuse: bool,
     /// Requests that may be under way beyond one for each slot; more get 429
     #[arg(long, default_value_t = 64, value_name = "N", value_parser = clap::value_parser!(u32).range(..=1 << 16))]
     queue: u32,
@@ -115,6 +119,7 @@ impl Serve {
             name: self.name.clone(),
             key: self.api_key_file.as_deref().map(Token::from_file).transpose()?,
             slots: self.slots as usize,
+            share_prefixes: !self.no_prefix_reuse,
             queue: self.queue as usize,
             limits: Limits {
                 max_tokens: self.max_tokens_per_request as usize,

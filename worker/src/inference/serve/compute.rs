@@ -109,7 +109,7 @@ impl Compute {
         let running = Running {
             number: served.number,
             engine,
-            schedule: Schedule::default(),
+            schedule: Schedule::new(self.shared.options.share_prefixes),
         };
         self.models.insert(0, running);
         self.shared.serve(served);
@@ -118,6 +118,7 @@ impl Compute {
 
     /// Computes until somebody says stop.
     pub fn run(&mut self, commands: &Receiver<Command>) {
+        self.measure();
         while self.receive(commands) {
             self.sweep();
             for at in 0..self.models.len() {

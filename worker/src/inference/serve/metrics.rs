@@ -51,9 +51,9 @@ impl fmt::Debug for Metrics {
 
 impl Default for Metrics {
     fn default() -> Self {
-        // 1 ms to 65 s, and 0.1 ms to 3.3 s.
-        let seconds = || Histogram::new(exponential_buckets(1e-3, 2.0, 17));
-        let short = Histogram::new(exponential_buckets(1e-4, 2.0, 16));
+        // 1 ms to 66 s, and 0.1 ms to 3.4 s.
+        let seconds = || Histogram::new(exponential_buckets(1e-3, 1.4, 34));
+        let short = Histogram::new(exponential_buckets(1e-4, 1.4, 32));
         let mut metrics = Metrics {
             registry: Registry::with_prefix("supra"),
             requests: Family::default(),

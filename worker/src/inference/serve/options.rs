@@ -17,6 +17,8 @@ pub struct Options {
     pub key: Option<Token>,
     /// Sequences that are computed at once.
     pub slots: usize,
+    /// Whether what one prompt has read another one that begins alike need not read again.
+    pub share_prefixes: bool,
     /// Requests that wait beside as many as there are slots.
     pub queue: usize,
     /// What a request may ask for.

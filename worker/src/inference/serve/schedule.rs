@@ -146,22 +146,24 @@ pub struct Schedule<M: Machine> {
     waiting: VecDeque<Waiting>,
     running: Vec<Running<M::Slot>>,
     prefixes: Prefixes<M::Slot>,
+    /// Whether prompts share what they begin with.
+    share: bool,
     /// Events that need no turn.
     ready: Vec<(Key, Event)>,
 }
 
-impl<M: Machine> Default for Schedule<M> {
-    fn default() -> Self {
+impl<M: Machine> Schedule<M> {
+    /// Nothing to do. With `share`, what one prompt has read another one that begins alike need not read again.
+    pub fn new(share: bool) -> Schedule<M> {
         Schedule {
             waiting: VecDeque::new(),
             running: Vec::new(),
             prefixes: Prefixes::default(),
+            share,
             ready: Vec::new(),
         }
     }
-}
 
-impl<M: Machine> Schedule<M> {
     /// Takes an order, which waits behind those that wait already.
     pub fn submit(&mut self, key: Key, order: Order) {
         let scored = !order.score_prompt || order.prompt.len() == 1;
@@ -259,7 +261,7 @@ impl<M: Machine> Schedule<M> {
     /// Whether some sequence is about to read what this one begins with; it then leaves the state there.
     fn waits_for_prefix(&mut self, at: usize) -> bool {
         let order = &self.waiting[at].order;
-        if order.score_prompt {
+        if order.score_prompt || !self.share {
             return false;
         }
         let kept = self.prefixes.covers(&order.prompt);
@@ -325,11 +327,13 @@ impl<M: Machine> Schedule<M> {
         // From the last one on, so that those before it stay where they are.
         for (at, events) in events.iter().enumerate().rev() {
             match events.last() {
-                Some(Event::Finished(_)) => {
+                Some(Event::Finished(_)) if self.share => {
                     let running = self.running.remove(at);
                     keep(&mut self.prefixes, machine, running.seen(), running.slot);
                 }
-                Some(Event::Failed(_)) => machine.close(self.running.remove(at).slot),
+                Some(Event::Finished(_) | Event::Failed(_)) => {
+                    machine.close(self.running.remove(at).slot);
+                }
                 _ => {}
             }
         }

@@ -196,11 +196,12 @@ proptest! {
     fn every_completion_is_what_it_is_alone_and_no_slot_leaks(
         orders in orders(),
         slots in 1..5usize,
+        share: bool,
         arrivals in prop::collection::vec(0..3usize, 14),
         breaks_at in prop::option::of(1..30usize),
     ) {
         let mut machine = Memory { breaks_at, ..Memory::of(slots) };
-        let mut schedule = Schedule::<Memory>::default();
+        let mut schedule = Schedule::<Memory>::new(share);
         let mut ears = Ears::default();
         let mut cancelled = BTreeSet::new();
         let key = |at: usize| Key { request: at as u64, choice: 0 };
@@ -255,7 +256,7 @@ fn key(request: u64, choice: usize) -> Key {
 
 #[test]
 fn a_prompt_of_several_completions_is_read_once() {
-    let (mut machine, mut schedule) = (Memory::of(8), Schedule::<Memory>::default());
+    let (mut machine, mut schedule) = (Memory::of(8), Schedule::<Memory>::new(true));
     let order = order(&[5; 1000], 1);
     for choice in 0..4 {
         schedule.submit(key(1, choice), order.clone());
@@ -267,14 +268,14 @@ fn a_prompt_of_several_completions_is_read_once() {
 
 #[test]
 fn a_text_that_goes_on_is_not_read_again() {
-    let (mut machine, mut schedule) = (Memory::of(1), Schedule::<Memory>::default());
+    let (mut machine, mut schedule) = (Memory::of(1), Schedule::<Memory>::new(true));
     let mut text = vec![5; 500];
     schedule.submit(key(1, 0), order(&text, 4));
     let ears = finish(&mut schedule, &mut machine);
     text.extend(&ears.0[&key(1, 0)].tokens);
     text.extend([1, 2]);
     let before = machine.read;
-    schedule.submit(key(2, 0), order(&text, 0 + 1));
+    schedule.submit(key(2, 0), order(&text, 1));
     finish(&mut schedule, &mut machine);
     assert!(machine.read - before < 10, "{} tokens were read", machine.read - before);
     assert_eq!(machine.forks, 0, "the only slot is taken over");
@@ -282,7 +283,7 @@ fn a_text_that_goes_on_is_not_read_again() {
 
 #[test]
 fn a_long_prompt_does_not_stop_those_that_draw() {
-    let (mut machine, mut schedule) = (Memory::of(2), Schedule::<Memory>::default());
+    let (mut machine, mut schedule) = (Memory::of(2), Schedule::<Memory>::new(true));
     let mut talker = order(&[9], 40);
     talker.stop_tokens = [].into();
     schedule.submit(key(1, 0), talker);
