@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use clap::Args;
 use supra_proto::Token;
-use supra_worker::inference::serve::{Limits, News, Options, ServeError, Source, serve};
+use supra_worker::inference::serve::{Limits, News, Options, Source, serve};
 
 use super::{
     failure::Failure,
@@ -132,16 +132,5 @@ impl Serve {
             grace: seconds(self.grace),
             follow: self.follow,
         })
-    }
-}
-
-impl From<ServeError> for Failure {
-    fn from(error: ServeError) -> Failure {
-        match error {
-            ServeError::Stored(error) => error.into(),
-            ServeError::Load(error) => error.into(),
-            ServeError::Listen { .. } => Failure::with_code(2, &error),
-            error => Failure::with_code(1, &error),
-        }
     }
 }

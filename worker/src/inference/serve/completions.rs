@@ -9,7 +9,7 @@ use std::{
 use axum::{
     body::{Body, to_bytes},
     extract::{Request as HttpRequest, State},
-    http::header,
+    http::header::{self, HeaderName},
     response::{
         IntoResponse, Response, Sse,
         sse::{Event as Piece, KeepAlive},
@@ -159,7 +159,7 @@ async fn accept(
 }
 
 fn check_headers(request: &HttpRequest, most: usize) -> Result<(), Fault> {
-    let header = |name| request.headers().get(name).map(|value| String::from_utf8_lossy(value.as_bytes()));
+    let header = |name: HeaderName| request.headers().get(name).map(|value| String::from_utf8_lossy(value.as_bytes()));
     if let Some(kind) = header(header::CONTENT_TYPE) {
         let essence = kind.split(';').next().unwrap_or_default().trim();
         if !essence.eq_ignore_ascii_case("application/json") {

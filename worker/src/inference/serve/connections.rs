@@ -11,7 +11,7 @@ use hyper_util::{
 use socket2::SockRef;
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, watch},
+    sync::{OwnedSemaphorePermit, Semaphore, watch},
     time::{sleep, timeout},
 };
 
@@ -35,20 +35,9 @@ pub async fn accept(
 ) {
     let most = shared.options.connections;
     let room = Arc::new(Semaphore::new(most));
-    let next = async || {
-        let permit = Arc::clone(&room).acquire_owned().await;
-        let permit = permit.expect("invariant: the semaphore is never closed");
-        loop {
-            match listener.accept().await {
-                Ok((stream, _)) => return (stream, permit),
-                // Descriptors come back as connections end.
-                Err(_) => sleep(PAUSE).await,
-            }
-        }
-    };
     loop {
         let (stream, permit) = tokio::select! {
-            next = next() => next,
+            taken = next(&listener, &room) => taken,
             _ = over.wait_for(|&over| over) => break,
         };
         let (router, shared, over) = (router.clone(), Arc::clone(&shared), over.clone());
@@ -62,6 +51,22 @@ pub async fn accept(
         });
     }
     let _ = timeout(FAREWELL, room.acquire_many(most as u32)).await;
+}
+
+/// The next connection, as soon as there is room for it.
+async fn next(
+    listener: &TcpListener,
+    room: &Arc<Semaphore>,
+) -> (TcpStream, OwnedSemaphorePermit) {
+    let permit = Arc::clone(room).acquire_owned().await;
+    let permit = permit.expect("invariant: the semaphore is never closed");
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => return (stream, permit),
+            // Descriptors come back as connections end.
+            Err(_) => sleep(PAUSE).await,
+        }
+    }
 }
 
 /// A reader that takes nothing for so long is cut off by the system, whatever has been computed for it.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::{
     Router,
-    extract::{Path, Request, State},
+    extract::{Path, Request, State, rejection::PathRejection},
     http::{StatusCode, header},
     middleware::{self, Next},
     response::{IntoResponse, Response},
@@ -26,10 +26,10 @@ pub fn router(shared: Arc<Shared>) -> Router {
         .route("/v1/completions", post(completions))
         .route("/v1/models", get(models))
         .route("/v1/models/{id}", get(model))
-        .route_layer(key)
-        .merge(open)
-        .fallback(no_path)
         .method_not_allowed_fallback(no_method)
+        .route_layer(key)
+        .merge(open.method_not_allowed_fallback(no_method))
+        .fallback(no_path)
         .with_state(shared)
 }
 
@@ -74,9 +74,10 @@ async fn models(State(shared): State<Arc<Shared>>) -> Result<Response, Fault> {
 
 async fn model(
     State(shared): State<Arc<Shared>>,
-    Path(id): Path<String>,
+    id: Result<Path<String>, PathRejection>,
 ) -> Result<Response, Fault> {
     let served = shared.served()?;
+    let Path(id) = id.map_err(|wrong| Fault::bad(wrong.body_text()))?;
     if id != served.id {
         return Err(Fault::no_model(&id, &served.id));
     }

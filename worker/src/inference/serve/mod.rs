@@ -43,6 +43,7 @@ use tokio::{
     runtime::{Builder, Runtime},
     signal::unix::{Signal, SignalKind, signal},
     sync::watch,
+    task::block_in_place,
     time::{Instant, sleep},
 };
 
@@ -60,6 +61,8 @@ const THREADS: usize = 2;
 const TOKENIZING: usize = 4;
 /// How often a server that ends looks whether its answers are complete.
 const LOOK: Duration = Duration::from_millis(20);
+/// How long clients have to hear that there will be no answer.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// What a server says of itself.
 #[derive(Debug)]
@@ -171,50 +174,55 @@ fn listen(runtime: &Runtime, shared: &Arc<Shared>) -> Result<SocketAddr, ServeEr
     let listener = runtime.block_on(TcpListener::bind(wanted)).map_err(refused)?;
     let address = listener.local_addr().map_err(refused)?;
     let _guard = runtime.enter();
-    let (terminate, interrupt) = (
-        signal(SignalKind::terminate())?,
-        signal(SignalKind::interrupt())?,
-    );
-    runtime.spawn(live(listener, Arc::clone(shared), terminate, interrupt));
+    let signals = Signals {
+        terminate: signal(SignalKind::terminate())?,
+        interrupt: signal(SignalKind::interrupt())?,
+    };
+    runtime.spawn(live(listener, Arc::clone(shared), signals));
     Ok(address)
 }
 
+/// What tells the process to stop.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
 /// Takes connections until a signal comes, then lets answers end.
-async fn live(
-    listener: TcpListener,
-    shared: Arc<Shared>,
-    mut terminate: Signal,
-    mut interrupt: Signal,
-) {
+async fn live(listener: TcpListener, shared: Arc<Shared>, mut signals: Signals) {
     let (end, over) = watch::channel(false);
     let router = http::router(Arc::clone(&shared));
-    let accepting = tokio::spawn(connections::accept(listener, router, Arc::clone(&shared), over));
-    let mut told = async || {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
-    };
-    told().await;
+    let accepting = connections::accept(listener, router, Arc::clone(&shared), over);
+    let accepting = tokio::spawn(accepting);
+    signals.next().await;
     shared.drain();
     let grace = shared.options.grace;
     tracing::info!(under_way = shared.under_way(), ?grace, "ending");
-    let deadline = Instant::now() + grace;
-    let complete = async {
-        while shared.under_way() > 0 && Instant::now() < deadline {
-            sleep(LOOK).await;
-        }
-    };
     tokio::select! {
-        () = complete => {}
-        () = told() => {}
+        () = answered(&shared, grace) => {}
+        () = signals.next() => {}
     }
     // Whoever gets no whole answer is told so.
-    let _ = shared.command(Command::Abandon);
-    while shared.under_way() > 0 && Instant::now() < deadline + LOOK * 50 {
-        sleep(LOOK).await;
-    }
+    block_in_place(|| shared.insist(Command::Abandon));
+    answered(&shared, FAREWELL).await;
     let _ = end.send(true);
     let _ = accepting.await;
-    let _ = shared.command(Command::Stop);
+    block_in_place(|| shared.insist(Command::Stop));
+}
+
+/// Waits until nothing is under way, or for so long.
+async fn answered(shared: &Shared, limit: Duration) {
+    let deadline = Instant::now() + limit;
+    while shared.under_way() > 0 && Instant::now() < deadline {
+        sleep(LOOK).await;
+    }
 }

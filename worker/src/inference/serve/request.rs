@@ -238,7 +238,7 @@ fn prompts(fields: &Fields<'_>, served: &Served, n: usize) -> Result<Vec<Prompt>
     };
     let inside = written.strip_prefix('[').map(str::trim_start);
     let ids = "token ids, whole numbers from 0 on";
-    let (texts, tokens) = match inside.map(|inside| inside.as_bytes().first().copied()) {
+    let (texts, tokens): (Vec<String>, Vec<Vec<u32>>) = match inside.map(|inside| inside.as_bytes().first().copied()) {
         None => (fields.get::<String>("prompt", PROMPT)?.into_iter().collect(), Vec::new()),
         Some(Some(b'"')) => (fields.get::<Vec<String>>("prompt", PROMPT)?.unwrap_or_default(), Vec::new()),
         Some(Some(b'[')) => {
