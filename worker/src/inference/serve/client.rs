@@ -153,3 +153,81 @@ impl Client {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::inference::{completion::Finish, serve::schedule::Drawn};
+
+    const STALL: Duration = Duration::from_secs(5);
+    const LIMIT: Duration = Duration::from_secs(50);
+
+    fn client(choices: usize, arrived: Instant) -> (Client, mpsc::Receiver<Batch>, Enough) {
+        let (events, reader) = mpsc::channel(1);
+        let enough: Enough = (0..choices).map(|_| false.into()).collect();
+        let (mut client, _) = Client::new(Job {
+            request: 1,
+            served: 0,
+            orders: Vec::new(),
+            enough: Arc::clone(&enough),
+            events,
+            arrived,
+        });
+        client.over = vec![false; choices];
+        client.last = vec![None; choices];
+        (client, reader, enough)
+    }
+
+    fn token(token: u32) -> Event {
+        Event::Token(Drawn {
+            token,
+            logprob: None,
+            top: Vec::new(),
+        })
+    }
+
+    #[test]
+    fn a_slow_reader_gets_everything_in_order() {
+        let start = Instant::now();
+        let (mut client, mut reader, _) = client(1, start);
+        for number in 0..10 {
+            client.hear(0, token(number));
+            client.deliver(start);
+        }
+        client.hear(0, Event::Finished(Finish::Length));
+        let mut heard = Vec::new();
+        while !client.settle() {
+            client.check(start + STALL, LIMIT, STALL);
+            client.deliver(start);
+            heard.extend(reader.try_recv().unwrap_or_default());
+        }
+        heard.extend(reader.try_recv().unwrap_or_default());
+        let tokens: Vec<_> = (0..10).map(|number| (0, token(number))).collect();
+        assert_eq!(heard[..10], tokens);
+        assert_eq!(heard[10..], [(0, Event::Finished(Finish::Length))]);
+    }
+
+    #[test]
+    fn a_reader_that_stands_still_is_given_up_and_one_that_is_late_is_told() {
+        let start = Instant::now();
+        let (mut still, _reader, _) = client(2, start);
+        for number in 0..2 {
+            still.hear(0, token(number));
+            still.deliver(start);
+        }
+        still.check(start + STALL, LIMIT, STALL);
+        assert!(!still.is_over(0));
+        still.check(start + STALL * 2, LIMIT, STALL);
+        assert!(still.is_over(0) && still.is_over(1) && still.has_news() && still.settle());
+
+        let (mut late, mut reader, enough) = client(2, start);
+        enough[1].store(true, Ordering::Relaxed);
+        late.check(start + LIMIT * 2, LIMIT, STALL);
+        late.deliver(start);
+        let told = reader.try_recv().unwrap_or_default();
+        assert_eq!(told, [(0, Event::Failed(Fault::late(LIMIT)))]);
+        assert!(late.is_over(1) && late.settle());
+    }
+}
