@@ -18,6 +18,7 @@ mod kept;
 mod network;
 mod padding;
 mod replay;
+mod sequences;
 mod snapshots;
 mod step;
 mod train;
