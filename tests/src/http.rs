@@ -107,7 +107,7 @@ impl Events {
     }
 
     /// The data of the next event; none at the end of the answer.
-    pub fn next(&mut self) -> Result<Option<String>> {
+    pub fn data(&mut self) -> Result<Option<String>> {
         let mut line = String::new();
         while self.body.read_line(&mut line)? > 0 {
             if let Some(data) = line.trim_end().strip_prefix("data: ") {
@@ -121,7 +121,7 @@ impl Events {
     /// All further events up to `[DONE]`.
     pub fn rest(&mut self) -> Result<Vec<Value>> {
         let mut events = Vec::new();
-        while let Some(data) = self.next()? {
+        while let Some(data) = self.data()? {
             if data == "[DONE]" {
                 return Ok(events);
             }
@@ -141,7 +141,10 @@ impl Answer {
         let mut reader = BufReader::new(stream);
         let mut line = String::new();
         reader.read_line(&mut line)?;
-        let status = line.split(' ').nth(1).and_then(|status| status.parse().ok());
+        let status = line
+            .split(' ')
+            .nth(1)
+            .and_then(|status| status.parse().ok());
         let status = status.ok_or_else(|| Failure::new(format!("no HTTP answer: {line:?}")))?;
         let mut headers = Vec::new();
         loop {
@@ -158,8 +161,14 @@ impl Answer {
             body: String::new(),
         };
         let chunked = response.header("transfer-encoding") == Some("chunked");
-        let left = response.header("content-length").and_then(|length| length.parse().ok());
-        let left = if chunked { 0 } else { left.unwrap_or(usize::MAX) };
+        let left = response
+            .header("content-length")
+            .and_then(|length| length.parse().ok());
+        let left = if chunked {
+            0
+        } else {
+            left.unwrap_or(usize::MAX)
+        };
         let body = Body {
             reader,
             chunked,

@@ -52,7 +52,10 @@ impl Server {
             sleep(POLL);
         }
         let output = server.process.output();
-        let address = output.lines().rev().find_map(|line| line.strip_prefix("listening on http://"));
+        let address = output
+            .lines()
+            .rev()
+            .find_map(|line| line.strip_prefix("listening on http://"));
         let address = address.ok_or_else(|| Failure::new(format!("no address: {output}")))?;
         server.address = address.parse()?;
         Ok(server)
@@ -110,7 +113,11 @@ impl Server {
         self.wait_metric("supra_completions_waiting", 0.0, limit)?;
         self.wait_metric(r#"supra_slots{state="busy"}"#, 0.0, limit)?;
         let metrics = self.metrics()?;
-        let slot = |state| metrics.get(&format!("supra_slots{{state=\"{state}\"}}")).copied();
+        let slot = |state| {
+            metrics
+                .get(&format!("supra_slots{{state=\"{state}\"}}"))
+                .copied()
+        };
         let all = slot("free").unwrap_or(0.0) + slot("prefix").unwrap_or(0.0);
         match all == f64::from(slots) {
             true => Ok(()),

@@ -62,7 +62,13 @@ impl Serve {
         Ok(rows)
     }
 
-    fn start(&self, programs: &Programs, directory: &Path, model: &Path, more: &[&str]) -> Result<Server> {
+    fn start(
+        &self,
+        programs: &Programs,
+        directory: &Path,
+        model: &Path,
+        more: &[&str],
+    ) -> Result<Server> {
         let device = self.device.of_worker(0, 1);
         let dtype = match self.device {
             Device::Cpu => "fp32",
@@ -75,12 +81,35 @@ impl Serve {
 
     fn load(&self, programs: &Programs, directory: &Path, model: &Path) -> Result<Vec<Row>> {
         let slots = SLOTS.to_string();
-        let server = self.start(programs, directory, model, &["--slots", &slots, "--no-prefix-reuse"])?;
+        let server = self.start(
+            programs,
+            directory,
+            model,
+            &["--slots", &slots, "--no-prefix-reuse"],
+        )?;
         let loads = if self.quick {
-            vec![Load { clients: 1, rounds: 4, prompt: 32, tokens: 8 }, Load { clients: 8, rounds: 2, prompt: 32, tokens: 8 }]
+            vec![
+                Load {
+                    clients: 1,
+                    rounds: 4,
+                    prompt: 32,
+                    tokens: 8,
+                },
+                Load {
+                    clients: 8,
+                    rounds: 2,
+                    prompt: 32,
+                    tokens: 8,
+                },
+            ]
         } else {
             [(1, 24), (8, 12), (64, 4)]
-                .map(|(clients, rounds)| Load { clients, rounds, prompt: 512, tokens: 128 })
+                .map(|(clients, rounds)| Load {
+                    clients,
+                    rounds,
+                    prompt: 512,
+                    tokens: 128,
+                })
                 .to_vec()
         };
         let mut rows = Vec::new();
@@ -97,9 +126,22 @@ impl Serve {
     fn abuse(&self, programs: &Programs, directory: &Path, model: &Path) -> Result<Row> {
         let directory = directory.join("abuse");
         std::fs::create_dir_all(&directory)?;
-        let limits = ["--slots", "8", "--queue", "8", "--stall-timeout", "1", "--max-body", "131072"];
+        let limits = [
+            "--slots",
+            "8",
+            "--queue",
+            "8",
+            "--stall-timeout",
+            "1",
+            "--max-body",
+            "131072",
+        ];
         let server = self.start(programs, &directory, model, &limits)?;
-        let mut abuse = Abuse { requests: 200, clients: 16, seed: 1 };
+        let mut abuse = Abuse {
+            requests: 200,
+            clients: 16,
+            seed: 1,
+        };
         // What the server needs at all, it needs from its first requests on.
         abuse.run(&server)?;
         let before = megabytes(&server)?;
@@ -112,7 +154,9 @@ impl Serve {
         abuse::expect_answers(&server)?;
         let after = megabytes(&server)?;
         if after > before + GROWTH {
-            return Err(Failure::new(format!("the server's memory went from {before} MB to {after} MB")));
+            return Err(Failure::new(format!(
+                "the server's memory went from {before} MB to {after} MB"
+            )));
         }
         Ok(Row::new()
             .with("what", "abuse")
@@ -132,7 +176,9 @@ impl Serve {
 }
 
 fn outcomes(tally: &Tally) -> String {
-    let each = tally.iter().map(|(outcome, count)| format!("{outcome}: {count}"));
+    let each = tally
+        .iter()
+        .map(|(outcome, count)| format!("{outcome}: {count}"));
     each.collect::<Vec<_>>().join(", ")
 }
 

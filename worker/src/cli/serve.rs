@@ -117,7 +117,11 @@ impl Serve {
         Ok(Options {
             listen: self.listen,
             name: self.name.clone(),
-            key: self.api_key_file.as_deref().map(Token::from_file).transpose()?,
+            key: self
+                .api_key_file
+                .as_deref()
+                .map(Token::from_file)
+                .transpose()?,
             slots: self.slots as usize,
             share_prefixes: !self.no_prefix_reuse,
             queue: self.queue as usize,

@@ -42,7 +42,9 @@ impl Abuse {
                 .map(|client| scope.spawn(move || self.client(client, server)))
                 .collect();
             for client in crowd {
-                let ended = client.join().map_err(|_| Failure::new("a client broke"))??;
+                let ended = client
+                    .join()
+                    .map_err(|_| Failure::new("a client broke"))??;
                 for (outcome, count) in ended {
                     *tally.entry(outcome).or_default() += count;
                 }
@@ -56,8 +58,9 @@ impl Abuse {
         for number in (client..self.requests).step_by(self.clients as usize) {
             let mut random = ChaCha8Rng::seed_from_u64(self.seed);
             random.set_stream(number);
-            let outcome = harass(server, &mut random)
-                .map_err(|failure| Failure::new(format!("seed {}, request {number}: {failure}", self.seed)))?;
+            let outcome = harass(server, &mut random).map_err(|failure| {
+                Failure::new(format!("seed {}, request {number}: {failure}", self.seed))
+            })?;
             *tally.entry(outcome).or_default() += 1;
         }
         Ok(tally)
@@ -144,13 +147,17 @@ fn hear(stream: &mut TcpStream) -> Result<String> {
         _ => {}
     }
     let answer = String::from_utf8_lossy(&answer);
-    let status = answer.strip_prefix("HTTP/1.").and_then(|rest| rest.get(2..5));
+    let status = answer
+        .strip_prefix("HTTP/1.")
+        .and_then(|rest| rest.get(2..5));
     let Some(status) = status else {
         return Err(Failure::new(format!("no HTTP: {answer:?}")));
     };
     let server_error = status.starts_with('5') && status != "503" && status != "504";
     match server_error {
-        true => Err(Failure::new(format!("an error of the server's own: {answer}"))),
+        true => Err(Failure::new(format!(
+            "an error of the server's own: {answer}"
+        ))),
         false => Ok(status.to_owned()),
     }
 }
@@ -178,9 +185,12 @@ fn head(random: &mut ChaCha8Rng) -> Vec<u8> {
     if random.random_range(0..4) == 0 {
         // More header than anybody needs.
         let name = "x".repeat(random.random_range(1..200_000));
-        return format!("GET /health HTTP/1.1\r\nconnection: close\r\n{name}: 1\r\n\r\n").into_bytes();
+        return format!("GET /health HTTP/1.1\r\nconnection: close\r\n{name}: 1\r\n\r\n")
+            .into_bytes();
     }
-    heads.choose(random).map_or_else(Vec::new, |head| head.to_vec())
+    heads
+        .choose(random)
+        .map_or_else(Vec::new, |head| head.to_vec())
 }
 
 /// JSON that is wrong in one place or right, or no JSON.
@@ -188,7 +198,10 @@ fn body(random: &mut ChaCha8Rng) -> String {
     match random.random_range(0..10) {
         // Too deep, too large, or cut.
         0 => "[".repeat(random.random_range(1..50_000)),
-        1 => format!(r#"{{"prompt": "{}"}}"#, "a".repeat(random.random_range(0..200_000))),
+        1 => format!(
+            r#"{{"prompt": "{}"}}"#,
+            "a".repeat(random.random_range(0..200_000))
+        ),
         2 => {
             let text = object(random).to_string();
             let end = text.floor_char_boundary(random.random_range(0..text.len()));
@@ -213,7 +226,7 @@ fn object(random: &mut ChaCha8Rng) -> Value {
         json!([5, 6, 7, 8]),
         json!([[5, 6, 7], [8, 9]]),
         json!("\u{0}\u{7f}\u{fffd}é漢🦀"),
-        json!([5; 300]),
+        json!(vec![5; 300]),
     ];
     let mut object = json!({
         "prompt": prompts.choose(random),
@@ -225,9 +238,28 @@ fn object(random: &mut ChaCha8Rng) -> Value {
         "temperature": random.random_range(0.0..2.0),
     });
     let fields = [
-        "prompt", "max_tokens", "stream", "echo", "logprobs", "n", "temperature", "top_p", "top_k", "min_p", "stop",
-        "seed", "model", "best_of", "suffix", "stream_options", "repetition_penalty", "presence_penalty",
-        "frequency_penalty", "logit_bias", "user", "return_token_ids",
+        "prompt",
+        "max_tokens",
+        "stream",
+        "echo",
+        "logprobs",
+        "n",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "stop",
+        "seed",
+        "model",
+        "best_of",
+        "suffix",
+        "stream_options",
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "logit_bias",
+        "user",
+        "return_token_ids",
     ];
     for _ in 0..random.random_range(0..3) {
         if let Some(field) = fields.choose(random) {
@@ -247,7 +279,9 @@ fn anything(random: &mut ChaCha8Rng, depth: u32) -> Value {
         5 => json!(random.random_range(-1e3..1e3)),
         6 => json!(f64::MAX),
         7 => "x".repeat(random.random_range(0..40)).into(),
-        8 => (0..random.random_range(0..4)).map(|_| anything(random, depth - 1)).collect(),
+        8 => (0..random.random_range(0..4))
+            .map(|_| anything(random, depth - 1))
+            .collect(),
         _ => json!({ "include_usage": anything(random, depth - 1) }),
     }
 }

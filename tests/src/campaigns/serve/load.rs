@@ -55,18 +55,38 @@ impl Load {
         let all = self.clients * self.rounds;
         match measured.statuses.get("200") {
             Some(&good) if good as usize == all => Ok(measured),
-            _ => Err(Failure::new(format!("not all of {all} are well: {:?}", measured.statuses))),
+            _ => Err(Failure::new(format!(
+                "not all of {all} are well: {:?}",
+                measured.statuses
+            ))),
         }
     }
 
     fn send(&self, server: &Server, directory: &Path, rounds: usize) -> Result<String> {
         let body = directory.join("completion.json");
         let prompt: Vec<usize> = (0..self.prompt).map(|at| 5 + at * 7 % 500).collect();
-        let request = json!({ "prompt": prompt, "max_tokens": self.tokens, "temperature": 1, "echo": false });
+        let request =
+            json!({ "prompt": prompt, "max_tokens": self.tokens, "temperature": 1, "echo": false });
         std::fs::write(&body, request.to_string())?;
         let mut hey = Command::new("hey");
-        hey.args(["-n", &(self.clients * rounds).to_string(), "-c", &self.clients.to_string()]);
-        hey.args(["-t", "0", "-m", "POST", "-T", "application/json", "-o", "csv", "-D"]).arg(&body);
+        hey.args([
+            "-n",
+            &(self.clients * rounds).to_string(),
+            "-c",
+            &self.clients.to_string(),
+        ]);
+        hey.args([
+            "-t",
+            "0",
+            "-m",
+            "POST",
+            "-T",
+            "application/json",
+            "-o",
+            "csv",
+            "-D",
+        ])
+        .arg(&body);
         hey.arg(format!("http://{}{COMPLETIONS}", server.address));
         let output = run(hey, LIMIT).while_doing(
             "running the load generator `hey` (apt-get install hey, or go install github.com/rakyll/hey@latest)",
@@ -76,7 +96,11 @@ impl Load {
 }
 
 impl Measured {
-    fn read(csv: &str, before: &BTreeMap<String, f64>, after: &BTreeMap<String, f64>) -> Result<Measured> {
+    fn read(
+        csv: &str,
+        before: &BTreeMap<String, f64>,
+        after: &BTreeMap<String, f64>,
+    ) -> Result<Measured> {
         let mut statuses = Tally::new();
         let (mut latencies, mut seconds) = (Vec::new(), 0.0_f64);
         for line in csv.lines().skip(1) {
@@ -94,7 +118,11 @@ impl Measured {
         let bucket = |name: &String| {
             let bound = name.strip_prefix("supra_time_to_first_token_seconds_bucket{le=\"")?;
             let bound = bound.strip_suffix("\"}")?;
-            let bound = if bound == "+Inf" { f64::INFINITY } else { bound.parse().ok()? };
+            let bound = if bound == "+Inf" {
+                f64::INFINITY
+            } else {
+                bound.parse().ok()?
+            };
             Some((bound, grown(name)))
         };
         let mut first_token: Vec<(f64, f64)> = after.keys().filter_map(bucket).collect();
@@ -122,7 +150,10 @@ impl Measured {
         for &(until, count) in &self.first_token {
             if count >= wanted && count > below {
                 let until = if until.is_finite() { until } else { from };
-                return rounded((from + (until - from) * (wanted - below) / (count - below)) * 1e3, 1);
+                return rounded(
+                    (from + (until - from) * (wanted - below) / (count - below)) * 1e3,
+                    1,
+                );
             }
             (from, below) = (until, count);
         }
@@ -137,7 +168,10 @@ impl Measured {
             .with("requests", self.latencies.len())
             .with("prompt_tokens", load.prompt)
             .with("new_tokens", load.tokens)
-            .with("requests_s", rounded(self.latencies.len() as f64 / self.seconds, 2))
+            .with(
+                "requests_s",
+                rounded(self.latencies.len() as f64 / self.seconds, 2),
+            )
             .with("tokens_s", rounded(self.tokens / self.seconds, 1))
             .with("p50_ms", self.latency(0.5))
             .with("p99_ms", self.latency(0.99))
@@ -159,7 +193,14 @@ mod tests {
         let before = BTreeMap::from([(name("0.1"), 1.0), (name("0.2"), 1.0), (name("+Inf"), 1.0)]);
         let after = BTreeMap::from([(name("0.1"), 1.0), (name("0.2"), 3.0), (name("+Inf"), 3.0)]);
         let measured = Measured::read(csv, &before, &after)?;
-        assert_eq!((measured.latency(0.5), measured.latency(0.99), measured.seconds), (100.0, 500.0, 1.0));
+        assert_eq!(
+            (
+                measured.latency(0.5),
+                measured.latency(0.99),
+                measured.seconds
+            ),
+            (100.0, 500.0, 1.0)
+        );
         assert_eq!(measured.first(0.5), 150.0);
         Ok(())
     }

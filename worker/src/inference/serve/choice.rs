@@ -31,7 +31,10 @@ pub struct Part {
 impl Part {
     /// Whether it says nothing.
     pub fn is_empty(&self) -> bool {
-        let silent = self.logprobs.as_ref().is_none_or(|told| told.tokens.is_empty());
+        let silent = self
+            .logprobs
+            .as_ref()
+            .is_none_or(|told| told.tokens.is_empty());
         self.text.is_empty() && self.token_ids.is_empty() && self.finish.is_none() && silent
     }
 
@@ -95,7 +98,8 @@ impl<'a> Choice<'a> {
             stop_strings: stop_strings.to_vec(),
         };
         let tokenizer = served.tokenizer.as_ref();
-        let completion = tokenizer.map(|tokenizer| Completion::new(tokenizer, &prompt.tokens, limits));
+        let completion =
+            tokenizer.map(|tokenizer| Completion::new(tokenizer, &prompt.tokens, limits));
         let places = tokenizer
             .filter(|_| wishes.logprobs.is_some())
             .map(|tokenizer| TextStream::after(tokenizer, &prompt.tokens));
@@ -175,7 +179,9 @@ impl<'a> Choice<'a> {
         self.place = self.told;
         Ok(Part {
             text,
-            logprobs: logprobs.transpose().map_err(|error: tokenizers::Error| broken(error))?,
+            logprobs: logprobs
+                .transpose()
+                .map_err(|error: tokenizers::Error| broken(error))?,
             token_ids: match self.wishes.token_ids {
                 true => tokens.to_vec(),
                 false => Vec::new(),
@@ -215,7 +221,10 @@ impl<'a> Choice<'a> {
         if let Some(places) = &mut self.places {
             self.place += places.push(token).map_err(broken)?.chars().count();
         }
-        let progress = self.completion.as_mut().map(|completion| completion.push(token));
+        let progress = self
+            .completion
+            .as_mut()
+            .map(|completion| completion.push(token));
         let progress = progress.transpose().map_err(broken)?.unwrap_or_default();
         let whole = progress.finished == Some(Finish::Length) || self.completion.is_none();
         let mut part = self.release(progress.text, progress.finished, whole)?;
@@ -242,14 +251,19 @@ impl<'a> Choice<'a> {
         self.told += text.chars().count();
         let logprobs = self.wishes.logprobs.map(|_| {
             let mut told = Logprobs::default();
-            while let Some(entry) = self.held.pop_front_if(|entry| whole || entry.offset < self.told) {
+            while let Some(entry) = self
+                .held
+                .pop_front_if(|entry| whole || entry.offset < self.told)
+            {
                 told.push(self.served.tokenizer.as_ref(), &entry)?;
             }
             Ok(told)
         });
         Ok(Part {
             text,
-            logprobs: logprobs.transpose().map_err(|error: tokenizers::Error| broken(error))?,
+            logprobs: logprobs
+                .transpose()
+                .map_err(|error: tokenizers::Error| broken(error))?,
             token_ids: Vec::new(),
             finish,
         })

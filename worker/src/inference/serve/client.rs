@@ -79,7 +79,9 @@ impl Client {
 
     /// Ends what is not wanted any more: the reader has gone or does not read, it has enough, or it is too late.
     pub fn check(&mut self, now: Instant, limit: Duration, stall: Duration) {
-        let stalled = self.blocked.is_some_and(|since| now.duration_since(since) > stall);
+        let stalled = self
+            .blocked
+            .is_some_and(|since| now.duration_since(since) > stall);
         if self.events.is_closed() || stalled {
             self.pending.clear();
             self.over.fill(true);

@@ -52,7 +52,7 @@ pub async fn completions(State(shared): State<Arc<Shared>>, request: HttpRequest
             let told = stream(exchange, events, &pieces).await;
             let last = match told {
                 Ok(()) => {
-                    end.outcome = "completed";
+                    end.well();
                     "[DONE]".to_owned()
                 }
                 Err(Some(fault)) => end.with(fault).to_json().to_string(),
@@ -67,12 +67,15 @@ pub async fn completions(State(shared): State<Arc<Shared>>, request: HttpRequest
     }
     match collect(exchange, events).await {
         Ok(answer) => {
-            end.outcome = "completed";
+            end.well();
             json_response(&answer)
         }
         Err(fault) => end.with(fault).into_response(),
     }
 }
+
+/// How a request ends that gets its whole answer.
+const COMPLETED: &str = "completed";
 
 /// Counts a request when it has ended; one that nobody ended has lost its client.
 struct End {
@@ -91,6 +94,10 @@ impl End {
         }
     }
 
+    fn well(&mut self) {
+        self.outcome = COMPLETED;
+    }
+
     fn with(&mut self, fault: Fault) -> Fault {
         self.outcome = outcome(&fault);
         fault
@@ -102,8 +109,10 @@ impl Drop for End {
         let metrics = &self.shared.metrics;
         metrics.under_way.dec();
         metrics.count(self.outcome);
-        if self.outcome == "completed" {
-            metrics.request.observe(self.arrived.elapsed().as_secs_f64());
+        if self.outcome == COMPLETED {
+            metrics
+                .request
+                .observe(self.arrived.elapsed().as_secs_f64());
         }
     }
 }
@@ -142,7 +151,9 @@ async fn accept(
     shared.command(Command::Submit(Job {
         request: number,
         served: served.number,
-        orders: (0..choices).map(|choice| request.order(choice, &served)).collect(),
+        orders: (0..choices)
+            .map(|choice| request.order(choice, &served))
+            .collect(),
         enough: Arc::clone(&enough),
         events: sender,
         arrived,
@@ -159,7 +170,12 @@ async fn accept(
 }
 
 fn check_headers(request: &HttpRequest, most: usize) -> Result<(), Fault> {
-    let header = |name: HeaderName| request.headers().get(name).map(|value| String::from_utf8_lossy(value.as_bytes()));
+    let header = |name: HeaderName| {
+        request
+            .headers()
+            .get(name)
+            .map(|value| String::from_utf8_lossy(value.as_bytes()))
+    };
     if let Some(kind) = header(header::CONTENT_TYPE) {
         let essence = kind.split(';').next().unwrap_or_default().trim();
         if !essence.eq_ignore_ascii_case("application/json") {
@@ -183,10 +199,8 @@ async fn read(shared: &Shared, body: Body) -> Result<Bytes, Fault> {
     let body = timeout(limit, to_bytes(body, most)).await;
     let body = body.map_err(|_| Fault::slow_request(limit))?;
     body.map_err(|error| {
-        let mut causes = std::iter::successors(
-            std::error::Error::source(&error),
-            |&error| error.source(),
-        );
+        let mut causes =
+            std::iter::successors(std::error::Error::source(&error), |&error| error.source());
         match causes.any(|cause| cause.is::<http_body_util::LengthLimitError>()) {
             true => Fault::too_large(most),
             false => Fault::bad(format!("the request broke off: {error}")),
@@ -214,7 +228,11 @@ impl Exchange {
     }
 
     fn usage(&self, choices: &[Choice<'_>]) -> Usage {
-        let prompts = self.request.prompts.iter().map(|prompt| prompt.tokens.len());
+        let prompts = self
+            .request
+            .prompts
+            .iter()
+            .map(|prompt| prompt.tokens.len());
         Usage::new(prompts.sum(), choices.iter().map(Choice::tokens).sum())
     }
 }
@@ -273,7 +291,11 @@ async fn stream(
     let answer = exchange.answer();
     let counted = exchange.request.include_usage;
     loop {
-        for (number, part) in parts.iter_mut().enumerate().filter(|(_, part)| !part.is_empty()) {
+        for (number, part) in parts
+            .iter_mut()
+            .enumerate()
+            .filter(|(_, part)| !part.is_empty())
+        {
             send(pieces, &answer.piece(number, std::mem::take(part), counted)).await?;
         }
         if choices.iter().all(Choice::finished) {

@@ -143,15 +143,22 @@ impl Compute {
                 false => commands.recv_timeout(LOOK),
             };
             match command {
-                Ok(command) if !self.obey(command) => return false,
+                Ok(command) => {
+                    if !self.obey(command) {
+                        return false;
+                    }
+                }
                 Err(RecvTimeoutError::Disconnected) => return false,
-                Ok(_) | Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Timeout) => {}
             }
         }
         loop {
             match commands.try_recv() {
-                Ok(command) if !self.obey(command) => return false,
-                Ok(_) => {}
+                Ok(command) => {
+                    if !self.obey(command) {
+                        return false;
+                    }
+                }
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
             }
@@ -182,7 +189,10 @@ impl Compute {
 
     fn submit(&mut self, job: Job) {
         // Newer weights may have come between the reading of a request and this.
-        let asked = self.models.iter().position(|model| model.number == job.served);
+        let asked = self
+            .models
+            .iter()
+            .position(|model| model.number == job.served);
         let Some(model) = self.models.get_mut(asked.unwrap_or(0)) else {
             return;
         };
@@ -205,7 +215,9 @@ impl Compute {
         if clients.values().any(Client::has_news) {
             for model in &mut self.models {
                 model.schedule.cancel(&mut model.engine, |key| {
-                    clients.get(&key.request).is_none_or(|client| client.is_over(key.choice))
+                    clients
+                        .get(&key.request)
+                        .is_none_or(|client| client.is_over(key.choice))
                 });
             }
         }
@@ -256,6 +268,8 @@ impl Compute {
             sum(|model| model.schedule.kept()),
             sum(|model| model.engine.free()),
         );
-        metrics.waiting.set(sum(|model| model.schedule.waiting()) as i64);
+        metrics
+            .waiting
+            .set(sum(|model| model.schedule.waiting()) as i64);
     }
 }

@@ -54,10 +54,7 @@ pub async fn accept(
 }
 
 /// The next connection, as soon as there is room for it.
-async fn next(
-    listener: &TcpListener,
-    room: &Arc<Semaphore>,
-) -> (TcpStream, OwnedSemaphorePermit) {
+async fn next(listener: &TcpListener, room: &Arc<Semaphore>) -> (TcpStream, OwnedSemaphorePermit) {
     let permit = Arc::clone(room).acquire_owned().await;
     let permit = permit.expect("invariant: the semaphore is never closed");
     loop {

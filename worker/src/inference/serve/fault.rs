@@ -128,7 +128,11 @@ impl Fault {
     /// The weights are being read.
     pub fn loading() -> Fault {
         let message = "the model is being loaded: come again when /health says 200";
-        Fault::new(StatusCode::SERVICE_UNAVAILABLE, Some("loading"), message.to_owned())
+        Fault::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            Some("loading"),
+            message.to_owned(),
+        )
     }
 
     /// The server is about to end.

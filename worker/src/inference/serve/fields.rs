@@ -58,12 +58,7 @@ impl<'a> Fields<'a> {
     /// # Errors
     ///
     /// It is no number, or outside.
-    pub fn number(
-        &self,
-        name: &str,
-        range: RangeInclusive<f64>,
-        usual: f64,
-    ) -> Result<f64, Fault> {
+    pub fn number(&self, name: &str, range: RangeInclusive<f64>, usual: f64) -> Result<f64, Fault> {
         let what = format!("a number from {} to {}", range.start(), range.end());
         match self.get::<f64>(name, &what)? {
             None => Ok(usual),

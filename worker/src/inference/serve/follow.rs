@@ -31,7 +31,13 @@ pub struct Source {
 
 /// Looks for newer checkpoints than `serving` until the other end of `over` is gone, and hands them over. Weights are in memory
 /// twice while the last completions of the old ones end.
-pub fn follow(source: &Source, id: &str, mut serving: String, shared: &Arc<Shared>, over: &Receiver<()>) {
+pub fn follow(
+    source: &Source,
+    id: &str,
+    mut serving: String,
+    shared: &Arc<Shared>,
+    over: &Receiver<()>,
+) {
     let mut number = 0;
     while over.recv_timeout(EVERY) == Err(RecvTimeoutError::Timeout) {
         if shared.replacing.load(Ordering::Relaxed) {

@@ -55,7 +55,9 @@ async fn ask_for_key(
 
 async fn health(State(shared): State<Arc<Shared>>) -> Response {
     match shared.served() {
-        Ok(served) => json_response(&json!({ "status": "ok", "model": served.id, "checkpoint": served.fingerprint })),
+        Ok(served) => json_response(
+            &json!({ "status": "ok", "model": served.id, "checkpoint": served.fingerprint }),
+        ),
         Err(fault) => fault.into_response(),
     }
 }

@@ -47,7 +47,11 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-use self::{compute::{Command, Compute}, served::{Served, last_name}, shared::Shared};
+use self::{
+    compute::{Command, Compute},
+    served::{Served, last_name},
+    shared::Shared,
+};
 use super::{
     engine::EngineError,
     load::{LoadError, LoadedModel},
@@ -133,11 +137,16 @@ pub fn serve(
     let files = ModelDirectory::open(&source.location)?;
     let model = LoadedModel::open(files.path(), source.device, source.kind)?;
     let location = files.location().to_owned();
-    let id = shared.options.name.clone().unwrap_or_else(|| last_name(&source.location));
+    let id = shared
+        .options
+        .name
+        .clone()
+        .unwrap_or_else(|| last_name(&source.location));
     let served = Served::new(&model, &id, &location, 0)?;
-    let remark = served.tokenizer.is_none().then_some(
-        "it has no tokenizer.json, so prompts have to be token ids, and answers are",
-    );
+    let remark = served
+        .tokenizer
+        .is_none()
+        .then_some("it has no tokenizer.json, so prompts have to be token ids, and answers are");
     let mut compute = Compute::new(Arc::clone(&shared));
     compute.replace(model, served)?;
     tell(News::Ready {
@@ -149,7 +158,9 @@ pub fn serve(
         let (over, watch) = mpsc::channel();
         let (source, shared) = (source.clone(), Arc::clone(&shared));
         let follow = move || follow::follow(&source, &id, location, &shared, &watch);
-        let thread = thread::Builder::new().name("follow".to_owned()).spawn(follow);
+        let thread = thread::Builder::new()
+            .name("follow".to_owned())
+            .spawn(follow);
         thread.map(|thread| (over, thread))
     });
     let followed = followed.transpose()?;
@@ -171,7 +182,9 @@ fn listen(runtime: &Runtime, shared: &Arc<Shared>) -> Result<SocketAddr, ServeEr
         address: wanted,
         source,
     };
-    let listener = runtime.block_on(TcpListener::bind(wanted)).map_err(refused)?;
+    let listener = runtime
+        .block_on(TcpListener::bind(wanted))
+        .map_err(refused)?;
     let address = listener.local_addr().map_err(refused)?;
     let _guard = runtime.enter();
     let signals = Signals {

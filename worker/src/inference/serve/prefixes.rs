@@ -56,8 +56,7 @@ impl<S> Prefixes<S> {
 
     /// Tokens of the longest text that `prompt` begins with and goes beyond; 0 if there is none.
     pub fn covers(&self, prompt: &[u32]) -> usize {
-        self.find(prompt)
-            .map_or(0, |at| self.kept[at].tokens.len())
+        self.find(prompt).map_or(0, |at| self.kept[at].tokens.len())
     }
 
     /// That text's state, to copy, and its tokens.

@@ -19,7 +19,8 @@ const MOST_LOGPROBS: i64 = 20;
 /// Stop strings, as at OpenAI.
 const MOST_STOPS: usize = 4;
 /// What a prompt may be.
-const PROMPT: &str = "a string, an array of strings, an array of token ids, or an array of such arrays";
+const PROMPT: &str =
+    "a string, an array of strings, an array of token ids, or an array of such arrays";
 
 /// What the server allows.
 #[derive(Clone, Copy, Debug)]
@@ -89,7 +90,10 @@ impl Request {
         if let Some(best_of) = fields.whole("best_of", 1..=MOST_OF_ONE)?
             && best_of != n
         {
-            return Err(Fault::field("best_of", format!("{best_of} is not `n`, {n}: every completion is given out; leave it out")));
+            return Err(Fault::field(
+                "best_of",
+                format!("{best_of} is not `n`, {n}: every completion is given out; leave it out"),
+            ));
         }
         let most = i64::try_from(limits.max_tokens).unwrap_or(i64::MAX);
         let max_tokens = fields.whole("max_tokens", 0..=most)?;
@@ -123,13 +127,33 @@ impl Request {
                 _ => format!("number {number}"),
             };
             if tokens == 0 {
-                return Err(Fault::field("prompt", format!("{which} has no tokens, and the tokenizer adds none: there is nothing to continue")));
+                return Err(Fault::field(
+                    "prompt",
+                    format!(
+                        "{which} has no tokens, and the tokenizer adds none: there is nothing to continue"
+                    ),
+                ));
             }
             if tokens > limits.max_prompt_tokens {
-                return Err(Fault::too_long("prompt", format!("{which} has {tokens} tokens, and this server takes {} (--max-prompt-tokens): shorten it", limits.max_prompt_tokens)));
+                return Err(Fault::too_long(
+                    "prompt",
+                    format!(
+                        "{which} has {tokens} tokens, and this server takes {} (--max-prompt-tokens): shorten it",
+                        limits.max_prompt_tokens
+                    ),
+                ));
             }
-            if let Some(context) = served.context.filter(|&most| tokens + self.max_tokens > most) {
-                return Err(Fault::too_long("prompt", format!("{which} has {tokens} tokens, and {} new ones were asked for, but the model sees {context} tokens in all: shorten the prompt or lower `max_tokens`", self.max_tokens)));
+            if let Some(context) = served
+                .context
+                .filter(|&most| tokens + self.max_tokens > most)
+            {
+                return Err(Fault::too_long(
+                    "prompt",
+                    format!(
+                        "{which} has {tokens} tokens, and {} new ones were asked for, but the model sees {context} tokens in all: shorten the prompt or lower `max_tokens`",
+                        self.max_tokens
+                    ),
+                ));
             }
         }
         Ok(())
@@ -167,14 +191,23 @@ impl Request {
 fn refuse(fields: &Fields<'_>) -> Result<(), Fault> {
     for name in ["presence_penalty", "frequency_penalty"] {
         if fields.number(name, -2.0..=2.0, 0.0)? != 0.0 {
-            return Err(Fault::field(name, "only 0 is possible here: use `repetition_penalty`"));
+            return Err(Fault::field(
+                name,
+                "only 0 is possible here: use `repetition_penalty`",
+            ));
         }
     }
     if fields.raw("suffix").is_some_and(|suffix| suffix != "\"\"") {
-        return Err(Fault::field("suffix", "text cannot be put between a prompt and a suffix: leave it out"));
+        return Err(Fault::field(
+            "suffix",
+            "text cannot be put between a prompt and a suffix: leave it out",
+        ));
     }
     if fields.raw("logit_bias").is_some_and(|bias| bias != "{}") {
-        return Err(Fault::field("logit_bias", "logits cannot be changed here: leave it out"));
+        return Err(Fault::field(
+            "logit_bias",
+            "logits cannot be changed here: leave it out",
+        ));
     }
     Ok(())
 }
@@ -188,7 +221,9 @@ fn sampling(fields: &Fields<'_>) -> Result<Sampling, Fault> {
         temperature: fields.number("temperature", 0.0..=100.0, usual.temperature)?,
         top_k: top_k.map_or(usual.top_k, |top_k| top_k.max(0) as usize),
         // The smallest positive number takes the likeliest token.
-        top_p: fields.number("top_p", 0.0..=1.0, usual.top_p)?.max(f64::MIN_POSITIVE),
+        top_p: fields
+            .number("top_p", 0.0..=1.0, usual.top_p)?
+            .max(f64::MIN_POSITIVE),
         min_p: fields.number("min_p", 0.0..=1.0, usual.min_p)?,
         repetition_penalty: fields.number(
             "repetition_penalty",
@@ -213,7 +248,8 @@ fn stops(fields: &Fields<'_>, served: &Served) -> Result<Vec<String>, Fault> {
     } else if stops.iter().any(String::is_empty) {
         "an empty string would end every text at once: leave it out".to_owned()
     } else if served.tokenizer.is_none() && !stops.is_empty() {
-        "this model has no tokenizer, so there is no text to look for it in: leave it out".to_owned()
+        "this model has no tokenizer, so there is no text to look for it in: leave it out"
+            .to_owned()
     } else {
         return Ok(stops);
     };
@@ -225,7 +261,10 @@ fn include_usage(fields: &Fields<'_>, stream: bool) -> Result<bool, Fault> {
         return Ok(false);
     };
     if !stream {
-        return Err(Fault::field("stream_options", "only an answer that is streamed has them: set `stream` to true"));
+        return Err(Fault::field(
+            "stream_options",
+            "only an answer that is streamed has them: set `stream` to true",
+        ));
     }
     let wrong = |fault: Fault| Fault::field("stream_options", fault.message);
     let options = Fields::parse(written.as_bytes()).map_err(wrong)?;
@@ -234,33 +273,78 @@ fn include_usage(fields: &Fields<'_>, stream: bool) -> Result<bool, Fault> {
 
 fn prompts(fields: &Fields<'_>, served: &Served, n: usize) -> Result<Vec<Prompt>, Fault> {
     let Some(written) = fields.raw("prompt") else {
-        return Err(Fault::field("prompt", format!("it is missing: send {PROMPT}")));
+        return Err(Fault::field(
+            "prompt",
+            format!("it is missing: send {PROMPT}"),
+        ));
     };
     let inside = written.strip_prefix('[').map(str::trim_start);
     let ids = "token ids, whole numbers from 0 on";
-    let (texts, tokens): (Vec<String>, Vec<Vec<u32>>) = match inside.map(|inside| inside.as_bytes().first().copied()) {
-        None => (fields.get::<String>("prompt", PROMPT)?.into_iter().collect(), Vec::new()),
-        Some(Some(b'"')) => (fields.get::<Vec<String>>("prompt", PROMPT)?.unwrap_or_default(), Vec::new()),
-        Some(Some(b'[')) => {
-            let what = format!("an array of arrays of {ids}");
-            (Vec::new(), fields.get::<Vec<Vec<u32>>>("prompt", &what)?.unwrap_or_default())
-        }
-        Some(Some(b']')) => return Err(Fault::field("prompt", format!("the array is empty: send {PROMPT}"))),
-        Some(_) => {
-            let what = format!("an array of {ids}, or of strings");
-            (Vec::new(), fields.get::<Vec<u32>>("prompt", &what)?.into_iter().collect())
-        }
-    };
+    let (texts, tokens): (Vec<String>, Vec<Vec<u32>>) =
+        match inside.map(|inside| inside.as_bytes().first().copied()) {
+            None => (
+                fields
+                    .get::<String>("prompt", PROMPT)?
+                    .into_iter()
+                    .collect(),
+                Vec::new(),
+            ),
+            Some(Some(b'"')) => (
+                fields
+                    .get::<Vec<String>>("prompt", PROMPT)?
+                    .unwrap_or_default(),
+                Vec::new(),
+            ),
+            Some(Some(b'[')) => {
+                let what = format!("an array of arrays of {ids}");
+                (
+                    Vec::new(),
+                    fields
+                        .get::<Vec<Vec<u32>>>("prompt", &what)?
+                        .unwrap_or_default(),
+                )
+            }
+            Some(Some(b']')) => {
+                return Err(Fault::field(
+                    "prompt",
+                    format!("the array is empty: send {PROMPT}"),
+                ));
+            }
+            Some(_) => {
+                let what = format!("an array of {ids}, or of strings");
+                (
+                    Vec::new(),
+                    fields
+                        .get::<Vec<u32>>("prompt", &what)?
+                        .into_iter()
+                        .collect(),
+                )
+            }
+        };
     let choices = (texts.len() + tokens.len()) * n;
     if choices > MOST_CHOICES {
-        return Err(Fault::field("prompt", format!("{choices} completions in one request are more than {MOST_CHOICES}: send several requests")));
+        return Err(Fault::field(
+            "prompt",
+            format!(
+                "{choices} completions in one request are more than {MOST_CHOICES}: send several requests"
+            ),
+        ));
     }
     let encoded = texts.into_iter().map(|text| encode(text, served));
     let given = tokens.into_iter().map(|tokens| {
         let stranger = tokens.iter().find(|&&token| token >= served.vocabulary);
         match stranger {
-            Some(token) => Err(Fault::field("prompt", format!("there is no token {token}: the model's vocabulary has {} tokens, from 0 on", served.vocabulary))),
-            None => Ok(Prompt { text: None, tokens: tokens.into() }),
+            Some(token) => Err(Fault::field(
+                "prompt",
+                format!(
+                    "there is no token {token}: the model's vocabulary has {} tokens, from 0 on",
+                    served.vocabulary
+                ),
+            )),
+            None => Ok(Prompt {
+                text: None,
+                tokens: tokens.into(),
+            }),
         }
     });
     encoded.chain(given).collect()
@@ -268,11 +352,17 @@ fn prompts(fields: &Fields<'_>, served: &Served, n: usize) -> Result<Vec<Prompt>
 
 fn encode(text: String, served: &Served) -> Result<Prompt, Fault> {
     let Some(tokenizer) = &served.tokenizer else {
-        return Err(Fault::field("prompt", "this model's directory has no tokenizer.json, so text cannot be read: send token ids"));
+        return Err(Fault::field(
+            "prompt",
+            "this model's directory has no tokenizer.json, so text cannot be read: send token ids",
+        ));
     };
     let tokens = tokens_of(tokenizer, &text)?;
     if let Some(token) = tokens.iter().find(|&&token| token >= served.vocabulary) {
-        return Err(Fault::internal(format!("the tokenizer gives token {token}, but the model's vocabulary has {} tokens: the tokenizer does not fit", served.vocabulary)));
+        return Err(Fault::internal(format!(
+            "the tokenizer gives token {token}, but the model's vocabulary has {} tokens: the tokenizer does not fit",
+            served.vocabulary
+        )));
     }
     Ok(Prompt {
         tokens: tokens.into(),
@@ -282,6 +372,7 @@ fn encode(text: String, served: &Served) -> Result<Prompt, Fault> {
 
 fn tokens_of(tokenizer: &Tokenizer, text: &str) -> Result<Vec<u32>, Fault> {
     let encoding = tokenizer.encode_fast(text, true);
-    let encoding = encoding.map_err(|error| Fault::field("prompt", format!("the tokenizer fails on it: {error}")))?;
+    let encoding = encoding
+        .map_err(|error| Fault::field("prompt", format!("the tokenizer fails on it: {error}")))?;
     Ok(encoding.get_ids().to_vec())
 }

@@ -265,14 +265,15 @@ impl<M: Machine> Schedule<M> {
             return false;
         }
         let kept = self.prefixes.covers(&order.prompt);
-        let shared = |running: &Running<M::Slot>| match Arc::ptr_eq(
-            &running.order.prompt,
-            &order.prompt,
-        ) {
-            true => order.prompt.len() - 1,
-            false => common(&running.order.prompt, &order.prompt).min(order.prompt.len() - 1),
-        };
-        let best = self.running.iter_mut().map(|running| (shared(running), running));
+        let shared =
+            |running: &Running<M::Slot>| match Arc::ptr_eq(&running.order.prompt, &order.prompt) {
+                true => order.prompt.len() - 1,
+                false => common(&running.order.prompt, &order.prompt).min(order.prompt.len() - 1),
+            };
+        let best = self
+            .running
+            .iter_mut()
+            .map(|running| (shared(running), running));
         let best = best
             .filter(|(shared, running)| *shared >= SHORTEST && *shared > running.read.max(kept))
             .max_by_key(|(shared, _)| *shared);
@@ -338,7 +339,8 @@ impl<M: Machine> Schedule<M> {
             }
         }
         let keyed = keys.into_iter().zip(events);
-        let each = keyed.flat_map(|(key, events)| events.into_iter().map(move |event| (key, event)));
+        let each =
+            keyed.flat_map(|(key, events)| events.into_iter().map(move |event| (key, event)));
         told.events.extend(each);
     }
 
@@ -363,13 +365,7 @@ impl<M: Machine> Schedule<M> {
     }
 
     /// Ends all sequences of a turn that went wrong.
-    fn fail(
-        &mut self,
-        machine: &mut M,
-        ends: &[Option<usize>],
-        problem: &str,
-        told: &mut Told,
-    ) {
+    fn fail(&mut self, machine: &mut M, ends: &[Option<usize>], problem: &str, told: &mut Told) {
         for at in (0..ends.len()).rev().filter(|&at| ends[at].is_some()) {
             let running = self.running.remove(at);
             machine.close(running.slot);
@@ -497,7 +493,11 @@ impl<S> Running<S> {
         let mut tokens = self.order.prompt[..self.read].to_vec();
         // The last one was never put in, unless a token that is not told followed it.
         let ended = self.drawn.len() < self.order.max_tokens;
-        let read = if ended { self.drawn.len() } else { self.drawn.len().saturating_sub(1) };
+        let read = if ended {
+            self.drawn.len()
+        } else {
+            self.drawn.len().saturating_sub(1)
+        };
         tokens.extend(&self.drawn[..read]);
         tokens
     }

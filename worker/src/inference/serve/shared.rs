@@ -8,9 +8,7 @@ use std::sync::{
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::{
-    compute::Command, fault::Fault, metrics::Metrics, options::Options, served::Served,
-};
+use super::{compute::Command, fault::Fault, metrics::Metrics, options::Options, served::Served};
 
 /// What all requests and the compute thread see.
 #[derive(Debug)]
@@ -110,10 +108,12 @@ impl Shared {
     ///
     /// It has too much to do, or has ended.
     pub fn command(&self, command: Command) -> Result<(), Fault> {
-        self.commands.try_send(command).map_err(|error| match error {
-            TrySendError::Full(_) => Fault::busy(self.options.queue),
-            TrySendError::Disconnected(_) => Fault::draining(),
-        })
+        self.commands
+            .try_send(command)
+            .map_err(|error| match error {
+                TrySendError::Full(_) => Fault::busy(self.options.queue),
+                TrySendError::Disconnected(_) => Fault::draining(),
+            })
     }
 
     /// Asks for something that must be done, and waits for room in the queue.

@@ -130,7 +130,11 @@ fn order(prompt: &[u32], max_tokens: usize) -> Order {
 fn alone(order: &Order) -> (Vec<f64>, Vec<u32>, Finish) {
     let mut text = order.prompt.to_vec();
     let scores = (1..text.len()).map(|at| score(&text[..at], text[at]).logprob);
-    let scores = if order.score_prompt { scores.collect() } else { Vec::new() };
+    let scores = if order.score_prompt {
+        scores.collect()
+    } else {
+        Vec::new()
+    };
     let mut tokens = Vec::new();
     while tokens.len() < order.max_tokens {
         let token = next(&text);
@@ -161,7 +165,9 @@ impl Ears {
             assert!(heard.ended.is_none() && !heard.failed, "after the end");
             match event {
                 Event::Scores(scores) => {
-                    heard.scores.extend(scores.iter().map(|score| score.logprob));
+                    heard
+                        .scores
+                        .extend(scores.iter().map(|score| score.logprob));
                 }
                 Event::Token(drawn) => heard.tokens.push(drawn.token),
                 Event::Finished(finish) => heard.ended = Some(finish),
@@ -177,17 +183,23 @@ fn orders() -> impl Strategy<Value = Vec<(Order, bool)>> {
         tokens.extend(0..20);
         tokens
     });
-    let one = (shared, 1..60usize, prop::collection::vec(0..VOCABULARY, 0..4), 0..12usize);
-    let one = (one, any::<[bool; 3]>()).prop_map(|((shared, take, tail, max), [score, top, cancel])| {
-        let mut prompt: Vec<u32> = vec![1; 20];
-        prompt.extend(shared.iter().map(|token| token % VOCABULARY));
-        prompt.truncate(take);
-        prompt.extend(tail);
-        let mut order = order(&prompt, max);
-        order.score_prompt = score;
-        order.top = top.then_some(0);
-        (order, cancel)
-    });
+    let one = (
+        shared,
+        1..60usize,
+        prop::collection::vec(0..VOCABULARY, 0..4),
+        0..12usize,
+    );
+    let one =
+        (one, any::<[bool; 3]>()).prop_map(|((shared, take, tail, max), [score, top, cancel])| {
+            let mut prompt: Vec<u32> = vec![1; 20];
+            prompt.extend(shared.iter().map(|token| token % VOCABULARY));
+            prompt.truncate(take);
+            prompt.extend(tail);
+            let mut order = order(&prompt, max);
+            order.score_prompt = score;
+            order.top = top.then_some(0);
+            (order, cancel)
+        });
     prop::collection::vec(one, 1..14)
 }
 
@@ -263,7 +275,11 @@ fn a_prompt_of_several_completions_is_read_once() {
     }
     let ears = finish(&mut schedule, &mut machine);
     assert_eq!(ears.0.len(), 4);
-    assert!(machine.read < 1000 + 10, "{} tokens were read", machine.read);
+    assert!(
+        machine.read < 1000 + 10,
+        "{} tokens were read",
+        machine.read
+    );
 }
 
 #[test]
@@ -277,7 +293,11 @@ fn a_text_that_goes_on_is_not_read_again() {
     let before = machine.read;
     schedule.submit(key(2, 0), order(&text, 1));
     finish(&mut schedule, &mut machine);
-    assert!(machine.read - before < 10, "{} tokens were read", machine.read - before);
+    assert!(
+        machine.read - before < 10,
+        "{} tokens were read",
+        machine.read - before
+    );
     assert_eq!(machine.forks, 0, "the only slot is taken over");
 }
 
