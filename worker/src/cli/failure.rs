@@ -114,7 +114,7 @@ impl From<StoredError> for Failure {
 impl From<EngineError> for Failure {
     fn from(error: EngineError) -> Failure {
         let code = match error {
-            EngineError::Memory { .. } => FAILED,
+            EngineError::Memory { .. } | EngineError::Kernel(_) => FAILED,
             _ => INPUT,
         };
         Failure::with_code(code, &error)

@@ -13,7 +13,7 @@ use supra_worker::inference::{
     compare::compare,
     completion::Limits,
     engine::Engine,
-    generate::{GenerateOptions, Start, encode, generate},
+    generate::{Event, GenerateOptions, Start, encode, generate},
     load::LoadedModel,
     sampler::Sampling,
     saved,
@@ -138,7 +138,7 @@ impl Generate {
         // A closed stdout shows at the next write; the rest of the texts is then nobody's.
         let unheard = Cell::new(false);
         let mut written = Ok(());
-        let tell = |event| {
+        let tell = |event: Event<'_>| {
             if written.is_ok() {
                 written = texts.hear(event);
                 unheard.set(written.is_err());

@@ -118,7 +118,7 @@ impl<'a> Texts<'a> {
                 }
                 out::write(&std::mem::take(&mut text.waiting))?;
             }
-            let Some(generated) = &text.done else {
+            let Some(generated) = self.texts[self.current].done.as_deref() else {
                 break;
             };
             let done = Done {

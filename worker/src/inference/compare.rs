@@ -201,7 +201,12 @@ fn parallel(model: &LoadedModel, params: &Params, ids_t: &Tensor) -> Tensor {
 
 fn chunkwise(model: &LoadedModel, ids_t: &Tensor) -> Result<Tensor, EngineError> {
     let (config, params) = (model.transformer.config(), &model.params);
-    let mut memory = Slots::new(config, 1, params.device(), params.kind())?;
+    let memory = Slots::new(config, 1, params.device(), params.kind());
+    let mut memory = memory.map_err(|source| EngineError::Memory {
+        slots: 1,
+        each: Slots::bytes_of_each(config, params.kind()),
+        source,
+    })?;
     let spans = [Span {
         slot: 0,
         tokens: ids_t.numel() as i64,
@@ -212,12 +217,7 @@ fn chunkwise(model: &LoadedModel, ids_t: &Tensor) -> Result<Tensor, EngineError>
     Ok(model.transformer.head(params, &x_td))
 }
 
-fn apart(
-    (a, b): (usize, usize),
-    forms: &[Tensor; 3],
-    to_fp32: Option<[f64; 3]>,
-    kind: Kind,
-) -> Apart {
+fn apart((a, b): (usize, usize), forms: &[Tensor; 3], to_fp32: Option<[f64; 3]>) -> Apart {
     let (a_tv, b_tv) = (&forms[a], &forms[b]);
     let max_abs = number(&(b_tv - a_tv).abs().max());
     let relative_rmse = relative_rmse(b_tv, a_tv);

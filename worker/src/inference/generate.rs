@@ -225,15 +225,10 @@ fn read<'a>(
         true => Want::Greedy,
         false => Want::Logits,
     };
-    let piece = |sequence| {
-        let Sequence { slot, unread, .. } = sequence;
-        Piece {
-            slot,
-            tokens: unread,
-            want,
-        }
-    };
-    let pieces: Vec<Piece<'_>> = sequences.iter().map(piece).collect();
+    let pieces: Vec<Piece<'_>> = sequences
+        .iter()
+        .map(|sequence| sequence.piece(want))
+        .collect();
     let outputs = engine
         .advance(&pieces)?
         .into_iter()
@@ -312,6 +307,15 @@ impl<'a> Sequence<'a> {
             begun,
             prefill: None,
         })
+    }
+
+    /// What it has not read.
+    fn piece(&self, want: Want<'static>) -> Piece<'_> {
+        Piece {
+            slot: &self.slot,
+            tokens: &self.unread,
+            want,
+        }
     }
 
     /// All continuations of a prompt that has just been read; of a text that goes on, itself.
@@ -446,12 +450,8 @@ impl<'a> Sequence<'a> {
     /// The text with all of its tokens read.
     fn save(&mut self, engine: &mut Engine) -> Result<SavedText, EngineError> {
         if !self.unread.is_empty() {
-            let piece = Piece {
-                slot: &self.slot,
-                tokens: &self.unread,
-                want: Want::Logits,
-            };
-            if let Some(Output::Logits(logits)) = engine.advance(&[piece])?.pop() {
+            let outputs = engine.advance(&[self.piece(Want::Logits)])?;
+            if let Some(Output::Logits(logits)) = outputs.into_iter().next() {
                 self.logits = logits;
             }
         }

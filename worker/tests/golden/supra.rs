@@ -337,7 +337,8 @@ fn golden_supra_generate() {
 #[test]
 fn golden_supra_engine() {
     each_supra(|fixture| {
-        let golden = Vec::<Vec<i64>>::try_from(fixture.get("generate")).unwrap();
+        // [N, B]: the tokens of all rows, step by step.
+        let golden = Vec::<Vec<i64>>::try_from(fixture.get("generate").tr()).unwrap();
         let rows = Vec::<Vec<i64>>::try_from(fixture.get("input_ids")).unwrap();
         // Of several documents in a row only the last is remembered.
         let starts = fixture.starts().unwrap_or(vec![vec![]; rows.len()]);
@@ -352,18 +353,19 @@ fn golden_supra_engine() {
             let slots: Vec<Slot> = rows.iter().map(|_| engine.open().unwrap()).collect();
             let mut unread = prompts.clone();
             let mut verdict = Verdict::new(format!("{} {kind:?} engine", fixture.name()));
-            for at in 0..golden[0].len() {
+            for (step, golden_b) in golden.iter().enumerate() {
                 let pieces = slots.iter().zip(&unread).map(|(slot, tokens)| Piece {
                     slot,
                     tokens,
                     want: Want::Greedy,
                 });
                 let outputs = engine.advance(&pieces.collect::<Vec<_>>()).unwrap();
-                for (row, output) in outputs.iter().enumerate() {
-                    assert_eq!(*output, Output::Greedy(golden[row][at] as u32));
-                    unread[row] = vec![golden[row][at] as u32];
+                let expected = golden_b.iter().map(|&token| token as u32);
+                for (row, (output, token)) in outputs.iter().zip(expected).enumerate() {
+                    assert_eq!(*output, Output::Greedy(token));
+                    unread[row] = vec![token];
                 }
-                for (row, slot) in slots.iter().enumerate().filter(|_| at == 0) {
+                for (row, slot) in slots.iter().enumerate().filter(|_| step == 0) {
                     check_saved_state(fixture, &engine, slot, row as i64, &mut verdict);
                 }
             }
