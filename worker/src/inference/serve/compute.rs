@@ -30,7 +30,7 @@ pub enum Command {
     /// Make completions.
     Submit(Job),
     /// Use other weights for all requests from now on.
-    Replace(Box<LoadedModel>, Served),
+    Replace(Box<(LoadedModel, Served)>),
     /// Give up everything that is under way.
     Abandon,
     /// End.
@@ -168,9 +168,10 @@ impl Compute {
     fn obey(&mut self, command: Command) -> bool {
         match command {
             Command::Submit(job) => self.submit(job),
-            Command::Replace(model, served) => {
+            Command::Replace(newer) => {
+                let (model, served) = *newer;
                 let fingerprint = served.fingerprint.clone();
-                match self.replace(*model, served) {
+                match self.replace(model, served) {
                     Ok(()) => tracing::info!(checkpoint = %fingerprint, "serving newer weights"),
                     Err(error) => {
                         tracing::warn!(checkpoint = %fingerprint, %error, "newer weights are not served");

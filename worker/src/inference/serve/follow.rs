@@ -50,7 +50,7 @@ pub fn follow(
                 number += 1;
                 serving = location;
                 shared.replacing.store(true, Ordering::Relaxed);
-                shared.insist(Command::Replace(Box::new(model), served));
+                shared.insist(Command::Replace(Box::new((model, served))));
             }
             Err(problem) => tracing::warn!(%problem, "cannot read the newest checkpoint"),
         }

@@ -29,13 +29,8 @@ impl<S> Default for Prefixes<S> {
 
 impl<S> Prefixes<S> {
     /// How many there are.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.kept.len()
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.kept.is_empty()
     }
 
     /// Keeps the state of a text; gives the slot back if the text is too short or is kept already.

@@ -207,7 +207,7 @@ impl<M: Machine> Schedule<M> {
 
     /// Slots that hold what later prompts may begin with; they are free for whoever needs one.
     pub fn kept(&self) -> usize {
-        self.prefixes.len()
+        self.prefixes.count()
     }
 
     /// Goes one turn further.
@@ -234,7 +234,7 @@ impl<M: Machine> Schedule<M> {
     /// Gives slots to those that wait longest. Whoever will find its beginning read by another one waits for that.
     fn admit(&mut self, machine: &mut M) {
         let mut at = 0;
-        while at < self.waiting.len().min(LOOK) && machine.free() + self.prefixes.len() > 0 {
+        while at < self.waiting.len().min(LOOK) && machine.free() + self.prefixes.count() > 0 {
             if self.waits_for_prefix(at) {
                 at += 1;
                 continue;
