@@ -15,6 +15,7 @@ pub mod plot;
 pub mod precision;
 pub mod recovery;
 pub mod scale;
+pub mod serve;
 mod side_by_side;
 pub mod simulation;
 pub mod step;

@@ -18,6 +18,7 @@ mod object_store;
 mod replay;
 mod resume;
 mod s3_server;
+mod serve;
 mod setup;
 mod silence;
 mod snapshots;

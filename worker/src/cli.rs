@@ -10,8 +10,10 @@ mod interrupt;
 mod logging;
 mod options;
 mod out;
+mod parent;
 mod replay;
 mod run;
+mod serve;
 mod texts;
 mod verify;
 
@@ -43,6 +45,8 @@ enum Command {
     Eval(eval::Eval),
     /// Continue a text
     Generate(generate::Generate),
+    /// Answer programs that speak OpenAI's completions interface
+    Serve(serve::Serve),
     /// Train some steps of a run again from a checkpoint, and write nothing
     Replay(replay::Replay),
     /// Measure speed on this machine
@@ -59,6 +63,7 @@ pub fn main() -> ExitCode {
         Command::Verify(verify) => verify.execute(),
         Command::Eval(eval) => eval.execute(),
         Command::Generate(generate) => generate.execute(),
+        Command::Serve(serve) => serve.execute(),
         Command::Replay(replay) => replay.execute(),
         Command::Bench(bench) => bench.execute(),
     };

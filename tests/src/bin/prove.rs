@@ -17,6 +17,7 @@ use supra_tests::campaigns::kills::{self, Kills};
 use supra_tests::campaigns::models::{self, Models};
 use supra_tests::campaigns::precision::{self, Precision};
 use supra_tests::campaigns::recovery::{self, Recovery};
+use supra_tests::campaigns::serve::{self, Serve};
 use supra_tests::campaigns::simulation::{self, Simulation};
 use supra_tests::campaigns::uptrain::{self, Uptrain};
 use supra_tests::campaigns::{checkpoint, components, feed, scale, step, worlds};
@@ -35,7 +36,8 @@ struct Arguments {
     /// Run it small and write nothing.
     #[arg(long)]
     quick: bool,
-    /// Where big, checkpoint, uptrain, models, precision [default: cuda; with --quick cpu] and recovery [default: cpu] train.
+    /// Where big, checkpoint, uptrain, models, precision [default: cuda; with --quick cpu] and recovery [default: cpu] train, and
+    /// serve [default: cpu] computes.
     #[arg(long, value_enum)]
     device: Option<Device>,
     /// Folder with text (parquet, column `content`) that uptrain and models take in place of the quickstart's.
@@ -44,6 +46,9 @@ struct Arguments {
     /// Folder with arc_easy.jsonl and lambada_openai.jsonl that models takes in place of tests/evals.
     #[arg(long, value_name = "DIR")]
     evals: Option<PathBuf>,
+    /// Model directory that serve serves in place of the quickstart's.
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
     /// Repeat only the case of this seed (simulation, chaos, checkpoint-kills), or damage by it (corruption), and write nothing.
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
@@ -103,6 +108,8 @@ enum Campaign {
     Simulation,
     /// bf16 on a GPU learns like fp32 on the processor; needs an NVIDIA GPU.
     Precision,
+    /// The server under load, and under 10,000 requests that no client should send; needs the load generator hey.
+    Serve,
     /// How long it takes from kill -9 of a worker to training again; with --device cuda between ranks of NCCL.
     Recovery,
 }
@@ -291,6 +298,14 @@ fn prove(arguments: &Arguments) -> Result<()> {
                 limit_s: if device == Device::Cpu { 2.0 } else { 5.0 },
             };
             (recovery::ABOUT, recovery.run(&programs, scratch.path())?)
+        }
+        Campaign::Serve => {
+            let serve = Serve {
+                quick: arguments.quick,
+                model: arguments.model.clone(),
+                device: arguments.device.unwrap_or(Device::Cpu),
+            };
+            (serve::ABOUT, serve.run(&programs, scratch.path())?)
         }
         Campaign::Curves => {
             let curves = if arguments.quick {

@@ -31,10 +31,7 @@ impl ModelDirectory {
     ///
     /// As [`of_checkpoint`](Self::of_checkpoint); or a run's checkpoints are there and none is complete.
     pub fn open(location: &str) -> Result<ModelDirectory, StoredError> {
-        let mut store = Store::open(location)?;
-        if let Some(newest) = newest(&store)? {
-            store = Store::open(&store.at(&newest).display().to_string())?;
-        }
+        let store = resolve(location)?;
         if let Some(path) = store.local_path("") {
             return Ok(ModelDirectory {
                 location: store.url().to_owned(),
@@ -44,6 +41,15 @@ impl ModelDirectory {
         }
         let manifest = verify::manifest(&store, "", None)?;
         ModelDirectory::of_checkpoint(&store, &manifest)
+    }
+
+    /// The [`location`](Self::location) of what [`open`](Self::open) would open now, which changes while a run trains.
+    ///
+    /// # Errors
+    ///
+    /// The store refuses; or a run's checkpoints are there and none is complete.
+    pub fn newest(location: &str) -> Result<String, StoredError> {
+        Ok(resolve(location)?.url().to_owned())
     }
 
     /// The model of the checkpoint that `store` is, all of its files proved but the optimizer's, which a model does not need.
@@ -93,6 +99,14 @@ impl ModelDirectory {
     /// Path or URL that it was opened at, for messages.
     pub fn location(&self) -> &str {
         &self.location
+    }
+}
+
+fn resolve(location: &str) -> Result<Store, StoredError> {
+    let store = Store::open(location)?;
+    match newest(&store)? {
+        Some(newest) => Store::open(&store.at(&newest).display().to_string()),
+        None => Ok(store),
     }
 }
 

@@ -9,7 +9,8 @@ use supra_worker::{
     failure::chain,
     inference::{
         engine::EngineError, evaluate::EvaluateError, generate::GenerateError, load::LoadError,
-        report::ReportError, saved::SavedError, scorer::ScoreError, tasks::TaskError,
+        report::ReportError, saved::SavedError, scorer::ScoreError, serve::ServeError,
+        tasks::TaskError,
     },
     model::ModelError,
 };
@@ -142,6 +143,18 @@ impl From<SumsError> for Failure {
             SumsError::Absent { .. } | SumsError::Io { .. } => INPUT,
         };
         Failure::with_code(code, &error)
+    }
+}
+
+impl From<ServeError> for Failure {
+    fn from(error: ServeError) -> Failure {
+        match error {
+            ServeError::Stored(error) => error.into(),
+            ServeError::Load(error) => error.into(),
+            ServeError::Engine(error) => error.into(),
+            ServeError::Listen { .. } => Failure::with_code(INPUT, &error),
+            ServeError::System(_) | ServeError::Broken(_) => Failure::with_code(FAILED, &error),
+        }
     }
 }
 

@@ -1,12 +1,8 @@
 //! `supra-worker run`: a supervisor and the child that trains.
 
-use std::{io, net::SocketAddr, path::PathBuf, process::ExitCode, thread};
+use std::{net::SocketAddr, path::PathBuf, process::ExitCode};
 
 use clap::Args;
-use nix::{
-    sys::signal::{self, Signal},
-    unistd::Pid,
-};
 use supra_agent::{
     Advertise, Exit, WorkerOptions, run_worker,
     supervisor::{self, Role},
@@ -18,10 +14,8 @@ use super::{
     failure::Failure,
     logging::{self, LogFormat},
     options::DeviceOptions,
+    parent,
 };
-
-/// Set to 1 by a program that holds a pipe to our standard input and wants the worker to end when it does.
-const PARENT_PIPE: &str = "SUPRA_PARENT_PIPE";
 
 /// Joins a coordinator and trains until it says goodbye. Runs as two processes: a small one that restarts the one
 /// that computes. Where checkpoints go to s3:// or gs://, credentials are those of the environment (AWS_* or GOOGLE_*).
@@ -64,9 +58,7 @@ impl Run {
             .map_err(|error| Failure::with_code(error.exit_code(), &error))?
         {
             Role::Supervisor => {
-                if std::env::var_os(PARENT_PIPE).is_some_and(|value| value == "1") {
-                    end_with_parent()?;
-                }
+                parent::end_with_parent()?;
                 return Ok(supervisor::supervise());
             }
             Role::Child(birth) => birth,
@@ -101,19 +93,4 @@ impl Run {
         }
         Ok(ExitCode::from(exit.exit_code()))
     }
-}
-
-/// Asks this process to stop, as SIGTERM does, when its standard input ends: then the parent is gone, however it went.
-fn end_with_parent() -> Result<(), Failure> {
-    let watch = || {
-        // An error of reading says the same as the end.
-        let _ = io::copy(&mut io::stdin().lock(), &mut io::sink());
-        let _ = signal::kill(Pid::this(), Signal::SIGTERM);
-    };
-    let started = thread::Builder::new()
-        .name("parent".to_owned())
-        .spawn(watch);
-    started
-        .map(drop)
-        .map_err(|error| Failure::failed(format!("cannot watch the parent process: {error}")))
 }

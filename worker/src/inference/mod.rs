@@ -15,6 +15,7 @@ pub mod sampler;
 pub mod saved;
 pub mod score;
 pub mod scorer;
+pub mod serve;
 pub mod statistics;
 pub mod stop;
 pub mod tasks;
