@@ -6,6 +6,7 @@
 mod broken;
 mod checkpoint;
 mod cli;
+mod evaluation;
 mod export;
 mod fixture;
 mod foreign;
