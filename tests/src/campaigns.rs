@@ -8,6 +8,7 @@ pub mod components;
 pub mod corruption;
 pub mod curves;
 pub mod feed;
+pub mod inference;
 pub mod kills;
 pub mod plot;
 pub mod precision;

@@ -44,6 +44,7 @@ pub fn rounded(value: f64, digits: i32) -> f64 {
 }
 
 /// A campaign under way.
+#[derive(Clone)]
 pub struct Report {
     name: String,
     command: String,
@@ -67,6 +68,14 @@ impl Report {
             started: Timestamp::now(),
             clock: Instant::now(),
         })
+    }
+
+    /// The same campaign's report on something else.
+    pub fn named(&self, name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
+            ..self.clone()
+        }
     }
 
     /// Where and how it ran, and what came out.

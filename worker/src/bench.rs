@@ -5,6 +5,7 @@
 //! since a GPU computes faster on numbers that it has seen, and much faster on zeros.
 
 pub mod checkpoint;
+pub mod decode;
 
 use std::{collections::BTreeMap, convert::Infallible, rc::Rc, time::Instant};
 

@@ -2,15 +2,21 @@
 //! documents anywhere, and softmax with its cache.
 
 use supra_worker::model::{
-    AttentionKind, Decay, Documents, Form, LossInput, Params, RopeFrequencies, State, SupraConfig,
+    AttentionKind, Decay, Documents, Form, LossInput, Params, RopeFrequencies, SupraConfig,
     Transformer,
 };
 use tch::{Device, Kind, Tensor};
 
 use crate::network::{assert_close, config, ids, leaves, supra, weights};
+use crate::sequences::Sequences;
 
-/// Logits of each row's documents, each run alone; with the state after the last one.
-fn alone(model: &Transformer, params: &Params, ids_1t: &Tensor, starts: &[u32]) -> (Tensor, State) {
+/// Logits of each row's documents, each run alone; with the memory of the last one.
+fn alone<'a>(
+    model: &'a Transformer,
+    params: &'a Params,
+    ids_1t: &Tensor,
+    starts: &[u32],
+) -> (Tensor, Sequences<'a>) {
     let tokens = ids_1t.size()[1];
     let first = starts.first().is_none_or(|&start| start > 0).then_some(0);
     let borders: Vec<i64> = first
@@ -18,11 +24,13 @@ fn alone(model: &Transformer, params: &Params, ids_1t: &Tensor, starts: &[u32]) 
         .chain(starts.iter().map(|&start| i64::from(start)))
         .chain([tokens])
         .collect();
-    let runs = borders
-        .windows(2)
-        .map(|border| model.prefill(params, &ids_1t.narrow(1, border[0], border[1] - border[0])));
-    let (logits, mut states): (Vec<Tensor>, Vec<State>) = runs.unzip();
-    (Tensor::cat(&logits, 1), states.pop().unwrap())
+    let runs = borders.windows(2).map(|border| {
+        let mut sequences = Sequences::new(model, params, 1);
+        let logits = sequences.extend(&ids_1t.narrow(1, border[0], border[1] - border[0]));
+        (logits, sequences)
+    });
+    let (logits, mut last): (Vec<Tensor>, Vec<Sequences<'_>>) = runs.unzip();
+    (Tensor::cat(&logits, 1), last.pop().unwrap())
 }
 
 #[test]
@@ -43,11 +51,8 @@ fn every_variant_has_one_result() {
                     .logits(&params, &ids, None);
                 assert_close(&model.logits(&params, &ids, None), &parallel, &what);
 
-                let mut state = State::new(&config, 2, Device::Cpu, Kind::Double);
-                let steps: Vec<Tensor> = (0..29)
-                    .map(|t| model.step(&params, &mut state, &ids.select(1, t)))
-                    .collect();
-                assert_close(&Tensor::stack(&steps, 1), &parallel, &what);
+                let steps = Sequences::new(&model, &params, 2).steps(&ids);
+                assert_close(&steps, &parallel, &what);
             }
         }
     }
@@ -111,24 +116,24 @@ fn packed_documents_are_documents_alone() {
                     .logits(&params, &ids, Some(&documents));
             assert_close(&parallel, &packed, "parallel form with documents");
         }
-        let mut state = State::new(&config, 5, Device::Cpu, Kind::Double);
-        let read = model.extend(&params, &mut state, &ids, Some(&documents));
+        let mut sequences = Sequences::new(&model, &params, 5);
+        let read = sequences.extend_documents(&ids, &documents);
         assert_close(&read, &packed, "prefill with documents");
         let next = Tensor::from_slice(&[1i64, 2, 3, 4, 5]);
-        let continued = model.step(&params, &mut state, &next);
+        let continued = sequences.step(&next);
         for (row, starts) in (0..).zip(&rows) {
             let inside: Vec<u32> = starts
                 .iter()
                 .copied()
                 .filter(|&start| i64::from(start) < tokens)
                 .collect();
-            let (expected, mut state) = alone(&model, &params, &ids.narrow(0, row, 1), &inside);
+            let (expected, mut last) = alone(&model, &params, &ids.narrow(0, row, 1), &inside);
             assert_close(
                 &packed.narrow(0, row, 1),
                 &expected,
                 &format!("{attention:?}, row {row}"),
             );
-            let expected = model.step(&params, &mut state, &next.narrow(0, row, 1));
+            let expected = last.step(&next.narrow(0, row, 1));
             assert_close(
                 &continued.narrow(0, row, 1),
                 &expected,
@@ -150,15 +155,10 @@ fn a_document_may_go_on_in_the_next_row() {
             &ids,
             Some(&Documents::from_starts(&[vec![3, 14]], 20)),
         );
-        let mut state = State::new(&config, 1, Device::Cpu, Kind::Double);
+        let mut sequences = Sequences::new(&model, &params, 1);
         let parts = [(0, 10, vec![3]), (10, 10, vec![4])].map(|(from, tokens, starts)| {
             let documents = Documents::from_starts(&[starts], tokens as usize);
-            model.extend(
-                &params,
-                &mut state,
-                &ids.narrow(1, from, tokens),
-                Some(&documents),
-            )
+            sequences.extend_documents(&ids.narrow(1, from, tokens), &documents)
         });
         assert_close(&Tensor::cat(&parts, 1), &whole, &format!("{attention:?}"));
     }
@@ -203,10 +203,10 @@ fn far_positions_are_as_exact_as_near_ones() {
     let params = weights(&config, 6);
     let (ids, model) = (ids(1, 16, 2), Transformer::new(config.clone()));
     let near = model.logits(&params, &ids, None);
-    let mut state = State::new(&config, 1, Device::Cpu, Kind::Double);
+    let mut sequences = Sequences::new(&model, &params, 1);
     // The attention sees differences of positions only.
-    state.positions_b = &state.positions_b + (1 << 17);
-    let far = model.extend(&params, &mut state, &ids, None);
+    sequences.slots.positions_s[0] = 1 << 17;
+    let far = sequences.extend(&ids);
     let error = (&far - &near).norm().double_value(&[]) / near.norm().double_value(&[]);
     assert!(error < 1e-9, "{error:e}");
 }

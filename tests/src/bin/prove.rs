@@ -12,6 +12,7 @@ use supra_tests::campaigns::chaos::{self, Chaos};
 use supra_tests::campaigns::checkpoint_kills::{self, CheckpointKills};
 use supra_tests::campaigns::corruption::{self, Corruption};
 use supra_tests::campaigns::curves::{self, Curves};
+use supra_tests::campaigns::inference::{self, Inference};
 use supra_tests::campaigns::kills::{self, Kills};
 use supra_tests::campaigns::precision::{self, Precision};
 use supra_tests::campaigns::recovery::{self, Recovery};
@@ -82,6 +83,10 @@ enum Campaign {
     Step,
     /// Speed of the training step alone, at other shapes of 7B models; needs an NVIDIA GPU of 141 GB.
     Shapes,
+    /// Speed of a token step of a 7B model beside PyTorch's, and of prompts; needs an NVIDIA GPU of 141 GB and PyTorch.
+    Decode,
+    /// Time and memory of the next token behind up to 131,072 others, beside softmax attention; needs an NVIDIA GPU of 80 GB.
+    Flat,
     /// Where the time of the step of a 7B model goes; needs an NVIDIA GPU of 141 GB.
     Components,
     /// 20 real steps of a model with 7.81 B parameters; needs an NVIDIA GPU of 141 GB and room for a checkpoint of 94 GB below TMPDIR.
@@ -210,6 +215,24 @@ fn prove(arguments: &Arguments) -> Result<()> {
                 arguments.quick,
             )?,
         ),
+        Campaign::Decode => {
+            let inference = Inference {
+                quick: arguments.quick,
+            };
+            let (decode, prefill) = inference.decode(&programs)?;
+            print!("{}", table(&prefill));
+            if !arguments.quick {
+                let also = report.named("prefill");
+                also.write(inference::ABOUT_PREFILL, &prefill, &benchmarks)?;
+            }
+            (inference::ABOUT_DECODE, decode)
+        }
+        Campaign::Flat => {
+            let inference = Inference {
+                quick: arguments.quick,
+            };
+            (inference::ABOUT_FLAT, inference.flat(&programs, &plot)?)
+        }
         Campaign::Components => (
             components::ABOUT,
             components::run(&programs, arguments.quick)?,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use supra_recipes::schema::{Base, Budget, Recipe, Tokens, Warmup};
 
-use crate::campaigns::plot::{self, Curve};
+use crate::campaigns::plot::{self, Curve, Frame};
 use crate::cluster::{Cluster, Device};
 use crate::failure::{Failure, Result, While};
 use crate::models::{Evaluation, Text, convert, quickstart};
@@ -72,11 +72,12 @@ impl Curves {
                 &[(0.0, base), (tokens as f64, base)],
             ),
         ];
-        plot::write(
-            &self.plot,
-            "SUPRA uptraining of the quickstart's base",
-            &curves,
-        )?;
+        let frame = Frame {
+            title: "SUPRA uptraining of the quickstart's base",
+            x: ("tokens trained (millions)", 1e6),
+            y: "loss per token (nats)",
+        };
+        plot::write(&self.plot, &frame, &curves)?;
 
         let (up, scratch) = (uptrained.last()?, random.last()?);
         if scratch.is_nan() || scratch <= up {

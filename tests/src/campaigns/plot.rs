@@ -1,4 +1,4 @@
-//! Loss curves as SVG.
+//! Curves as SVG.
 
 use std::path::Path;
 
@@ -10,7 +10,6 @@ use crate::failure::{Failure, Result};
 pub struct Curve {
     colour: usize,
     label: String,
-    /// Tokens and loss.
     points: Vec<(f64, f64)>,
     /// Whether its points are few and measured, and get a dot each.
     dots: bool,
@@ -46,17 +45,28 @@ const COLOURS: [RGBColor; 4] = [
     RGBColor(110, 110, 110),
 ];
 
-/// Draws curves over millions of tokens into an SVG file.
-pub fn write(path: &Path, title: &str, curves: &[Curve]) -> Result<()> {
+/// What stands around the curves of a plot.
+pub struct Frame<'a> {
+    /// Above it.
+    pub title: &'a str,
+    /// Below it, and what a point's x is divided by.
+    pub x: (&'a str, f64),
+    /// Beside it.
+    pub y: &'a str,
+}
+
+/// Draws curves into an SVG file.
+pub fn write(path: &Path, frame: &Frame<'_>, curves: &[Curve]) -> Result<()> {
     // The drawing library's errors borrow the backend.
-    draw(path, title, curves).map_err(|error| Failure::new(format!("{}: {error}", path.display())))
+    draw(path, frame, curves).map_err(|error| Failure::new(format!("{}: {error}", path.display())))
 }
 
 fn draw(
     path: &Path,
-    title: &str,
+    frame: &Frame<'_>,
     curves: &[Curve],
 ) -> std::result::Result<(), Box<dyn std::error::Error>> {
+    let (x_name, unit) = frame.x;
     let points = || curves.iter().flat_map(|curve| &curve.points);
     let right = points().map(|point| point.0).fold(0.0, f64::max);
     let top = points()
@@ -68,24 +78,21 @@ fn draw(
     let area = SVGBackend::new(path, SIZE).into_drawing_area();
     area.fill(&WHITE)?;
     let mut chart = ChartBuilder::on(&area)
-        .caption(title, ("sans-serif", 22))
+        .caption(frame.title, ("sans-serif", 22))
         .margin(16)
         .x_label_area_size(44)
         .y_label_area_size(56)
-        .build_cartesian_2d(0.0..right / 1e6, bottom - margin..top + margin)?;
+        .build_cartesian_2d(0.0..right / unit, bottom - margin..top + margin)?;
     chart
         .configure_mesh()
         .light_line_style(TRANSPARENT)
-        .x_desc("tokens trained (millions)")
-        .y_desc("loss per token (nats)")
+        .x_desc(x_name)
+        .y_desc(frame.y)
         .label_style(("sans-serif", 15))
         .draw()?;
     for curve in curves {
         let colour = COLOURS[curve.colour % COLOURS.len()];
-        let points = curve
-            .points
-            .iter()
-            .map(|(tokens, loss)| (tokens / 1e6, *loss));
+        let points = curve.points.iter().map(|(x, y)| (x / unit, *y));
         let style = colour.stroke_width(if curve.dots { 2 } else { 1 });
         let series = chart.draw_series(LineSeries::new(points.clone(), style))?;
         let dots = curve.dots;
@@ -118,7 +125,12 @@ mod tests {
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("plot.svg");
         let curve = Curve::dots(0, "uptrained", &[(0.0, 5.0), (1e6, 3.0)]);
-        write(&path, "Loss", &[curve]).expect("drawn");
+        let frame = Frame {
+            title: "Loss",
+            x: ("tokens (millions)", 1e6),
+            y: "nats",
+        };
+        write(&path, &frame, &[curve]).expect("drawn");
         let svg = std::fs::read_to_string(&path).expect("written");
         assert!(
             svg.starts_with("<svg") && svg.contains("uptrained"),

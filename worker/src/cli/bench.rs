@@ -1,6 +1,7 @@
 //! `supra-worker bench`: how fast things are on this machine.
 
 mod checkpoint;
+mod decode;
 
 use std::{
     error::Error,
@@ -42,6 +43,10 @@ enum What {
     Step(Step),
     /// Time what a checkpoint costs: standing still, writing and reading
     Checkpoint(checkpoint::Checkpoint),
+    /// Time inference: tokens of several sequences at once, and prompts
+    Decode(decode::Decode),
+    /// Time the next token of longer and longer sequences, beside softmax attention
+    Flat(decode::Flat),
 }
 
 /// Shapes of models that people know.
@@ -110,6 +115,15 @@ enum Mixing {
     Supra,
     /// Softmax attention
     Softmax,
+}
+
+impl From<Mixing> for AttentionKind {
+    fn from(mixing: Mixing) -> AttentionKind {
+        match mixing {
+            Mixing::Supra => AttentionKind::Supra(SupraConfig::default()),
+            Mixing::Softmax => AttentionKind::Softmax,
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
@@ -181,6 +195,8 @@ impl Bench {
         match self.what {
             What::Step(step) => step.execute(),
             What::Checkpoint(checkpoint) => checkpoint.execute(),
+            What::Decode(decode) => decode.execute(),
+            What::Flat(flat) => flat.execute(),
         }
     }
 }
@@ -247,10 +263,7 @@ impl Step {
     /// The model of random weights.
     fn config(&self) -> ModelConfig {
         let named = ModelConfig::named(self.shape.into());
-        let named = named.with_attention(match self.attention {
-            Mixing::Supra => AttentionKind::Supra(SupraConfig::default()),
-            Mixing::Softmax => AttentionKind::Softmax,
-        });
+        let named = named.with_attention(self.attention.into());
         ModelConfig {
             layers: self.layers.map_or(named.layers, u64::cast_signed),
             max_positions: self.sequence_length,

@@ -4,7 +4,8 @@ use clap::Args;
 use serde::Serialize;
 use supra_checkpoint::fetch::ModelDirectory;
 use supra_worker::inference::{
-    generate::{GenerateOptions, Generated, generate},
+    engine::Engine,
+    generate::{GenerateError, GenerateOptions, Generated, generate},
     load::LoadedModel,
     sampler::Sampling,
 };
@@ -79,6 +80,7 @@ impl Generate {
             },
             stop: model.stop_tokens(),
         };
+        let mut engine = Engine::new(model, 1).map_err(GenerateError::from)?;
         for prompt in &self.prompt {
             // A closed stdout shows at the next write; the rest of the text is then nobody's.
             let mut written = if self.json {
@@ -91,14 +93,7 @@ impl Generate {
                     written = out::write(piece);
                 }
             };
-            let generated = generate(
-                &model.transformer,
-                &model.params,
-                &tokenizer,
-                prompt,
-                &options,
-                emit,
-            )?;
+            let generated = generate(&mut engine, &tokenizer, prompt, &options, emit)?;
             written?;
             self.conclude(prompt, &generated)?;
         }

@@ -5,12 +5,11 @@
 
 use std::time::{Duration, Instant};
 
-use tch::Tensor;
 use thiserror::Error;
 use tokenizers::Tokenizer;
 
+use super::engine::{Engine, EngineError, Output, Piece, Slot, Want};
 use super::sampler::{Sampler, Sampling};
-use crate::model::{Params, Transformer};
 
 /// How far to go.
 #[derive(Clone, Debug)]
@@ -47,54 +46,37 @@ pub enum GenerateError {
     /// Nothing to continue.
     #[error("the prompt has no tokens, and the tokenizer adds none: write a prompt")]
     EmptyPrompt,
-    /// The tokenizer belongs to another model.
-    #[error(
-        "the prompt has token {token}, but the model's vocabulary has {vocabulary} tokens: the tokenizer does not fit"
-    )]
-    Vocabulary {
-        /// The token.
-        token: u32,
-        /// Tokens of the model.
-        vocabulary: i64,
-    },
-    /// The weights are broken.
-    #[error(
-        "the model's logits are not numbers after {tokens} new tokens: its weights are damaged or did not converge"
-    )]
-    NotNumbers {
-        /// New tokens so far.
-        tokens: usize,
-    },
+    /// The model cannot go on.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
 }
 
 /// Continues a prompt. `emit` gets the new text in pieces that are whole characters.
 pub fn generate(
-    model: &Transformer,
-    params: &Params,
+    engine: &mut Engine,
     tokenizer: &Tokenizer,
     prompt: &str,
     options: &GenerateOptions,
     emit: impl FnMut(&str),
 ) -> Result<Generated, GenerateError> {
-    tch::no_grad(|| continue_prompt(model, params, tokenizer, prompt, options, emit))
+    let slots = engine.slots();
+    let slot = engine.open().ok_or(EngineError::Full { slots })?;
+    let generated = continue_prompt(engine, &slot, tokenizer, prompt, options, emit);
+    engine.close(slot);
+    generated
 }
 
 fn continue_prompt(
-    model: &Transformer,
-    params: &Params,
+    engine: &mut Engine,
+    slot: &Slot,
     tokenizer: &Tokenizer,
     prompt: &str,
     options: &GenerateOptions,
     mut emit: impl FnMut(&str),
 ) -> Result<Generated, GenerateError> {
-    let ids = encode(tokenizer, prompt, model.config().vocab)?;
+    let ids = encode(tokenizer, prompt)?;
     let clock = Instant::now();
-    let wide: Vec<i64> = ids.iter().map(|&id| i64::from(id)).collect();
-    let ids_bt = Tensor::from_slice(&wide)
-        .unsqueeze(0)
-        .to_device(params.device());
-    let (logits_btv, mut state) = model.prefill(params, &ids_bt);
-    let mut logits_v = to_host(&logits_btv.select(1, ids.len() as i64 - 1));
+    let mut logits_v = read(engine, slot, &ids)?;
     let prefill = clock.elapsed();
 
     let clock = Instant::now();
@@ -110,9 +92,10 @@ fn continue_prompt(
         ..Generated::default()
     };
     while generated.tokens < options.max_tokens {
-        let token = sampler.pick(&logits_v).ok_or(GenerateError::NotNumbers {
-            tokens: generated.tokens,
-        })?;
+        let position = engine.position(slot);
+        let token = sampler
+            .pick(&logits_v)
+            .ok_or(EngineError::NotNumbers { position })?;
         if options.stop.contains(&token) {
             break;
         }
@@ -123,29 +106,29 @@ fn continue_prompt(
             generated.text += &piece;
         }
         if generated.tokens < options.max_tokens {
-            let ids_b = Tensor::from_slice(&[i64::from(token)]).to_device(params.device());
-            logits_v = to_host(&model.step(params, &mut state, &ids_b));
+            logits_v = read(engine, slot, &[token])?;
         }
     }
     generated.decode = clock.elapsed();
     Ok(generated)
 }
 
-fn encode(tokenizer: &Tokenizer, prompt: &str, vocabulary: i64) -> Result<Vec<u32>, GenerateError> {
+fn encode(tokenizer: &Tokenizer, prompt: &str) -> Result<Vec<u32>, GenerateError> {
     let encoding = tokenizer
         .encode(prompt, true)
         .map_err(GenerateError::Tokenizer)?;
-    let ids = encoding.get_ids();
-    match ids.iter().find(|&&token| i64::from(token) >= vocabulary) {
-        Some(&token) => Err(GenerateError::Vocabulary { token, vocabulary }),
-        None if ids.is_empty() => Err(GenerateError::EmptyPrompt),
-        None => Ok(ids.to_vec()),
+    match encoding.get_ids() {
+        [] => Err(GenerateError::EmptyPrompt),
+        ids => Ok(ids.to_vec()),
     }
 }
 
-fn to_host(logits_1v: &Tensor) -> Vec<f32> {
-    let logits_v = logits_1v.reshape([-1]).to_kind(tch::Kind::Float);
-    let mut host = vec![0f32; logits_v.numel()];
-    logits_v.copy_data(&mut host, logits_v.numel());
-    host
+/// The logits after more tokens.
+fn read(engine: &mut Engine, slot: &Slot, tokens: &[u32]) -> Result<Vec<f32>, EngineError> {
+    let want = Want::Logits;
+    let outputs = engine.advance(&[Piece { slot, tokens, want }])?;
+    match outputs.into_iter().next() {
+        Some(Output::Logits(logits_v)) => Ok(logits_v),
+        other => unreachable!("invariant: logits were wanted, not {other:?}"),
+    }
 }

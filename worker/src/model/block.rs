@@ -6,7 +6,7 @@ use super::attention::features::{FeatureMap, Features};
 use super::attention::{Plan, attention};
 use super::norm::rms_norm;
 use super::params::in_layer;
-use super::state::LayerState;
+use super::slots::SlotLayer;
 use super::{ModelConfig, Params};
 
 /// The weights of one block.
@@ -68,16 +68,16 @@ impl<'a> LayerParams<'a> {
     }
 }
 
-/// Residual stream [B, T, D] through one block. A `state` is read and moved on by the T tokens.
+/// Residual stream [B, T, D] through one block. A `memory` is read and moved on by the tokens.
 pub fn block(
     config: &ModelConfig,
     params: &LayerParams,
     plan: &Plan,
     x_btd: &Tensor,
-    state: Option<&mut LayerState>,
+    memory: Option<&mut SlotLayer>,
 ) -> Tensor {
     let normed = rms_norm(x_btd, params.attention_norm, config.norm_eps);
-    let x_btd = x_btd + attention(config, params, plan, &normed, state);
+    let x_btd = x_btd + attention(config, params, plan, &normed, memory);
     let normed = rms_norm(&x_btd, params.ffn_norm, config.norm_eps);
     let gate_up = normed.linear(params.w12, None::<&Tensor>).chunk(2, -1);
     &x_btd + (gate_up[0].silu() * &gate_up[1]).linear(params.w3, None::<&Tensor>)

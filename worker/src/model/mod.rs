@@ -6,7 +6,7 @@
 //! | [`config`], [`params`], [`init`] | shapes, names and first values of the weights |
 //! | [`files`] | directories on disk: Hugging Face and published layouts, reading and writing |
 //! | [`attention`] | the feature map, rotary embedding, decay, and the forms of the attention itself |
-//! | [`block`], [`transformer`], [`loss`], [`state`] | the rest of the network, training loss and recurrent inference |
+//! | [`block`], [`transformer`], [`loss`], [`slots`] | the rest of the network, training loss and what inference remembers |
 //!
 //! Tensor names end in their shape. The letters: B rows, T tokens, D model width, F feed-forward width, V vocabulary,
 //! H query heads, K key/value heads, d key channels and e value channels of a head, N chunks of C tokens, p = d/2
@@ -25,7 +25,7 @@ pub mod init;
 pub mod loss;
 pub mod norm;
 pub mod params;
-pub mod state;
+pub mod slots;
 pub mod transformer;
 
 pub use config::{AttentionKind, Decay, ModelConfig, RopeFrequencies, SupraConfig};
@@ -37,7 +37,7 @@ pub use files::save::{SaveFormat, save_model, save_model_with};
 pub use init::{init_all, init_new, init_one};
 pub use loss::{LossInput, LossSum};
 pub use params::{ParamSpec, Params};
-pub use state::State;
+pub use slots::Slots;
 pub use transformer::{Form, Transformer};
 
 use tch::Kind;

@@ -5,14 +5,14 @@ use tch::{Device, Kind, Tensor};
 use super::attention::chunkwise::Chunkwise;
 use super::attention::decay::slopes;
 use super::attention::parallel::Parallel;
-use super::attention::recurrent::Recurrent;
+use super::attention::ragged::{Ragged, Span};
 use super::attention::rotary::Rotary;
-use super::attention::softmax::{Mask, Past};
+use super::attention::softmax::Mask;
 use super::attention::{Mixer, Plan};
 use super::block::{LayerParams, block};
 use super::norm::rms_norm;
 use super::{
-    AttentionKind, Documents, LossInput, LossSum, ModelConfig, Params, State, SupraConfig,
+    AttentionKind, Documents, LossInput, LossSum, ModelConfig, Params, Slots, SupraConfig,
     accumulate_kind, loss,
 };
 
@@ -76,71 +76,36 @@ impl Transformer {
         loss::loss_sum(&logits_btv, &input.targets_bt, &input.mask_bt, z_loss)
     }
 
-    /// Reads a prompt: logits [B, T, V] of ids [B, T], and the state after them.
-    pub fn prefill(&self, params: &Params, ids_bt: &Tensor) -> (Tensor, State) {
-        let mut state = State::new(
-            &self.config,
-            ids_bt.size()[0],
-            params.device(),
-            params.kind(),
-        );
-        let logits_btv = self.extend(params, &mut state, ids_bt, None);
-        (logits_btv, state)
-    }
-
-    /// Logits [B, V] after one more token of each sequence: ids [B].
-    pub fn step(&self, params: &Params, state: &mut State, ids_b: &Tensor) -> Tensor {
-        self.extend(params, state, &ids_b.unsqueeze(1), None)
-            .squeeze_dim(1)
-    }
-
-    /// Logits [B, T, V] of T more tokens of each sequence, from any state; moves the state on. One token takes the
-    /// recurrent form, more take the chunkwise one.
-    pub fn extend(
+    /// Several sequences at once, each going on from its slot: the residual stream [n, D] behind the last block for ids [n],
+    /// the tokens of all `spans` one after the other. Spans of a single token come first, and no slot is named twice. The
+    /// slots move on.
+    pub fn advance(
         &self,
         params: &Params,
-        state: &mut State,
-        ids_bt: &Tensor,
-        documents: Option<&Documents>,
+        slots: &mut Slots,
+        ids_n: &Tensor,
+        spans: &[Span],
     ) -> Tensor {
-        let tokens = ids_bt.size()[1];
-        let positions_bt = match documents {
-            None => {
-                state.positions_b.unsqueeze(1)
-                    + Tensor::arange(tokens, (Kind::Int64, ids_bt.device()))
-            }
-            // Only the document that was running goes on from where it was.
-            Some(documents) => {
-                let runs_on_bt = documents.segments_bt.eq(0).to_kind(Kind::Int64);
-                &documents.positions_bt + runs_on_bt * state.positions_b.unsqueeze(1)
-            }
-        };
-        let options = (params.kind(), params.device());
-        let mixer = match &self.config.attention {
-            AttentionKind::Softmax => {
-                Mixer::Softmax(Mask::new(&state.past, tokens, documents, options.1))
-            }
-            AttentionKind::Supra(supra) if tokens == 1 && documents.is_none() => {
-                Mixer::Recurrent(Recurrent::new(
-                    &slopes(supra.decay, self.config.heads),
-                    (accumulate_kind(options.0), options.1),
-                ))
-            }
-            AttentionKind::Supra(supra) => self.chunkwise(supra, tokens, documents, options),
-        };
-        let plan = Plan {
-            rotary: Rotary::new(&self.config, &positions_bt, options.0),
-            mixer,
-        };
-
-        let mut x_btd = self.embed(params, ids_bt);
-        for (layer, memory) in (0..).zip(&mut state.layers) {
-            let weights = LayerParams::new(&self.config, params, layer);
-            x_btd = block(&self.config, &weights, &plan, &x_btd, Some(memory));
+        let (kind, device) = (params.kind(), params.device());
+        let mut positions = Vec::with_capacity(ids_n.numel());
+        for &Span { slot, tokens } in spans {
+            let position = &mut slots.positions_s[slot];
+            positions.extend(*position..*position + tokens);
+            *position += tokens;
         }
-        state.positions_b = positions_bt.select(1, tokens - 1) + 1;
-        state.past = state.past.extended(tokens, documents);
-        self.head(params, &x_btd)
+        let positions_1n = Tensor::from_slice(&positions)
+            .unsqueeze(0)
+            .to_device(device);
+        let plan = Plan {
+            rotary: Rotary::new(&self.config, &positions_1n, kind),
+            mixer: Mixer::Ragged(Ragged::new(&self.config, spans, (kind, device))),
+        };
+        let mut x_1nd = self.embed(params, &ids_n.unsqueeze(0));
+        for (layer, memory) in (0..).zip(&mut slots.layers) {
+            let weights = LayerParams::new(&self.config, params, layer);
+            x_1nd = block(&self.config, &weights, &plan, &x_1nd, Some(memory));
+        }
+        x_1nd.squeeze_dim(0)
     }
 
     /// What the blocks share when they read whole sequences ids [B, T].
@@ -148,9 +113,7 @@ impl Transformer {
         let tokens = ids_bt.size()[1];
         let options = (params.kind(), params.device());
         let mixer = match &self.config.attention {
-            AttentionKind::Softmax => {
-                Mixer::Softmax(Mask::new(&Past::default(), tokens, documents, options.1))
-            }
+            AttentionKind::Softmax => Mixer::Softmax(Mask::new(tokens, documents, options.1)),
             AttentionKind::Supra(supra) => match self.form {
                 Form::Chunkwise => self.chunkwise(supra, tokens, documents, options),
                 Form::Parallel => Mixer::Parallel(Parallel::new(
@@ -210,7 +173,7 @@ impl Transformer {
         )
     }
 
-    /// Logits [B, T, V] of the residual stream [B, T, D] after the last block.
+    /// Logits [B, T, V] of the residual stream [B, T, D] after the last block; likewise without B.
     pub fn head(&self, params: &Params, x_btd: &Tensor) -> Tensor {
         let output = if self.config.tied {
             "tok_embeddings.weight"

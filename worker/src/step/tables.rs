@@ -6,11 +6,7 @@ use crate::{
     kernels::DecayTables,
     model::{
         AttentionKind, Documents, ModelConfig,
-        attention::{
-            decay::slopes,
-            rotary::Rotary,
-            softmax::{Mask, Past},
-        },
+        attention::{decay::slopes, rotary::Rotary, softmax::Mask},
     },
 };
 
@@ -66,12 +62,9 @@ impl Sight {
     fn new(config: &ModelConfig, cos_xtp: &Tensor, documents: Option<&Documents>) -> Sight {
         let tokens = cos_xtp.size()[1];
         match &config.attention {
-            AttentionKind::Softmax => Sight::Softmax(Mask::new(
-                &Past::default(),
-                tokens,
-                documents,
-                cos_xtp.device(),
-            )),
+            AttentionKind::Softmax => {
+                Sight::Softmax(Mask::new(tokens, documents, cos_xtp.device()))
+            }
             AttentionKind::Supra(supra) => Sight::Supra(DecayTables::new(
                 slopes(supra.decay, config.heads),
                 supra.chunk,

@@ -6,6 +6,7 @@ use tch::{Kind, Tensor};
 use super::each;
 use super::fixture::{Family, Fixture};
 use super::measure::{Verdict, l2_relative, max_abs, max_relative, relative};
+use crate::sequences::Sequences;
 
 fn logits(fixture: &Fixture, kind: Kind) -> Tensor {
     let params = fixture.params(kind);
@@ -100,20 +101,11 @@ fn golden_huggingface_cache() {
         let tokens = ids.size()[1];
         let (prompt, rest) = (tokens / 3, tokens / 2);
         let logits = tch::no_grad(|| {
-            let (first, mut state) = model.prefill(&params, &ids.narrow(1, 0, prompt));
-            let mut parts = vec![first];
-            parts.push(model.extend(
-                &params,
-                &mut state,
-                &ids.narrow(1, prompt, rest - prompt),
-                None,
-            ));
-            parts.extend((rest..tokens).map(|t| {
-                model
-                    .step(&params, &mut state, &ids.select(1, t))
-                    .unsqueeze(1)
-            }));
-            Tensor::cat(&parts, 1)
+            let mut sequences = Sequences::new(&model, &params, ids.size()[0]);
+            let first = sequences.extend(&ids.narrow(1, 0, prompt));
+            let second = sequences.extend(&ids.narrow(1, prompt, rest - prompt));
+            let last = sequences.steps(&ids.narrow(1, rest, tokens - rest));
+            Tensor::cat(&[first, second, last], 1)
         });
         let probed = logits.index_select(1, &fixture.get("probe_positions"));
         verdict.bound(

@@ -13,6 +13,7 @@ use tch::{Kind, Tensor};
 use super::fixture::{Family, Fixture};
 use super::measure::{Verdict, max_abs};
 use super::run::token_by_token;
+use crate::sequences::Sequences;
 
 fn each(check: impl Fn(&Fixture)) {
     tch::set_num_threads(1);
@@ -51,12 +52,14 @@ fn golden_parity_greedy_tokens() {
         let model = Transformer::new(fixture.config.clone());
         let golden = fixture.get("generate");
         let tokens: Vec<Tensor> = tch::no_grad(|| {
-            let (logits_btv, mut state) = model.prefill(&params, &fixture.get("input_ids"));
+            let ids_bt = fixture.get("input_ids");
+            let mut sequences = Sequences::new(&model, &params, ids_bt.size()[0]);
+            let logits_btv = sequences.extend(&ids_bt);
             let mut next_b = logits_btv.select(1, -1).argmax(-1, false);
             (0..golden.size()[1])
                 .map(|_| {
                     let token_b = next_b.shallow_clone();
-                    next_b = model.step(&params, &mut state, &token_b).argmax(-1, false);
+                    next_b = sequences.step(&token_b).argmax(-1, false);
                     token_b
                 })
                 .collect()

@@ -5,14 +5,13 @@ use supra_worker::model::attention::recurrent::Recurrent;
 use supra_worker::model::attention::{Mixer, features};
 use supra_worker::model::block::{LayerParams, block};
 use supra_worker::model::norm::{head_norm, rms_norm};
-use supra_worker::model::state::LayerState;
 use supra_worker::model::{
-    AttentionKind, Form, ModelConfig, Params, State, SupraConfig, Transformer, accumulate_kind,
-    loss,
+    AttentionKind, Form, ModelConfig, Params, SupraConfig, Transformer, accumulate_kind, loss,
 };
 use tch::{Device, Kind, Tensor};
 
 use super::fixture::Fixture;
+use crate::sequences::Sequences;
 
 /// How whole sequences are computed.
 #[derive(Clone, Copy, Debug)]
@@ -62,16 +61,9 @@ pub fn token_by_token(fixture: &Fixture, params: &Params, tokens: i64) -> (Tenso
     let ids = fixture.get("input_ids").narrow(1, 0, tokens);
     let model = Transformer::new(fixture.config.clone());
     let read = |ids_bt: Tensor| {
-        let mut state = State::new(
-            &fixture.config,
-            ids_bt.size()[0],
-            Device::Cpu,
-            params.kind(),
-        );
-        let steps: Vec<Tensor> = (0..ids_bt.size()[1])
-            .map(|t| model.step(params, &mut state, &ids_bt.select(1, t)))
-            .collect();
-        (Tensor::stack(&steps, 1), states(&state))
+        let mut sequences = Sequences::new(&model, params, ids_bt.size()[0]);
+        let logits_btv = sequences.steps(&ids_bt);
+        (logits_btv, sequences.states())
     };
     let Some(starts) = fixture.starts() else {
         return read(ids);
@@ -101,27 +93,13 @@ pub fn token_by_token(fixture: &Fixture, params: &Params, tokens: i64) -> (Tenso
     )
 }
 
-pub fn states(state: &State) -> Vec<Tensor> {
-    let of = |layer: &LayerState| match layer {
-        LayerState::Supra { state_bhde } => state_bhde.shallow_clone(),
-        LayerState::Softmax { .. } => panic!("not a SUPRA model"),
-    };
-    state.layers.iter().map(of).collect()
-}
-
-/// Logits and states from one call, in chunks.
-pub fn prefill(fixture: &Fixture, params: &Params, chunk: i64) -> (Tensor, State) {
+/// Logits of whole rows, read at once.
+pub fn prefill(fixture: &Fixture, sequences: &mut Sequences<'_>) -> Tensor {
     let ids = fixture.get("input_ids");
-    let (b, t) = ids.size2().unwrap();
-    let mut state = State::new(&fixture.config, b, Device::Cpu, params.kind());
-    let documents = fixture.documents(0, t);
-    let logits = model(&fixture.config, How::Chunks(chunk)).extend(
-        params,
-        &mut state,
-        &ids,
-        documents.as_ref(),
-    );
-    (logits, state)
+    match fixture.documents(0, ids.size()[1]) {
+        Some(documents) => sequences.extend_documents(&ids, &documents),
+        None => sequences.extend(&ids),
+    }
 }
 
 /// Mean loss over all pairs, or without those whose target begins a document.
@@ -167,13 +145,11 @@ pub fn mix(fixture: &Fixture, kind: Kind, how: How, [q, k, v]: [&Tensor; 3]) -> 
     let tokens = q.size()[2];
     if let How::Recurrent = how {
         let slopes = slopes(fixture.config.supra().unwrap().decay, fixture.config.heads);
-        let form = Recurrent::new(&slopes, (accumulate_kind(kind), Device::Cpu));
-        let zero = q
-            .select(2, 0)
-            .unsqueeze(-1)
-            .matmul(&v.select(2, 0).unsqueeze(-2))
-            .zeros_like();
-        let mut state = zero.to_kind(accumulate_kind(kind));
+        let kind = accumulate_kind(kind);
+        let form = Recurrent::new(&slopes, (kind, Device::Cpu));
+        let (b, h, _, d) = q.size4().unwrap();
+        let slots: Vec<i64> = (0..b).collect();
+        let mut state = Tensor::zeros([b, h, d, d], (kind, Device::Cpu));
         let positions = fixture
             .documents(0, tokens)
             .map(|documents| documents.positions_bt);
@@ -182,10 +158,8 @@ pub fn mix(fixture: &Fixture, kind: Kind, how: How, [q, k, v]: [&Tensor; 3]) -> 
             if let Some(positions_bt) = &positions {
                 state = &state * positions_bt.select(1, t).ne(0).view([-1, 1, 1, 1]);
             }
-            let [q, k, v] = [q, k, v].map(|x| x.narrow(2, t, 1));
-            let (o, after) = form.step(&q, &k, &v, &state);
-            state = after;
-            o
+            let qkv = [q, k, v].map(|x| x.narrow(2, t, 1).to_kind(kind));
+            form.advance(qkv.each_ref(), &mut state, &slots)
         };
         return Tensor::cat(&(0..tokens).map(step).collect::<Vec<_>>(), 2);
     }

@@ -2,18 +2,17 @@
 
 use supra_worker::model::attention::decay::gammas;
 use supra_worker::model::norm::head_norm;
-use supra_worker::model::{LossInput, Params, State, Transformer};
+use supra_worker::model::{LossInput, Params, Transformer};
 use supra_worker::step::Policy;
 use tch::{Device, Kind, Tensor};
 
 use crate::network::{self, leaves, map};
+use crate::sequences::Sequences;
 
 use super::each;
 use super::fixture::{Family, Fixture};
 use super::measure::{Verdict, l2_relative, max_abs, max_relative, relative};
-use super::run::{
-    How, all_forms, inside, logits, mean_loss, mix, model, prefill, states, token_by_token,
-};
+use super::run::{How, all_forms, inside, logits, mean_loss, mix, model, prefill, token_by_token};
 
 fn each_supra(check: impl Fn(&Fixture)) {
     each(Family::Supra, &check);
@@ -122,8 +121,12 @@ fn golden_supra_states() {
                     match how {
                         How::Parallel => {}
                         How::Recurrent => check(how, token_by_token(fixture, &params, tokens).1),
-                        How::Chunks(chunk) => {
-                            check(how, states(&prefill(fixture, &params, chunk).1))
+                        How::Chunks(_) => {
+                            let model = model(&fixture.config, how);
+                            let rows = fixture.get("input_ids").size()[0];
+                            let mut sequences = Sequences::new(&model, &params, rows);
+                            let _ = prefill(fixture, &mut sequences);
+                            check(how, sequences.states());
                         }
                     }
                 }
@@ -240,7 +243,7 @@ fn golden_supra_states_are_handed_over_anywhere() {
             [tokens / 3, tokens / 2, tokens - 5],
             [16, 23, 24],
         ] {
-            let mut state = State::new(&fixture.config, b, Device::Cpu, Kind::Double);
+            let mut sequences = Sequences::new(&model, &params, b);
             let borders = [vec![0], borders.to_vec(), vec![tokens]].concat();
             let mut parts = Vec::new();
             tch::no_grad(|| {
@@ -255,7 +258,10 @@ fn golden_supra_states_are_handed_over_anywhere() {
                             ids.narrow(1, from, stride),
                             fixture.documents(from, from + stride),
                         );
-                        parts.push(model.extend(&params, &mut state, &ids, documents.as_ref()));
+                        parts.push(match documents {
+                            Some(documents) => sequences.extend_documents(&ids, &documents),
+                            None => sequences.extend(&ids),
+                        });
                     }
                 }
             });
@@ -269,7 +275,7 @@ fn golden_supra_states_are_handed_over_anywhere() {
                 max_relative(&probed, &fixture.get("logits_f64")),
                 1e-9,
             );
-            for (layer, state) in states(&state).iter().enumerate() {
+            for (layer, state) in sequences.states().iter().enumerate() {
                 let golden = fixture.get(&format!("state.{layer}"));
                 let bound = if golden.kind() == Kind::Double {
                     1e-9
@@ -296,13 +302,14 @@ fn golden_supra_generate() {
             let model = Transformer::new(fixture.config.clone());
             let (mut tokens, mut gaps) = (Vec::new(), Vec::new());
             tch::no_grad(|| {
-                let (logits_btv, mut state) = prefill(fixture, &params, 64);
-                let mut logits_bv = logits_btv.select(1, -1);
+                let rows = fixture.get("input_ids").size()[0];
+                let mut sequences = Sequences::new(&model, &params, rows);
+                let mut logits_bv = prefill(fixture, &mut sequences).select(1, -1);
                 for _ in 0..golden.size()[1] {
                     let (best_two, _) = logits_bv.topk(2, -1, true, true);
                     gaps.push(best_two.select(1, 0) - best_two.select(1, 1));
                     let next_b = logits_bv.argmax(-1, false);
-                    logits_bv = model.step(&params, &mut state, &next_b);
+                    logits_bv = sequences.step(&next_b);
                     tokens.push(next_b);
                 }
             });
@@ -338,7 +345,8 @@ fn check_gradients_of_all_forms(fixture: &Fixture, kind: Kind) {
     let weights = fixture.params(kind);
     let tokens = fixture.get("input_ids").size()[1];
     let chunks = [1, 16, tokens].map(How::Chunks);
-    for how in [How::Parallel, How::Recurrent].into_iter().chain(chunks) {
+    // The recurrent form moves its states in place: it is for inference only.
+    for how in [How::Parallel].into_iter().chain(chunks) {
         let gradients = autograd(fixture, &weights, how, tokens);
         check_gradients(fixture, &format!("{how:?}"), &weights, &gradients);
     }

@@ -3,6 +3,7 @@
 mod attention;
 mod bench;
 mod block;
+mod decode;
 mod kernels;
 mod optimizer;
 mod overlap;

@@ -25,7 +25,7 @@ pub struct Source {
 }
 
 /// What the sources include of ours.
-const HEADERS: [(&str, &str); 6] = [
+const HEADERS: [(&str, &str); 7] = [
     (
         "attention_warpgroups.cuh",
         include_str!("attention_warpgroups.cuh"),
@@ -33,6 +33,7 @@ const HEADERS: [(&str, &str); 6] = [
     ("attention_warps.cuh", include_str!("attention_warps.cuh")),
     ("bits.cuh", include_str!("bits.cuh")),
     ("common.cuh", include_str!("common.cuh")),
+    ("relay.cuh", include_str!("relay.cuh")),
     ("warp.cuh", include_str!("warp.cuh")),
     ("warpgroup.cuh", include_str!("warpgroup.cuh")),
 ];

@@ -90,6 +90,11 @@ impl Argument {
         }
     }
 
+    /// What a pointer points to.
+    pub(super) fn address(self) -> u64 {
+        self.bits
+    }
+
     /// A pointer so many bytes further on.
     pub fn offset(self, bytes: i64) -> Argument {
         Argument {
@@ -162,6 +167,15 @@ impl Gpu {
         // SAFETY: the context is retained for ever.
         unsafe { result::ctx::set_current(self.context) }
             .map_err(|error| refused(self.index, "use the GPU".to_owned(), &error))
+    }
+
+    /// Waits for all that the legacy default stream was asked for.
+    #[allow(unsafe_code)]
+    pub fn wait(&self) -> Result<(), KernelError> {
+        self.make_current()?;
+        // SAFETY: the default stream is always alive.
+        unsafe { result::stream::synchronize(Queue::DEFAULT.0) }
+            .map_err(|error| refused(self.index, "finish its work".to_owned(), &error))
     }
 
     /// Bytes per second between memory and processors, at most.
@@ -250,6 +264,43 @@ impl Gpu {
         grid: Grid,
         arguments: &[Argument],
     ) -> Result<(), KernelError> {
+        self.start(queue, name, grid, arguments, &mut [])
+    }
+
+    /// Likewise a kernel that may begin before what is before it on the stream has ended, and waits for that itself. GPUs that
+    /// cannot do so begin it in its turn.
+    #[allow(unsafe_code)]
+    pub fn launch_early(
+        &self,
+        queue: &Queue,
+        name: &'static str,
+        grid: Grid,
+        arguments: &[Argument],
+    ) -> Result<(), KernelError> {
+        use sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        let mut early = [sys::CUlaunchAttribute {
+            id: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue {
+                programmaticStreamSerializationAllowed: 1,
+            },
+        }];
+        let attributes: &mut [_] = match self.architecture {
+            ..90 => &mut [],
+            90.. => &mut early,
+        };
+        self.start(queue, name, grid, arguments, attributes)
+    }
+
+    #[allow(unsafe_code)]
+    fn start(
+        &self,
+        queue: &Queue,
+        name: &'static str,
+        grid: Grid,
+        arguments: &[Argument],
+        attributes: &mut [sys::CUlaunchAttribute],
+    ) -> Result<(), KernelError> {
         let kernel = self
             .kernels
             .get(name)
@@ -267,20 +318,31 @@ impl Gpu {
             .map(|argument| ptr::from_ref(&argument.bits).cast_mut().cast())
             .collect();
         let (blocks, threads) = (grid.blocks, grid.threads);
+        let launch = sys::CUlaunchConfig {
+            gridDimX: blocks.0,
+            gridDimY: blocks.1,
+            gridDimZ: 1,
+            blockDimX: threads.0,
+            blockDimY: threads.1,
+            blockDimZ: 1,
+            sharedMemBytes: grid.shared_bytes,
+            hStream: queue.0,
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: attributes.len() as u32,
+        };
         // SAFETY: context and function are never given up. The kernel's arguments are as many and as long as it declares,
-        // and the driver copies them before it returns. What they point to was checked by the caller.
+        // and the driver copies them, and the attributes, before it returns. What they point to was checked by the caller.
         let launched = unsafe {
             result::ctx::set_current(self.context)
                 .and_then(|()| allow_shared(kernel, grid.shared_bytes))
                 .and_then(|()| {
-                    result::launch_kernel(
+                    sys::cuLaunchKernelEx(
+                        &launch,
                         kernel.function,
-                        (blocks.0, blocks.1, 1),
-                        (threads.0, threads.1, 1),
-                        grid.shared_bytes,
-                        queue.0,
-                        &mut pointers,
+                        pointers.as_mut_ptr(),
+                        ptr::null_mut(),
                     )
+                    .result()
                 })
         };
         launched.map_err(|error| refused(self.index, format!("launch {name} as {grid:?}"), &error))

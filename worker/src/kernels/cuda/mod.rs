@@ -7,6 +7,7 @@
 mod attention;
 mod compile;
 mod cross_entropy;
+pub mod decode;
 mod embedding;
 mod error;
 mod event;

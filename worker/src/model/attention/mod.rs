@@ -5,15 +5,17 @@
 //! 3. Query head h reads key/value head floor(h / (H/K)).
 //! 4. Rotary embedding of q and k ([`rotary`]); SUPRA: k is scaled by 1/sqrt(d).
 //! 5. The tokens are mixed: [`softmax`], or SUPRA's o_t = sum over j <= t of gamma^(t-j) (q_t . k_j) v_j in one of its
-//!    forms, [`parallel`], [`chunkwise`] and [`recurrent`].
+//!    forms, [`parallel`], [`chunkwise`] and [`recurrent`]. In inference [`ragged`] chooses, sequence by sequence.
 //! 6. SUPRA: each head's output is normed.
 //! 7. out_proj, no bias.
 
+pub mod cache;
 pub mod chunkwise;
 pub mod decay;
 pub mod features;
 pub mod mixer;
 pub mod parallel;
+pub mod ragged;
 pub mod recurrent;
 pub mod rotary;
 pub mod softmax;
@@ -23,21 +25,21 @@ use tch::Tensor;
 use super::ModelConfig;
 use super::block::LayerParams;
 use super::norm::head_norm;
-use super::state::LayerState;
+use super::slots::SlotLayer;
 pub use mixer::{Mixer, Plan};
 
-/// The attention of one block: normed residual stream [B, T, D] in, [B, T, D] out. A `state` is read and moved on by the
-/// T tokens.
+/// The attention of one block: normed residual stream [B, T, D] in, [B, T, D] out. A `memory` is read and moved on by the
+/// tokens.
 pub fn attention(
     config: &ModelConfig,
     params: &LayerParams,
     plan: &Plan,
     x_btd: &Tensor,
-    state: Option<&mut LayerState>,
+    memory: Option<&mut SlotLayer>,
 ) -> Tensor {
     let (q_bhtd, k_bhtd, v_bhte) =
         features::queries_keys_values(config, params, &plan.rotary, x_btd);
-    let mixed_bhte = plan.mixer.mix(&q_bhtd, &k_bhtd, &v_bhte, state);
+    let mixed_bhte = plan.mixer.mix(&q_bhtd, &k_bhtd, &v_bhte, memory);
     let o_bhte = if config.supra().is_some() {
         head_norm(&mixed_bhte)
     } else {

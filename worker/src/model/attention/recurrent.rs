@@ -22,20 +22,36 @@ impl Recurrent {
         Recurrent { gamma_h11 }
     }
 
-    /// One token: q, k [B, H, 1, d], v [B, H, 1, e] and the state before it to o [B, H, 1, e] and the state after it.
-    pub fn step(
+    /// One token of each sequence: o [B, H, 1, e] of q, k [B, H, 1, d] and v [B, H, 1, e], of the kind computed in. Those rows
+    /// of `state_shde` that `slots_b` names, at least one, move on in place.
+    pub fn advance(
         &self,
-        q_bh1d: &Tensor,
-        k_bh1d: &Tensor,
-        v_bh1e: &Tensor,
-        state_bhde: &Tensor,
-    ) -> (Tensor, Tensor) {
-        let kind = self.gamma_h11.kind();
-        let update = k_bh1d.to_kind(kind).transpose(-2, -1) * v_bh1e.to_kind(kind);
-        let seen_bhde = state_bhde + update;
-        (
-            q_bh1d.to_kind(kind).matmul(&seen_bhde),
-            seen_bhde * &self.gamma_h11,
-        )
+        [q_bh1d, k_bh1d, v_bh1e]: [&Tensor; 3],
+        state_shde: &mut Tensor,
+        slots_b: &[i64],
+    ) -> Tensor {
+        let (first, count) = (slots_b[0], slots_b.len() as i64);
+        if slots_b.iter().copied().eq(first..first + count) {
+            let mut rows = state_shde.narrow(0, first, count);
+            return self.update([q_bh1d, k_bh1d, v_bh1e], &mut rows);
+        }
+        let index_b = Tensor::from_slice(slots_b).to_device(state_shde.device());
+        let mut rows = state_shde.index_select(0, &index_b);
+        let o_bh1e = self.update([q_bh1d, k_bh1d, v_bh1e], &mut rows);
+        let _ = state_shde.index_copy_(0, &index_b, &rows);
+        o_bh1e
+    }
+
+    fn update(&self, [q_bh1d, k_bh1d, v_bh1e]: [&Tensor; 3], state_bhde: &mut Tensor) -> Tensor {
+        let size = state_bhde.size();
+        let (b, h, d, e) = (size[0], size[1], size[2], size[3]);
+        let mut state_xde = state_bhde.view([b * h, d, e]);
+        let _ = state_xde.baddbmm_(
+            &k_bh1d.reshape([b * h, d, 1]),
+            &v_bh1e.reshape([b * h, 1, e]),
+        );
+        let o_x1e = q_bh1d.reshape([b * h, 1, d]).bmm(&state_xde);
+        let _ = state_bhde.g_mul_(&self.gamma_h11);
+        o_x1e.view([b, h, 1, e])
     }
 }
