@@ -17,11 +17,11 @@
 
 use supra_agent::{Gates, LayerGates};
 use supra_recipes::{Recipe, schema::Base};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
 use crate::model::{
-    self, Form, ModelConfig, ModelError, NewWeights, ParamSpec, Params, State, Transformer,
-    attention::{Plan, attention, features::queries_keys_values},
+    self, Form, ModelConfig, ModelError, NewWeights, ParamSpec, Params, Slots, Transformer,
+    attention::{Plan, attention, features::queries_keys_values, ragged::Span},
     block::LayerParams,
     norm::rms_norm,
 };
@@ -30,6 +30,17 @@ use crate::model::{
 pub const ROWS: u64 = 2;
 /// See [`ROWS`].
 pub const TOKENS: i64 = 256;
+
+/// Why there are no gates.
+#[derive(Debug, thiserror::Error)]
+pub enum Unmeasured {
+    /// Nobody wants them any more.
+    #[error("stopped before all was measured")]
+    Stopped,
+    /// The sample's recurrent states do not fit.
+    #[error("there is no memory for the states of the sample: {0}")]
+    Memory(#[from] TchError),
+}
 
 /// What gates compare with, block by block.
 pub struct Start {
@@ -236,21 +247,25 @@ fn rms(x: &Tensor) -> f64 {
 }
 
 /// Measures a SUPRA model on the sample `ids_bt`, beside what it was at its `start`, if that is known. Step and time are left to
-/// whoever knows them. None when `stop` says so, which is asked at every block and token.
+/// whoever knows them.
+///
+/// # Errors
+///
+/// `stop` says so, which is asked at every block and token; there is no memory for the states of the sample.
 pub fn measure(
     config: &ModelConfig,
     params: &Params,
     ids_bt: &Tensor,
     start: Option<&Start>,
     stop: &dyn Fn() -> bool,
-) -> Option<Gates> {
+) -> Result<Gates, Unmeasured> {
     let _guard = tch::no_grad_guard();
     let mut stream = Stream::new(config);
     stream.begin(params, ids_bt);
     let mut layers = Vec::new();
     for block in 0..config.layers {
         if stop() {
-            return None;
+            return Err(Unmeasured::Stopped);
         }
         let at_start = start.and_then(|start| start.layers.get(block as usize));
         let Look {
@@ -278,7 +293,7 @@ pub fn measure(
     }
     let (_, x_btd) = stream.at();
     let logits_btv = stream.transformer.head(params, x_btd);
-    Some(Gates {
+    Ok(Gates {
         step: 0,
         form_error: form_error(config, params, ids_bt, &logits_btv, stop)?,
         logit_rms: rms(&logits_btv),
@@ -309,22 +324,26 @@ fn form_error(
     ids_bt: &Tensor,
     logits_btv: &Tensor,
     stop: &dyn Fn() -> bool,
-) -> Option<f64> {
+) -> Result<f64, Unmeasured> {
     let transformer = Transformer::new(config.clone());
     let (rows, tokens) = (ids_bt.size()[0], ids_bt.size()[1]);
-    let mut state = State::new(config, rows, params.device(), params.kind());
+    let mut slots = Slots::new(config, rows as usize, params.device(), params.kind())?;
+    let spans: Vec<Span> = (0..rows as usize)
+        .map(|slot| Span { slot, tokens: 1 })
+        .collect();
     let mut worst = Tensor::zeros([], (Kind::Float, params.device()));
     for token in 0..tokens {
         if stop() {
-            return None;
+            return Err(Unmeasured::Stopped);
         }
-        let logits_bv = transformer.step(params, &mut state, &ids_bt.select(1, token));
-        let other_bv = logits_btv.select(1, token).to_kind(Kind::Float);
-        let error = (logits_bv.to_kind(Kind::Float) - other_bv).abs().max();
-        // Unlike `max`, this hands NaN on.
-        worst = worst.maximum(&error);
+        let ids_b = ids_bt.select(1, token);
+        let x_bd = transformer.advance(params, &mut slots, &ids_b, &spans);
+        let logits_bv = transformer.head(params, &x_bd).to_kind(Kind::Float);
+        let error = (logits_bv - logits_btv.select(1, token).to_kind(Kind::Float)).abs();
+        // NaN is handed on.
+        worst = worst.maximum(&error.max());
     }
-    Some(worst.double_value(&[]))
+    Ok(worst.double_value(&[]))
 }
 
 #[cfg(test)]
@@ -372,7 +391,7 @@ mod tests {
                 .unwrap()
                 .rounded
         );
-        assert!(measure(&config, &params, &ids_bt, None, &|| true).is_none());
+        assert!(measure(&config, &params, &ids_bt, None, &|| true).is_err());
     }
 
     #[test]

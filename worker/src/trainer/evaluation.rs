@@ -14,7 +14,7 @@ use tch::Tensor;
 use super::{TrainError, Trainer, start::check_data};
 use crate::{
     failure::chain,
-    inference::gates::{self, Start},
+    inference::gates::{self, Start, Unmeasured},
     model::ModelConfig,
 };
 
@@ -215,16 +215,22 @@ impl Trainer<'_> {
                 }
             }
             let start = gating.start.as_ref();
-            let Some(measured) = gates::measure(&self.config, params, &ids_bt, start, &stop) else {
-                return Err(Voided.into());
-            };
-            let gates = Gates {
-                step: self.step,
-                seconds: clock.elapsed().as_secs_f64(),
-                ..measured
-            };
-            gating.newest = Some(gates.clone());
-            job.link.gates(gates);
+            match gates::measure(&self.config, params, &ids_bt, start, &stop) {
+                Err(Unmeasured::Stopped) => return Err(Voided.into()),
+                Err(error) => {
+                    let text = format!("linearisation gates are not measured: {error}");
+                    job.link.log("WARN", text);
+                }
+                Ok(measured) => {
+                    let gates = Gates {
+                        step: self.step,
+                        seconds: clock.elapsed().as_secs_f64(),
+                        ..measured
+                    };
+                    gating.newest = Some(gates.clone());
+                    job.link.gates(gates);
+                }
+            }
         }
         // Whoever waits here for rank 0 says so.
         self.exchange.host().barrier()?;
