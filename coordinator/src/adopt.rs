@@ -219,6 +219,7 @@ fn order(checkpoint: &Checkpoint) -> (u64, u64) {
 fn newest_generation(ledger: &[Record]) -> u64 {
     let generations = ledger.iter().map(|record| match &record.body {
         Body::Step(step) => step.generation,
+        Body::Evaluated(evaluation) => evaluation.generation,
         Body::Void { generation, .. }
         | Body::Durable { generation, .. }
         | Body::Lost { generation, .. } => *generation,

@@ -4,8 +4,8 @@
 //! Pure: it reads records and answers with a [`Verdict`]. It checks the chain (index, previous hash,
 //! own hash), the opening, that the steps which no void record takes back follow each other without
 //! gap or repeat, that each of them holds the samples that the opening promises, that durable steps
-//! are never taken back unless the checkpoint that held them is on record as damaged, and that the
-//! close, if there is one, is the end of the budget to the token.
+//! are never taken back unless the checkpoint that held them is on record as damaged, that what was
+//! evaluated is behind steps that stand, and that the close, if there is one, is the end of the budget to the token.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -13,7 +13,7 @@ use std::ops::Range;
 use serde::Serialize;
 use supra_recipes::plan::Digest;
 
-use crate::ledger::{self, Body, Hash, Open, Record, RecordError, Step};
+use crate::ledger::{self, Body, Evaluation, Hash, Open, Record, RecordError, Step};
 
 /// Breaks that are reported; the rest is only counted.
 const MAX_BREAKS: usize = 50;
@@ -95,6 +95,8 @@ pub struct Verdict {
     pub files: u64,
     /// Steps behind the weights whose update was skipped, ascending.
     pub skipped: Vec<u64>,
+    /// States on the way to the weights whose held-out loss is on record.
+    pub evaluations: u64,
     /// Checkpoints that made steps durable and turned out to be damaged.
     pub damaged_checkpoints: u64,
     /// Applied steps that were taken back and trained again, or lie after the recovery point.
@@ -149,6 +151,8 @@ pub struct Auditor<'a> {
     voided_generation: u64,
     generations: u64,
     skipped: BTreeSet<u64>,
+    /// Steps that stand and whose states were evaluated.
+    evaluated: BTreeSet<u64>,
     voided: u64,
     damaged: u64,
     closed: bool,
@@ -172,6 +176,7 @@ impl<'a> Auditor<'a> {
             voided_generation: 0,
             generations: 0,
             skipped: BTreeSet::new(),
+            evaluated: BTreeSet::new(),
             voided: 0,
             damaged: 0,
             closed: false,
@@ -206,6 +211,7 @@ impl<'a> Auditor<'a> {
                 manifest_hash,
             } => self.made_durable(*generation, *step, manifest_hash),
             Body::Lost { step, durable, .. } => self.lost(*step, *durable),
+            Body::Evaluated(evaluation) => self.evaluated(evaluation),
             Body::Close { step, samples } => self.close(*step, *samples),
         }
         self.records += 1;
@@ -272,6 +278,7 @@ impl<'a> Auditor<'a> {
             checkpoints: self.passed,
             files,
             skipped: self.skipped.into_iter().collect(),
+            evaluations: self.evaluated.len() as u64,
             damaged_checkpoints: self.damaged,
             voided_steps: self.voided,
             finished: self.closed,
@@ -433,6 +440,7 @@ impl<'a> Auditor<'a> {
         self.voided = self.voided.saturating_add(voided);
         self.step = self.step.min(after_step);
         self.skipped.split_off(&after_step.saturating_add(1));
+        self.evaluated.split_off(&after_step.saturating_add(1));
         self.voided_generation = self.voided_generation.max(generation);
     }
 
@@ -466,6 +474,29 @@ impl<'a> Auditor<'a> {
         }
         self.durable = self.durable.min(durable);
         self.damaged += 1;
+    }
+
+    fn evaluated(&mut self, evaluation: &Evaluation) {
+        let Evaluation {
+            step, generation, ..
+        } = *evaluation;
+        if step > self.step {
+            self.found(format!(
+                "evaluates the state behind step {step}, but the last step is {}",
+                self.step
+            ));
+        }
+        if !self.evaluated.insert(step) {
+            self.found(format!(
+                "evaluates the state behind step {step} a second time"
+            ));
+        }
+        if generation < self.generation {
+            self.found(format!(
+                "generation {generation} evaluates step {step} after generation {} took its place",
+                self.generation
+            ));
+        }
     }
 
     fn close(&mut self, step: u64, samples: u64) {

@@ -2,7 +2,7 @@
 //!
 //! Kept in whole microseconds, so that the parts add up to the whole exactly and taking back what was voided leaves nothing
 //! behind. The time of a training generation is spent by its steps as the ranks measured them; what they leave over is the
-//! checkpoint that was written in between, or, when the generation ends, lost. What is under way counts as productive until
+//! checkpoint that was written in between, or, when the generation ends, lost; what evaluations took is known from them. What is under way counts as productive until
 //! it is known to be something else. Approximate are: the border between forming and restoring, which heartbeats tell; the
 //! parts of a step, of which each is the slowest rank's; and what a coordinator that died had not noted yet, which is lost.
 
@@ -46,6 +46,9 @@ pub struct Parts {
     lost: u64,
     forming: u64,
     idle: u64,
+    /// Not in accounts that are older.
+    #[serde(default)]
+    evaluation: u64,
 }
 
 impl Parts {
@@ -71,6 +74,7 @@ impl From<Parts> for v1::Goodput {
             lost: seconds(parts.lost),
             forming: seconds(parts.forming),
             idle: seconds(parts.idle),
+            evaluation: seconds(parts.evaluation),
         }
     }
 }
@@ -96,6 +100,8 @@ pub struct Goodput {
     pub forming: f64,
     /// Queued, stopped, or without enough workers.
     pub idle: f64,
+    /// Standing still to be measured.
+    pub evaluation: f64,
 }
 
 impl From<&v1::Goodput> for Goodput {
@@ -109,8 +115,10 @@ impl From<&v1::Goodput> for Goodput {
             lost,
             forming,
             idle,
+            evaluation,
         } = *parts;
-        let busy = productive + data + exposed_comm + checkpoint + restore + lost + forming;
+        let working = productive + data + exposed_comm + checkpoint + evaluation;
+        let busy = working + restore + lost + forming;
         Goodput {
             share: (busy > 0.0).then(|| productive / busy),
             productive,
@@ -121,6 +129,7 @@ impl From<&v1::Goodput> for Goodput {
             lost,
             forming,
             idle,
+            evaluation,
         }
     }
 }
@@ -290,6 +299,14 @@ impl Account {
         }
     }
 
+    /// Training stood still for so many seconds to be measured.
+    pub fn stood_still(&mut self, seconds: f64, at: u64) {
+        self.pass(at);
+        let spent = microseconds(seconds).min(self.unspent);
+        self.unspent -= spent;
+        self.parts.evaluation += spent;
+    }
+
     /// Something was decided.
     pub fn decided(&mut self, fact: &Fact, at: u64) {
         match fact {
@@ -330,6 +347,7 @@ impl Account {
             | Fact::Adopted { .. }
             | Fact::StopAsked { .. }
             | Fact::Logged { .. }
+            | Fact::Gated { .. }
             | Fact::Published { .. }
             | Fact::Verified { .. }
             | Fact::Named { .. }

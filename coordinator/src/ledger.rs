@@ -53,6 +53,8 @@ pub enum Body {
         /// What is wrong with it, in one line.
         reason: String,
     },
+    /// The held-out loss of the state behind a step was measured.
+    Evaluated(Evaluation),
     /// The budget is spent. Always the last record.
     Close {
         /// Last step.
@@ -83,6 +85,15 @@ pub struct Open {
     pub steps: u64,
 }
 
+impl Open {
+    /// Tokens trained when step `step` is done.
+    pub fn tokens_after(&self, step: u64) -> u64 {
+        step.saturating_mul(self.batch_samples)
+            .min(self.samples)
+            .saturating_mul(self.sequence_length)
+    }
+}
+
 /// One applied step.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Step {
@@ -98,6 +109,38 @@ pub struct Step {
     pub digest: Hash,
     /// The update was skipped because loss or gradient was not finite.
     pub skipped: bool,
+}
+
+/// The held-out loss of the state behind a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Evaluation {
+    /// Generation that measured it.
+    pub generation: u64,
+    /// Step that the state is behind; 0 = before the first.
+    pub step: u64,
+    /// Windows that were read.
+    pub windows: u64,
+    /// Sum of the cross-entropy over targets, nats: the bits of a 64-bit number, since they are what is hashed.
+    pub loss_bits: u64,
+    /// Target tokens.
+    pub targets: u64,
+}
+
+impl Evaluation {
+    /// Sum of the cross-entropy over targets, nats.
+    pub fn loss_sum(&self) -> f64 {
+        f64::from_bits(self.loss_bits)
+    }
+
+    /// Mean cross-entropy per target, nats; not a number without targets.
+    pub fn loss(&self) -> f64 {
+        self.loss_sum() / self.targets as f64
+    }
+}
+
+/// The bits that stand for a loss: what is not a number has only one form in a ledger.
+pub fn loss_bits(loss: f64) -> u64 {
+    if loss.is_nan() { f64::NAN } else { loss }.to_bits()
 }
 
 /// One link of the chain.
@@ -258,13 +301,23 @@ mod tests {
 
     /// Bodies that came later: the hash of the others stays what it was.
     fn later_bodies() -> Vec<Body> {
-        vec![Body::Lost {
+        let lost = Body::Lost {
             generation: 2,
             step: 3,
             manifest_hash: [4; 32],
             durable: 1,
             reason: "model.safetensors: the file is missing".into(),
-        }]
+        };
+        let evaluated = |loss: f64| {
+            Body::Evaluated(Evaluation {
+                generation: 2,
+                step: 0,
+                windows: 64,
+                loss_bits: loss_bits(loss),
+                targets: 131_072,
+            })
+        };
+        vec![lost, evaluated(0.1 + 0.2), evaluated(f64::NAN)]
     }
 
     #[test]
@@ -276,8 +329,11 @@ mod tests {
             tail.advance(&record);
             let wire = v1::LedgerRecord::from(&record);
             assert_eq!(Record::try_from(wire).unwrap(), record);
+            let mut line = Vec::new();
+            lines::append(&mut line, record.clone());
+            assert_eq!(lines::parse(&line), Ok(vec![record]));
         }
-        assert_eq!(tail.length, 6);
+        assert_eq!(tail.length, 8);
     }
 
     #[test]

@@ -24,6 +24,7 @@ mod away;
 mod chaos;
 mod clients;
 mod ending;
+mod evaluations;
 mod fact;
 mod forming;
 mod generation;
@@ -90,6 +91,8 @@ pub struct Limits {
     pub first_step: Duration,
     /// The same for a checkpoint.
     pub checkpoint: Duration,
+    /// The same for measuring the state behind a step.
+    pub evaluation: Duration,
     /// A later step is stuck after so many times the usual time of a step, and the slack.
     pub stuck_factor: u32,
     /// What a step may take beyond that: a short checkpoint, a slow read, a lost heartbeat.
@@ -110,6 +113,7 @@ impl Default for Limits {
             load: Duration::from_secs(1800),
             first_step: Duration::from_secs(600),
             checkpoint: Duration::from_secs(1800),
+            evaluation: Duration::from_secs(1800),
             stuck_factor: 10,
             stuck_slack: Duration::from_secs(30),
             interval: interval::Bounds::default(),
@@ -289,6 +293,13 @@ pub enum Action {
         /// The metrics.
         metrics: v1::StepMetrics,
     },
+    /// Account for the time that training stood still to be measured.
+    StoodStill {
+        /// Run.
+        run: RunNumber,
+        /// Seconds.
+        seconds: f64,
+    },
     /// Tell people.
     Log {
         /// Run that it is about.
@@ -449,6 +460,8 @@ impl Machine {
             Up::Step(report) => self.reported(rank, run, report),
             Up::CheckpointBegun(begun) => self.begun(rank, run, begun),
             Up::CheckpointWritten(written) => self.written(rank, run, written),
+            Up::Evaluated(evaluated) => self.evaluated(run, evaluated),
+            Up::Gates(gates) => self.gated(run, gates),
             Up::SnapshotTaken(taken) => self.snapshot_taken(rank, run, taken),
             Up::CheckpointPublished(published) => self.published(run, &published),
             Up::Fault(fault) => self.fault(rank, &fault),

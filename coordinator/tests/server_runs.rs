@@ -46,8 +46,10 @@ fn seconds(parts: &v1::Goodput) -> f64 {
         lost,
         forming,
         idle,
+        evaluation,
     } = *parts;
-    productive + data + exposed_comm + checkpoint + restore + lost + forming + idle
+    let working = productive + data + exposed_comm + checkpoint + evaluation;
+    working + restore + lost + forming + idle
 }
 
 /// The receipt of a run that has ended, after its coordinator has.

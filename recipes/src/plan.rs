@@ -1,5 +1,5 @@
 //! What follows from a recipe, evaluated alike by coordinator and workers: which samples a step holds, which windows
-//! they are, the learning rate, and when checkpoints are due. Pure functions of the recipe and the dataset's size and hash.
+//! they are, the learning rate, and when checkpoints and evaluations are due. Pure functions of the recipe and the dataset's size and hash.
 
 mod checkpoint_copy;
 mod digest;
@@ -85,6 +85,8 @@ pub struct Plan {
     warmup_tokens: u64,
     checkpoint_tokens: u64,
     replica_check_steps: u64,
+    /// None: the run is not evaluated.
+    evaluation_tokens: Option<u64>,
 }
 
 impl Plan {
@@ -129,6 +131,7 @@ impl Plan {
                 .unwrap_or(u64::MAX),
             checkpoint_tokens: recipe.checkpoint.every_tokens.tokens().unwrap_or(u64::MAX),
             replica_check_steps: recipe.replica_check.every_steps.max(1),
+            evaluation_tokens: recipe.eval.as_ref().map(|eval| eval.every_tokens.get()),
         })
     }
 
@@ -180,13 +183,26 @@ impl Plan {
     /// Whether a checkpoint is due after step `step`: it reached a multiple of `checkpoint.every_tokens`, or is the last. With
     /// `auto` only the last is; the coordinator asks for the others.
     pub fn checkpoint_due(&self, step: u64) -> bool {
-        let count = |step: u64| self.tokens_after(step) / self.checkpoint_tokens.max(1);
-        step == self.steps || count(step) > count(step.saturating_sub(1))
+        step == self.steps || self.reaches_multiple(step, self.checkpoint_tokens)
+    }
+
+    /// Whether the state behind step `step` is evaluated: step 0 is before the first, then those that reach a multiple of
+    /// `eval.every_tokens`, then the last.
+    pub fn evaluation_due(&self, step: u64) -> bool {
+        self.evaluation_tokens.is_some_and(|tokens| {
+            step == 0 || step == self.steps || self.reaches_multiple(step, tokens)
+        })
     }
 
     /// Whether replicas compare their parameters after step `step`.
     pub fn replica_check_due(&self, step: u64) -> bool {
         step == self.steps || (step > 0 && step.is_multiple_of(self.replica_check_steps))
+    }
+
+    /// Whether the tokens trained reach a multiple of `tokens` with step `step`.
+    fn reaches_multiple(&self, step: u64, tokens: u64) -> bool {
+        let count = |step: u64| self.tokens_after(step) / tokens.max(1);
+        count(step) > count(step.saturating_sub(1))
     }
 
     fn samples_after(&self, step: u64) -> u64 {

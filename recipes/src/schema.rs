@@ -4,6 +4,7 @@ mod base;
 mod bounds;
 mod chaos;
 mod check;
+mod eval;
 mod explain;
 mod interval;
 mod paths;
@@ -17,6 +18,7 @@ mod units;
 
 pub use base::{Base, Shape};
 pub use chaos::{Chaos, ChaosKind};
+pub use eval::Eval;
 pub use interval::CheckpointInterval;
 pub use period::Period;
 pub use recipe::{

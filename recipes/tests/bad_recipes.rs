@@ -411,6 +411,25 @@ const CASES: &[Case] = &[
     ),
     case(
         5,
+        "eval: { every_tokens: 1B }",
+        (5, 1),
+        &["`data.heldout` names none", "--heldout 1000"],
+    ),
+    case(5, "eval: { windows: 0 }", (5, 18), &["`0` is out of range"]),
+    case(
+        5,
+        "eval: { target_loss: -1 }",
+        (5, 22),
+        &["`-1` is out of range", "a number above 0"],
+    ),
+    case(
+        5,
+        "eval: { every_token: 1B }",
+        (5, 9),
+        &["did you mean `every_tokens`?"],
+    ),
+    case(
+        5,
         "chaos: { fault: 3 }",
         (5, 10),
         &[

@@ -125,6 +125,26 @@ fn chaos_is_every_kind_of_fault_unless_said_and_none_without_the_key() {
 }
 
 #[test]
+fn a_run_is_evaluated_only_when_it_says_so() {
+    assert_eq!(parse(SMALLEST).eval, None);
+    let text = SMALLEST.replace("{ train: d }", "{ train: d, heldout: h }");
+    let eval = |keys: &str| parse(&format!("{text}eval: {keys}\n")).eval.unwrap();
+    let defaults = eval("{}");
+    assert_eq!(
+        (
+            defaults.every_tokens,
+            defaults.windows,
+            defaults.target_loss
+        ),
+        (Tokens(100_000_000), 64, None)
+    );
+    let said = eval("{ every_tokens: 1B, windows: 8, target_loss: 2.25 }");
+    assert_eq!((said.windows, said.target_loss), (8, Some(2.25)));
+    let recipe = parse(&format!("{text}eval: {{ target_loss: 2 }}\n"));
+    assert_eq!(parse(&recipe.to_yaml()), recipe);
+}
+
+#[test]
 fn paths_are_taken_from_the_recipes_directory() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("r.yaml");

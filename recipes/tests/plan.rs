@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use proptest::prelude::*;
-use supra_recipes::schema::{CheckpointInterval, Tokens};
+use supra_recipes::schema::{CheckpointInterval, Eval, Tokens};
 use supra_recipes::{Digest, Plan, PlanError, Recipe};
 
 fn recipe(budget: u64, batch_samples: u64, length: u32, repeat: bool) -> Recipe {
@@ -259,4 +259,24 @@ fn replicas_compare_every_so_many_steps_and_at_the_end() {
         .filter(|step| plan.replica_check_due(*step))
         .collect();
     assert_eq!(due, [30, 60, 90, 100]);
+}
+
+#[test]
+fn evaluations_come_before_the_first_step_at_multiples_and_after_the_last() {
+    let due = |every: Option<u64>| -> Vec<u64> {
+        // 26 samples: steps of 8, 16, 24 and 26 tokens.
+        let mut recipe = recipe(26, 8, 1, true);
+        recipe.eval = every.map(|every| Eval {
+            every_tokens: Tokens(every),
+            ..Eval::default()
+        });
+        let plan = Plan::new(&recipe, 100, [0; 32]).unwrap();
+        let steps = 0..=plan.steps + 3;
+        steps.filter(|step| plan.evaluation_due(*step)).collect()
+    };
+    assert!(due(None).is_empty());
+    assert_eq!(due(Some(16)), [0, 2, 4]);
+    assert_eq!(due(Some(17)), [0, 3, 4]);
+    assert_eq!(due(Some(1)), [0, 1, 2, 3, 4]);
+    assert_eq!(due(Some(u64::MAX)), [0, 4]);
 }

@@ -97,6 +97,8 @@ pub struct TinyRecipe {
     pub checkpoint: Option<String>,
     /// Fewest and most ranks of a generation.
     pub workers: (u32, u32),
+    /// Whether the run is measured on text: on that which it trains, here.
+    pub heldout: bool,
     /// Whether a budget larger than the data goes through it again.
     pub repeat: bool,
     /// Further lines of YAML, at the top level.
@@ -116,6 +118,7 @@ impl Default for TinyRecipe {
             checkpoint_every: 4_096,
             checkpoint: None,
             workers: (2, 2),
+            heldout: false,
             repeat: false,
             more: String::new(),
         }
@@ -140,13 +143,17 @@ impl TinyRecipe {
 
     /// The YAML.
     pub fn to_yaml(&self, fixture: &Fixture) -> String {
+        let heldout = match self.heldout {
+            true => format!(", heldout: {}", fixture.data.display()),
+            false => String::new(),
+        };
         // All are kept: tests look back.
         let checkpoint = format!("{{ every_tokens: {}, keep: 100 }}", self.checkpoint_every);
         format!(
             "name: {name}\n\
              base: {{ path: {base} }}\n\
              model: {{ precision: fp32, chunk: 16 }}\n\
-             data: {{ train: {data}, repeat: {repeat} }}\n\
+             data: {{ train: {data}{heldout}, repeat: {repeat} }}\n\
              budget: {{ tokens: {budget} }}\n\
              batch: {{ tokens: {batch}, micro_batch: {micro}, sequence_length: {length} }}\n\
              optimizer: {{ lr: {lr}, final_lr: 1e-4, warmup: 5 steps, sharding: {sharding} }}\n\
@@ -157,6 +164,7 @@ impl TinyRecipe {
             name = self.name,
             base = fixture.base.display(),
             data = fixture.data.display(),
+            heldout = heldout,
             budget = self.budget,
             batch = self.batch,
             lr = self.lr,

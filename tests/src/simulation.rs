@@ -408,6 +408,8 @@ fn kind_of_up(body: &Up) -> String {
         Up::Heartbeat(_) => "heartbeat".into(),
         Up::Log(line) => format!("log: {}", line.text),
         Up::CheckpointBegun(begun) => format!("begun step {}", begun.step),
+        Up::Evaluated(evaluated) => format!("evaluated step {}", evaluated.step),
+        Up::Gates(gates) => format!("gates of step {}", gates.step),
         Up::SnapshotTaken(taken) => format!("has a snapshot of step {}", taken.step),
     }
 }

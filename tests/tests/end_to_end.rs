@@ -2,9 +2,10 @@
 
 use std::fs;
 
-use supra_proto::v1::RunState;
+use supra_proto::v1::ledger_record::Body;
+use supra_proto::v1::{RunState, StepMetrics};
 use supra_tests::process::run;
-use supra_tests::{Result, TinyRecipe, ledger};
+use supra_tests::{Cluster, Result, TinyRecipe, ledger};
 
 use crate::{LIMIT, Stage};
 
@@ -12,7 +13,11 @@ use crate::{LIMIT, Stage};
 fn a_run_ends_exactly_on_its_budget_and_its_audit_agrees() -> Result<()> {
     let stage = Stage::new()?;
     let cluster = stage.cluster("cluster", 2)?;
-    let recipe = TinyRecipe::default();
+    let recipe = TinyRecipe {
+        heldout: true,
+        more: "eval: { every_tokens: 2048, windows: 6, target_loss: 0.5 }\n".to_owned(),
+        ..TinyRecipe::default()
+    };
     let path = recipe.write(&stage.fixture)?;
     let id = cluster.submit(&path)?;
 
@@ -59,6 +64,7 @@ fn a_run_ends_exactly_on_its_budget_and_its_audit_agrees() -> Result<()> {
     let status = cluster.supra_json(&["status", &id])?;
     assert_eq!(status["state"], "finished");
     assert_eq!(status["tokens"], recipe.tokens());
+    measured(&cluster, &id, &status, &metrics)?;
     let receipt = fs::read(cluster.last_checkpoint(&id)?.with_file_name("receipt.json"))?;
     let receipt: serde_json::Value = serde_json::from_slice(&receipt)?;
     assert_eq!(receipt["goodput"], status["goodput"]);
@@ -67,6 +73,52 @@ fn a_run_ends_exactly_on_its_budget_and_its_audit_agrees() -> Result<()> {
     assert_eq!(runs[0]["run"], id);
     let watched = cluster.supra(&["watch", &id])?.expect_code(0)?;
     assert!(!watched.stdout.is_empty());
+    Ok(())
+}
+
+/// The held-out loss is in ledger, status and metrics, the gates are in the status.
+fn measured(
+    cluster: &Cluster,
+    id: &str,
+    status: &serde_json::Value,
+    metrics: &[StepMetrics],
+) -> Result<()> {
+    let losses: Vec<(u64, f64)> = cluster
+        .ledger(id)?
+        .into_iter()
+        .filter_map(|record| match record.body {
+            Some(Body::Evaluated(it)) => Some((it.step, it.loss_sum / it.targets as f64)),
+            _ => None,
+        })
+        .collect();
+    let steps: Vec<u64> = losses.iter().map(|(step, _)| *step).collect();
+    // Every 4 of 40 steps, the first and the last among them.
+    assert_eq!(steps, (0..=40).step_by(4).collect::<Vec<_>>());
+    let (_, before) = losses[0];
+    let (step, after) = losses[losses.len() - 1];
+    assert!(after < before - 0.5, "{before} to {after}");
+    let evaluation = &status["evaluation"];
+    assert_eq!(
+        (&evaluation["step"], &evaluation["loss"]),
+        (&step.into(), &after.into())
+    );
+    let known: Vec<(u64, f64)> = metrics
+        .iter()
+        .filter_map(|row| Some((row.step, row.heldout_loss?)))
+        .collect();
+    assert_eq!(known, losses[1..]);
+    let gates = &status["gates"];
+    assert_eq!(
+        (&gates["step"], &gates["warnings"]),
+        (&step.into(), &serde_json::json!([]))
+    );
+    let drift = gates["layers"][1]["drift"].as_f64().unwrap_or_default();
+    assert!(drift > 0.0, "{gates}");
+    let lines = cluster.log_lines(id)?;
+    let word = lines
+        .iter()
+        .filter(|line| line.contains("will not reach eval.target_loss"));
+    assert_eq!(word.count(), 1, "{lines:#?}");
     Ok(())
 }
 

@@ -2,12 +2,13 @@
 //!
 //! A generation connects its ranks, checks the store, takes the state that some of them kept or loads
 //! the base or a checkpoint, and then runs step after step: this rank's samples, forward and backward in micro-batches, meanwhile the sum of
-//! all gradients, one decision that all ranks take alike, AdamW, a report, and a checkpoint when one
-//! is due. Losses are sums over targets and are divided once, by the number of targets of all ranks.
+//! all gradients, one decision that all ranks take alike, AdamW, a report, and the held-out loss and a checkpoint where they
+//! are due. Losses are sums over targets and are divided once, by the number of targets of all ranks.
 
 mod beside;
 mod environment;
 mod error;
+mod evaluation;
 mod host_memory;
 mod kept;
 mod micro;
@@ -33,6 +34,7 @@ use tch::Tensor;
 use beside::Beside;
 use environment::environment;
 pub use error::TrainError;
+use evaluation::Heldout;
 pub use kept::Kept;
 pub use micro::{HostBatch, Layout, LayoutError};
 use replay::MicroLoss;
@@ -125,6 +127,8 @@ struct Trainer<'a> {
     layout: Layout,
     batches: Prefetch<Result<HostBatch, LayoutError>>,
     dataset: DatasetFacts,
+    /// None where nothing is measured.
+    heldout: Option<Heldout>,
     config: ModelConfig,
     kernels: Rc<dyn Kernels>,
     passes: Step,
@@ -182,6 +186,7 @@ impl<'a> Trainer<'a> {
             replica,
             step,
             notes,
+            heldout,
         } = Start::load(job, place, &environment, kept, collective.as_mut())?;
         if job.rank == 0 {
             notes.iter().for_each(|note| job.link.log("WARN", note));
@@ -227,6 +232,7 @@ impl<'a> Trainer<'a> {
             plan,
             layout,
             dataset,
+            heldout,
             saver,
             begun: None,
             squared: replica.gradient_of(Part::of_rank(job.rank, job.world)),
@@ -244,6 +250,7 @@ impl<'a> Trainer<'a> {
 
     /// Trains to the end of the budget, or to the step at which a stop or another membership is agreed on.
     fn train(&mut self) -> Result<Outcome, TrainError> {
+        self.evaluate()?;
         self.catch_up()?;
         if self.job.donation.is_some() {
             // What it starts from is nowhere as often as it should be.
@@ -291,6 +298,7 @@ impl<'a> Trainer<'a> {
                 Wish::Regroup => Some(Outcome::Regrouped),
                 Wish::GoOn | Wish::Checkpoint => None,
             };
+            self.evaluate()?;
             if end == Some(Outcome::Regrouped) {
                 self.snapshot_for_the_next()?;
             } else if end.is_none() && !all.unsettled && self.snapshot_due() {

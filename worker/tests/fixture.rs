@@ -15,8 +15,8 @@ use arrow::{
 use parquet::arrow::ArrowWriter;
 use serde_json::json;
 use supra_agent::{
-    CheckpointWritten, CollectiveError, Donation, Formed, Held, Job, Outcome, PartHolder, Restore,
-    SnapshotTaken, StepReport,
+    CheckpointWritten, CollectiveError, Donation, Evaluated, Formed, Gates, Held, Job, Outcome,
+    PartHolder, Restore, SnapshotTaken, StepReport,
     collective::{Collective, InProcess},
     link::{self, Report},
 };
@@ -232,6 +232,8 @@ pub struct Rank {
     pub steps: Vec<StepReport>,
     pub checkpoints: Vec<CheckpointWritten>,
     pub snapshots: Vec<SnapshotTaken>,
+    pub evaluated: Vec<Evaluated>,
+    pub gates: Vec<Gates>,
     /// Log lines of level WARN.
     pub warnings: Vec<String>,
     /// Log lines of level INFO.
@@ -419,6 +421,8 @@ impl<'a> Generation<'a> {
             steps: vec![],
             checkpoints: vec![],
             snapshots: vec![],
+            evaluated: vec![],
+            gates: vec![],
             warnings: vec![],
             notes: vec![],
             held: None,
@@ -447,6 +451,8 @@ impl<'a> Generation<'a> {
                     control.published(written.step);
                     rank.checkpoints.push(written);
                 }
+                Report::Evaluated(evaluated) => rank.evaluated.push(evaluated),
+                Report::Gates(gates) => rank.gates.push(gates),
                 Report::SnapshotTaken(taken) => rank.snapshots.push(taken),
                 Report::Held(held) => rank.held = Some(held),
                 Report::Log(line) if line.level == "INFO" => rank.notes.push(line.text),

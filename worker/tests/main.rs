@@ -7,6 +7,7 @@ mod broken;
 mod checkpoint;
 mod cli;
 mod eval;
+mod evaluation;
 mod export;
 mod fixture;
 mod foreign;

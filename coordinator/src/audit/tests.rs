@@ -31,6 +31,16 @@ fn step(generation: u64, step: u64) -> Body {
     })
 }
 
+fn evaluated(generation: u64, step: u64) -> Body {
+    Body::Evaluated(Evaluation {
+        generation,
+        step,
+        windows: 4,
+        loss_bits: ledger::loss_bits(64.0),
+        targets: 32,
+    })
+}
+
 fn durable(generation: u64, step: u64) -> Body {
     Body::Durable {
         generation,
@@ -365,5 +375,31 @@ proptest! {
         let wire: Vec<v1::LedgerRecord> = records.iter().map(Into::into).collect();
         let read = wire.into_iter().map(|record| Record::try_from(record).unwrap());
         prop_assert_eq!(audit(read, Options { head, ..Options::default() }).verdict, Outcome::Broken);
+    }
+}
+
+#[test]
+fn what_is_evaluated_stands_and_is_evaluated_once() {
+    let right = [
+        opening(),
+        evaluated(1, 0),
+        step(1, 1),
+        evaluated(1, 1),
+        void(1, 0),
+        step(2, 1),
+        evaluated(2, 1),
+    ];
+    let verdict = audit(chain(right), Options::default());
+    assert_eq!(
+        (verdict.breaks.as_slice(), verdict.evaluations),
+        (&[][..], 2)
+    );
+    for (wrong, says) in [
+        (vec![evaluated(1, 1)], "the last step is 0"),
+        (vec![evaluated(1, 0), evaluated(1, 0)], "a second time"),
+        (vec![step(2, 1), evaluated(1, 1)], "took its place"),
+    ] {
+        let found = breaks([opening()].into_iter().chain(wrong));
+        assert!(found.len() == 1 && found[0].contains(says), "{found:?}");
     }
 }

@@ -41,7 +41,7 @@ pub fn gather(state: &Path, journal: &Reader, number: RunNumber) -> Result<Capsu
     gathered.copy(SUBMITTED, &submitted(state, &run.id));
     gathered.put(LEDGER, ledger(journal, run)?);
     gathered.put(JOURNAL, facts(journal, number)?);
-    gathered.telemetry(state, number)?;
+    gathered.telemetry(state, run)?;
     let store = Store::open(&run.checkpoint_root.to_string_lossy());
     let build = gathered.receipt(run, &store);
     let environments = gathered.checkpoints(run, &store);
@@ -117,7 +117,7 @@ impl Gathered {
         }
     }
 
-    fn telemetry(&mut self, state: &Path, run: RunNumber) -> Result<(), CapsuleError> {
+    fn telemetry(&mut self, state: &Path, run: &Run) -> Result<(), CapsuleError> {
         let path = telemetry::file(state);
         if !path.exists() {
             for member in [METRICS, INCIDENTS] {
@@ -130,9 +130,10 @@ impl Gathered {
             source,
         };
         let reader = TelemetryReader::open(state).map_err(unreadable)?;
-        let rows = reader.metrics(run).map_err(unreadable)?;
+        let mut rows = reader.metrics(run.number).map_err(unreadable)?;
+        run.add_heldout_losses(&mut rows);
         self.put(METRICS, metrics::csv(&rows));
-        let account = reader.account(run).map_err(unreadable)?;
+        let account = reader.account(run.number).map_err(unreadable)?;
         let account: Option<Account> = account.and_then(|text| serde_json::from_str(&text).ok());
         match account {
             Some(account) => {

@@ -8,7 +8,7 @@ use supra_proto::v1::StepMetrics;
 
 use super::{Capsule, CapsuleError, METRICS};
 
-const HEADER: &str = "step,generation,tokens,loss,grad_norm,learning_rate,skipped,seconds,data_seconds,exposed_comm_ms";
+const HEADER: &str = "step,generation,tokens,loss,grad_norm,learning_rate,skipped,seconds,data_seconds,exposed_comm_ms,heldout_loss";
 
 /// What a step came to; not a number where that is what it was.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -36,6 +36,7 @@ pub(super) fn csv(rows: &[StepMetrics]) -> Vec<u8> {
         for number in [row.seconds, row.data_seconds, row.exposed_comm_ms] {
             let _ = write!(text, ",{}", cell(number));
         }
+        let _ = write!(text, ",{}", row.heldout_loss.map_or(String::new(), cell));
         text.push('\n');
     }
     text.into_bytes()

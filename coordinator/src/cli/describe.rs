@@ -6,6 +6,7 @@ use supra_proto::v1::{self, LogEntry, RunStatus, WorkerStatus};
 
 use super::format::{self, Table};
 use super::{json, progress};
+use crate::gates::{Gates, Layer};
 use crate::goodput::Goodput;
 
 /// Everything about a run, a fact a line.
@@ -49,6 +50,18 @@ pub fn facts(status: &RunStatus) -> String {
         fact("loss", format::metric(status.loss));
         fact("gradient norm", format::metric(status.grad_norm));
         fact("learning rate", format::learning_rate(status.learning_rate));
+    }
+    if let Some(evaluation) = &status.evaluation {
+        fact("held-out loss", heldout(evaluation));
+    }
+    if let Some(forecast) = &status.forecast {
+        fact("forecast", foretold(forecast));
+    }
+    if let Some(gates) = &status.gates {
+        fact("gates", gates_line(&gates.clone().into()));
+    }
+    for warning in &status.gate_warnings {
+        fact("WARNING", warning.clone());
     }
     if !progress::ended(status) {
         fact("speed", format::rate(status.tokens_per_second));
@@ -95,6 +108,48 @@ pub fn facts(status: &RunStatus) -> String {
     table.render()
 }
 
+/// `2.3456, perplexity 10.44, behind step 1,200`
+fn heldout(evaluation: &v1::Evaluation) -> String {
+    format!(
+        "{}, perplexity {:.2}, behind step {}",
+        format::metric(evaluation.loss),
+        evaluation.loss.exp(),
+        format::grouped(evaluation.step)
+    )
+}
+
+/// `2.21 at the end of the budget (2.18 to 2.24), short of the target 2.1`
+fn foretold(forecast: &v1::Forecast) -> String {
+    let verdict = match forecast.target {
+        Some(target) if forecast.missed => format!("; it will not reach the target {target}"),
+        Some(target) => format!("; the target is {target}"),
+        None => String::new(),
+    };
+    format!(
+        "held-out loss {:.4} at the end of the budget ({:.4} to {:.4}){verdict}",
+        forecast.loss, forecast.low, forecast.high
+    )
+}
+
+/// `step 400: forms differ by 1.2e-6, dead features at most 1.0 %, head norms read at most 1.3 times what they did, drift at
+/// most 0.41`
+fn gates_line(gates: &Gates) -> String {
+    let worst = |of: fn(&Layer) -> f64| gates.worst(of).map_or(0.0, |(_, value)| value);
+    let dead = worst(|layer| layer.dead_queries.max(layer.dead_keys));
+    let mut text = format!(
+        "step {}: forms differ by {:.1e}, dead features at most {:.1} %, head norms read at most {:.1} times what they did",
+        format::grouped(gates.step),
+        gates.form_error,
+        100.0 * dead,
+        worst(Layer::growth)
+    );
+    if gates.layers.iter().any(|layer| layer.drift.is_some()) {
+        let drift = worst(|layer| layer.drift.unwrap_or_default());
+        text.push_str(&format!(", drift at most {drift:.2}"));
+    }
+    text
+}
+
 /// `93.1 %: productive 2 h 10 min, lost 5 s`, with every part of half a second or more; nothing before the run began.
 fn goodput(parts: &v1::Goodput) -> Option<String> {
     let parts = Goodput::from(parts);
@@ -108,6 +163,7 @@ fn goodput(parts: &v1::Goodput) -> Option<String> {
         ("lost", parts.lost),
         ("forming", parts.forming),
         ("idle", parts.idle),
+        ("evaluating", parts.evaluation),
     ];
     let spent = named
         .into_iter()
@@ -246,6 +302,31 @@ mod tests {
             world: 2,
             generation: 3,
             skipped_steps: 1,
+            evaluation: Some(v1::Evaluation {
+                step: 1000,
+                loss: 2.0,
+                ..v1::Evaluation::default()
+            }),
+            forecast: Some(v1::Forecast {
+                loss: 1.5,
+                low: 1.4,
+                high: 1.6,
+                points: 7,
+                target: Some(1.3),
+                missed: true,
+            }),
+            gates: Some(v1::Gates {
+                step: 800,
+                form_error: 1.25e-6,
+                layers: vec![v1::LayerGates {
+                    drift: Some(0.41),
+                    dead_keys: 0.01,
+                    norm_input: 2.6,
+                    norm_input_at_start: Some(2.0),
+                    ..v1::LayerGates::default()
+                }],
+                ..v1::Gates::default()
+            }),
             goodput: Some(v1::Goodput {
                 productive: 475.0,
                 checkpoint: 20.0,
@@ -266,6 +347,9 @@ mod tests {
              loss           3.2500\n\
              gradient norm  0.5000\n\
              learning rate  2.5e-5\n\
+             held-out loss  2.0000, perplexity 7.39, behind step 1,000\n\
+             forecast       held-out loss 1.5000 at the end of the budget (1.4000 to 1.6000); it will not reach the target 1.3\n\
+             gates          step 800: forms differ by 1.2e-6, dead features at most 1.0 %, head norms read at most 1.3 times what they did, drift at most 0.41\n\
              speed          2.5 k tok/s\n\
              time left      19 min 7 s\n\
              communication  12.3 ms of the last step exposed\n\

@@ -44,6 +44,76 @@ pub struct Run {
     checkpoint_interval: Option<CheckpointInterval>,
     /// With `chaos`, once it has trained; else `null`.
     chaos: Option<Chaos>,
+    /// The newest; `null` without `eval`, or before the first, as is the next one.
+    evaluation: Option<Evaluation>,
+    gates: Option<Gates>,
+    /// `null` while the evaluations are too few, and when the run does not train.
+    forecast: Option<Forecast>,
+}
+
+/// The held-out loss of the state behind a step.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Evaluation {
+    /// 0 = before the first step.
+    step: u64,
+    tokens: u64,
+    generation: u64,
+    windows: u64,
+    targets: u64,
+    /// Per target, natural logarithm; `null` when it is not a number.
+    loss: Option<f64>,
+    /// exp(loss).
+    perplexity: Option<f64>,
+}
+
+impl From<&v1::Evaluation> for Evaluation {
+    fn from(evaluation: &v1::Evaluation) -> Evaluation {
+        let finite = |value: f64| value.is_finite().then_some(value);
+        Evaluation {
+            step: evaluation.step,
+            tokens: evaluation.tokens,
+            generation: evaluation.generation,
+            windows: evaluation.windows,
+            targets: evaluation.targets,
+            loss: finite(evaluation.loss),
+            perplexity: finite(evaluation.loss.exp()),
+        }
+    }
+}
+
+/// Linearisation gates, and what is wrong with them.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Gates {
+    #[serde(flatten)]
+    gates: crate::gates::Gates,
+    warnings: Vec<String>,
+}
+
+/// The held-out loss at the end of the budget.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Forecast {
+    loss: f64,
+    low: f64,
+    high: f64,
+    /// Evaluations that it follows from.
+    points: u32,
+    /// `eval.target_loss`; `null` without.
+    target: Option<f64>,
+    /// Even `low` is above it.
+    missed: bool,
+}
+
+impl From<&v1::Forecast> for Forecast {
+    fn from(forecast: &v1::Forecast) -> Forecast {
+        Forecast {
+            loss: forecast.loss,
+            low: forecast.low,
+            high: forecast.high,
+            points: forecast.points,
+            target: forecast.target,
+            missed: forecast.missed,
+        }
+    }
 }
 
 /// How long a run trains from one checkpoint to the next.
@@ -127,6 +197,12 @@ impl From<&v1::RunStatus> for Run {
                 .as_ref()
                 .map(CheckpointInterval::from),
             chaos: status.chaos.as_ref().map(Chaos::from),
+            evaluation: status.evaluation.as_ref().map(Evaluation::from),
+            gates: status.gates.clone().map(|gates| Gates {
+                gates: gates.into(),
+                warnings: status.gate_warnings.clone(),
+            }),
+            forecast: status.forecast.as_ref().map(Forecast::from),
         }
     }
 }
@@ -280,6 +356,9 @@ mod tests {
             "goodput",
             "checkpoint_interval",
             "chaos",
+            "evaluation",
+            "gates",
+            "forecast",
         ] {
             assert!(json[field].is_null(), "{field}: {json}");
         }

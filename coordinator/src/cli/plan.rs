@@ -56,6 +56,8 @@ struct Preview {
     auto_checkpoints: Option<Auto>,
     /// Directory or URL that they are kept below; `null`: the coordinator's state directory.
     checkpoint_to: Option<String>,
+    /// How often the held-out loss is measured; 0 without `eval`.
+    evaluations: u64,
     /// Faults that the run inflicts on its own workers; `null` without.
     chaos: Option<Chaos>,
     /// Absent as long as the data is not there.
@@ -205,6 +207,7 @@ impl Preview {
             first_checkpoint_step: (1..=order.steps).find(due).filter(|_| !auto),
             auto_checkpoints: auto.then(|| Auto::new(workers)),
             checkpoint_to: to.map(|to| to.display().to_string()),
+            evaluations: evaluations(&order),
             chaos: recipe.chaos.clone(),
             data: manifest.map(|manifest| Data::new(&manifest, &order)),
             needs: needs.map_err(|error| Failure::input(format!("{error}.")))?,
@@ -291,6 +294,16 @@ impl Preview {
         }
         if let Some(to) = &self.checkpoint_to {
             fact("kept in", to.clone());
+        }
+        match self.evaluations {
+            0 => {}
+            count => {
+                let count = format::grouped(count);
+                fact(
+                    "evaluations",
+                    format!("{count}, the first before step 1, the last after the last step"),
+                );
+            }
         }
         if let Some(chaos) = &self.chaos {
             fact("chaos", chaos.warning());
@@ -460,6 +473,12 @@ fn workers_table(needs: &Needs) -> Table {
         ]);
     }
     table
+}
+
+/// How often the plan has the held-out loss measured.
+fn evaluations(order: &Order) -> u64 {
+    let due = |step: &u64| order.evaluation_due(*step);
+    (0..=order.steps).filter(due).count() as u64
 }
 
 /// First step, end of warm-up, quarters, last step.

@@ -162,6 +162,9 @@ pub fn summary(status: &RunStatus) -> String {
     if status.step > 0 {
         parts.push(format!("loss {}", format::metric(status.loss)));
     }
+    if let Some(evaluation) = &status.evaluation {
+        parts.push(format!("held-out {}", format::metric(evaluation.loss)));
+    }
     if status.state() == RunState::Training && status.tokens_per_second > 0.0 {
         parts.push(format::rate(status.tokens_per_second));
         parts.push(format!("ETA {}", format::duration(status.eta_seconds)));

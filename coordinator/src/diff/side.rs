@@ -118,7 +118,7 @@ impl Side {
                 self.steps.truncate(after_step as usize);
                 self.voids.push((after_step, reason));
             }
-            Body::Durable { .. } | Body::Lost { .. } | Body::Close { .. } => {}
+            Body::Durable { .. } | Body::Lost { .. } | Body::Evaluated(_) | Body::Close { .. } => {}
         }
     }
 

@@ -305,6 +305,7 @@ enum Happening {
     Decided(Fact),
     Seen(Doing),
     Measured(StepMetrics),
+    StoodStill(f64),
     Restarted,
 }
 
@@ -317,7 +318,7 @@ fn happening() -> impl Strategy<Value = Happening> {
     ];
     let number = prop_oneof![-1.0..10.0f64, Just(f64::NAN), Just(f64::INFINITY)];
     let metrics =
-        (1..20u64, number.clone(), number).prop_map(|(step, seconds, other)| StepMetrics {
+        (1..20u64, number.clone(), number.clone()).prop_map(|(step, seconds, other)| StepMetrics {
             step,
             seconds,
             data_seconds: other,
@@ -334,6 +335,7 @@ fn happening() -> impl Strategy<Value = Happening> {
         1 => (0..20u64).prop_map(|step| Happening::Decided(damaged(step))),
         1 => (0..20u64).prop_map(|step| Happening::Decided(retired(step))),
         1 => Just(Happening::Restarted),
+        1 => number.prop_map(Happening::StoodStill),
         4 => doing.prop_map(Happening::Seen),
         6 => metrics.prop_map(Happening::Measured),
     ]
@@ -353,15 +355,17 @@ proptest! {
                 Happening::Decided(fact) => account.decided(&fact, at),
                 Happening::Seen(doing) => account.seen(doing, at),
                 Happening::Measured(metrics) => account.measured(&metrics, at),
+                Happening::StoodStill(seconds) => account.stood_still(seconds, at),
                 Happening::Restarted => {
                     let note = serde_json::to_string(&account).unwrap();
                     account = serde_json::from_str(&note).unwrap();
                     account.resumed(at);
                 }
             }
-            let v1::Goodput { productive, data, exposed_comm, checkpoint, restore, lost, forming, idle } =
+            let v1::Goodput { productive, data, exposed_comm, checkpoint, restore, lost, forming, idle, evaluation } =
                 account.parts(at).into();
-            let parts = [productive, data, exposed_comm, checkpoint, restore, lost, forming, idle];
+            let working = [productive, data, exposed_comm, checkpoint, evaluation];
+            let parts = [&working[..], &[restore, lost, forming, idle]].concat();
             prop_assert!(parts.iter().all(|part| *part >= 0.0), "{:?}", parts);
             let spent = if account.ended { account.at } else { account.at.max(at) } - start;
             let sum: f64 = parts.iter().sum();

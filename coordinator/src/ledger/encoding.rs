@@ -1,6 +1,6 @@
 //! The canonical bytes of a ledger body: what is hashed and stored.
 
-use super::{Body, Hash, Open, Step};
+use super::{Body, Evaluation, Hash, Open, Step};
 
 const OPEN: u8 = 1;
 const STEP: u8 = 2;
@@ -8,6 +8,7 @@ const VOID: u8 = 3;
 const DURABLE: u8 = 4;
 const CLOSE: u8 = 5;
 const LOST: u8 = 6;
+const EVALUATED: u8 = 7;
 
 impl Body {
     /// The canonical bytes of a body.
@@ -60,6 +61,12 @@ impl Body {
                     .numbers(&[*durable])
                     .text(reason);
             }
+            Body::Evaluated(evaluation) => {
+                out.tag(EVALUATED)
+                    .numbers(&[evaluation.generation, evaluation.step])
+                    .numbers(&[evaluation.windows, evaluation.loss_bits])
+                    .numbers(&[evaluation.targets]);
+            }
             Body::Close { step, samples } => {
                 out.tag(CLOSE).numbers(&[*step, *samples]);
             }
@@ -110,6 +117,13 @@ impl Body {
                 durable: input.number()?,
                 reason: input.text()?,
             },
+            EVALUATED => Body::Evaluated(Evaluation {
+                generation: input.number()?,
+                step: input.number()?,
+                windows: input.number()?,
+                loss_bits: input.number()?,
+                targets: input.number()?,
+            }),
             CLOSE => Body::Close {
                 step: input.number()?,
                 samples: input.number()?,

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Body, Hash, Open, Record, Step, hex32};
+use super::{Body, Evaluation, Hash, Open, Record, Step, hex32};
 
 #[derive(Serialize, Deserialize)]
 struct Line(#[serde(with = "Linked")] Record);
@@ -43,6 +43,7 @@ enum Said {
         durable: u64,
         reason: String,
     },
+    Evaluated(#[serde(with = "Measured")] Evaluation),
     Close {
         step: u64,
         samples: u64,
@@ -74,6 +75,36 @@ struct Stepped {
     #[serde(with = "hex32")]
     digest: Hash,
     skipped: bool,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "Evaluation")]
+struct Measured {
+    generation: u64,
+    step: u64,
+    windows: u64,
+    #[serde(rename = "loss_sum", with = "exact")]
+    loss_bits: u64,
+    targets: u64,
+}
+
+/// The bits of a number as its shortest decimal digits that lead back to it, in a string: JSON has no NaN, and what reads
+/// numbers of JSON may round them.
+mod exact {
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    use crate::ledger::loss_bits;
+
+    pub fn serialize<S: Serializer>(bits: &u64, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&f64::from_bits(*bits))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<u64, D::Error> {
+        let number: f64 = String::deserialize(deserializer)?
+            .parse()
+            .map_err(D::Error::custom)?;
+        Ok(loss_bits(number))
+    }
 }
 
 /// Appends the line of a record.

@@ -2,7 +2,7 @@
 
 use supra_proto::v1;
 
-use super::{Body, Hash, Open, Record, RecordError, Step};
+use super::{Body, Evaluation, Hash, Open, Record, RecordError, Step, loss_bits};
 
 impl From<&Record> for v1::LedgerRecord {
     fn from(record: &Record) -> Self {
@@ -56,6 +56,13 @@ impl From<&Record> for v1::LedgerRecord {
                 manifest_hash: manifest_hash.to_vec(),
                 durable: *durable,
                 reason: reason.clone(),
+            }),
+            Body::Evaluated(evaluation) => Wire::Evaluated(v1::LedgerEvaluated {
+                generation: evaluation.generation,
+                step: evaluation.step,
+                windows: evaluation.windows,
+                loss_sum: evaluation.loss_sum(),
+                targets: evaluation.targets,
             }),
             Body::Close { step, samples } => Wire::Close(v1::LedgerClose {
                 step: *step,
@@ -120,6 +127,13 @@ impl TryFrom<v1::LedgerRecord> for Record {
                 durable: lost.durable,
                 reason: lost.reason,
             },
+            Wire::Evaluated(evaluated) => Body::Evaluated(Evaluation {
+                generation: evaluated.generation,
+                step: evaluated.step,
+                windows: evaluated.windows,
+                loss_bits: loss_bits(evaluated.loss_sum),
+                targets: evaluated.targets,
+            }),
             Wire::Close(close) => Body::Close {
                 step: close.step,
                 samples: close.samples,

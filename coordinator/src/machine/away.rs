@@ -17,6 +17,7 @@ use supra_recipes::schema::Recipe;
 
 use super::Machine;
 use super::ending::Severity;
+use super::evaluations::Measured;
 use super::fact::Fact;
 use super::generation::{Generation, Member, Stage};
 use super::state::RunNumber;
@@ -66,6 +67,8 @@ impl Machine {
             chaos: None,
             reports: Default::default(),
             repeated: 0,
+            target_loss: recipe.eval.and_then(|eval| eval.target_loss),
+            measured: Measured::default(),
             begun: Default::default(),
             held: Vec::new(),
         };

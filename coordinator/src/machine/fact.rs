@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::state::{Checkpoint, RunNumber, Workers};
 use super::verify::Logged;
 use crate::chaos;
+use crate::gates::Gates;
 use crate::ledger::{Body, Hash, Record, hex32};
 
 /// Something that was decided. Replaying facts applies them and decides nothing, so a newer build reads an older
@@ -124,6 +125,13 @@ pub enum Fact {
         run: RunNumber,
         /// What it came to; it takes the place of an earlier result, and of those of later steps.
         result: Logged,
+    },
+    /// The linearisation gates of a state were measured. (The held-out loss is a record of the ledger.)
+    Gated {
+        /// Run.
+        run: RunNumber,
+        /// What they show.
+        gates: Gates,
     },
     /// Rank 0 has written a checkpoint of an applied step.
     Written {
@@ -276,6 +284,7 @@ impl Fact {
             | Fact::Broke { run, .. }
             | Fact::Recorded { run, .. }
             | Fact::Logged { run, .. }
+            | Fact::Gated { run, .. }
             | Fact::Written { run, .. }
             | Fact::Published { run, .. }
             | Fact::Verified { run, .. }
@@ -293,12 +302,14 @@ impl Fact {
         }
     }
 
-    /// It has to be on disk before anyone is told. Only applied steps, and what they came to, may follow later: nobody
-    /// acts on them, and a lost one is trained again.
+    /// It has to be on disk before anyone is told. Only applied steps, what they came to, and what was measured behind them may
+    /// follow later: nobody acts on them, and a lost one is trained or said again.
     pub fn urgent(&self) -> bool {
         match self {
-            Fact::Recorded { record, .. } => !matches!(record.body, Body::Step(_)),
-            Fact::Logged { .. } => false,
+            Fact::Recorded { record, .. } => {
+                !matches!(record.body, Body::Step(_) | Body::Evaluated(_))
+            }
+            Fact::Logged { .. } | Fact::Gated { .. } => false,
             _ => true,
         }
     }

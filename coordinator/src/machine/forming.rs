@@ -2,6 +2,7 @@
 
 use supra_proto::v1::{Assignment, RestoreFrom, coordinator_message::Body as Down};
 
+use super::evaluations::Measured;
 use super::fact::{Fact, Outcome};
 use super::generation::{Generation, Member, Stage};
 use super::recovery::{self, Start};
@@ -77,11 +78,13 @@ impl Machine {
         let Some(there) = start.step() else {
             return self.roll_back(number, &reason);
         };
-        if let Some(unapplied) = unapplied {
+        if let Some(mut unapplied) = unapplied {
             let steps = unapplied.steps.into_iter();
             for accounted in steps.take_while(|(entry, _)| entry.step <= there) {
                 self.apply(number, accounted, unapplied.verify_steps);
             }
+            let measured = unapplied.measured.up_to(there);
+            self.write_down_measured(number, unapplied.generation, measured);
         }
         self.roll_back_to(number, there, &reason);
     }
@@ -162,6 +165,8 @@ impl Machine {
             chaos: None,
             reports: Default::default(),
             repeated: 0,
+            target_loss: None,
+            measured: Measured::default(),
             begun: Default::default(),
             held: Vec::new(),
         });

@@ -8,6 +8,7 @@ use supra_recipes::plan::Plan;
 use supra_recipes::schema::Chaos;
 
 use super::agreement::Said;
+use super::evaluations::Measured;
 use super::pacing::Pacing;
 use super::snapshots::Told;
 use super::state::RunNumber;
@@ -51,6 +52,10 @@ pub(crate) struct Generation {
     pub reports: BTreeMap<u64, BTreeMap<usize, StepReport>>,
     /// Newest step that ranks reported again when the coordinator had been away.
     pub repeated: u64,
+    /// `eval.target_loss` of the recipe; known once all have formed.
+    pub target_loss: Option<f64>,
+    /// What was measured of states that the ledger does not account for yet, by step.
+    pub measured: Measured,
     /// Steps whose checkpoints wait for the ledger's head.
     pub begun: BTreeSet<u64>,
     /// Checkpoints of steps that are not applied yet.

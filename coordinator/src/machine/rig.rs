@@ -197,7 +197,7 @@ impl Rig {
                 } => self.verify.push((attempt, directory)),
                 Action::Exit => self.exited = true,
                 Action::Log { entry, .. } => self.logs.push(entry.text),
-                Action::Measured { .. } | Action::Sync => {}
+                Action::Measured { .. } | Action::StoodStill { .. } | Action::Sync => {}
             }
         }
     }

@@ -9,8 +9,9 @@ use serde::{Deserialize, Serialize};
 use super::fact::{Fact, Outcome};
 use super::verify::Logged;
 use crate::chaos::Ordeal;
+use crate::gates::Gates;
 use crate::interval::Experience;
-use crate::ledger::{Body, Hash, Open, Tail, hex32};
+use crate::ledger::{Body, Evaluation, Hash, Open, Tail, hex32};
 
 /// Number of a run in the order of submission, from 1. Short, since every ledger row carries it.
 pub type RunNumber = u32;
@@ -100,6 +101,12 @@ pub struct Run {
     pub closed: bool,
     /// Applied steps whose update was skipped.
     pub skipped: BTreeSet<u64>,
+    /// Held-out losses of states behind steps that stand, ascending.
+    #[serde(default)]
+    pub evaluations: Vec<Evaluation>,
+    /// Linearisation gates of the newest state that they were measured of.
+    #[serde(default)]
+    pub gates: Option<Gates>,
     /// What the first steps after the newest checkpoint came to, ascending. Those after `step` are void, and are compared
     /// when they are trained again.
     #[serde(default)]
@@ -316,6 +323,8 @@ impl State {
             durable: 0,
             closed: false,
             skipped: BTreeSet::new(),
+            evaluations: Vec::new(),
+            gates: None,
             logged: Vec::new(),
             circumstances: Hash::default(),
             uniform: false,
@@ -345,12 +354,9 @@ impl Run {
 
     /// Tokens of the applied steps.
     pub fn tokens(&self) -> u64 {
-        self.open.as_ref().map_or(0, |open| {
-            self.step
-                .saturating_mul(open.batch_samples)
-                .min(open.samples)
-                .saturating_mul(open.sequence_length)
-        })
+        self.open
+            .as_ref()
+            .map_or(0, |open| open.tokens_after(self.step))
     }
 
     /// The generation that trained a step which stands; none when that is long ago.
@@ -431,6 +437,7 @@ impl Run {
                 self.logged.retain(|known| known.step < result.step);
                 self.logged.push(result.clone());
             }
+            Fact::Gated { gates, .. } => self.gates = Some(gates.clone()),
             Fact::Written { checkpoint, .. } => {
                 self.logged.retain(|known| known.step > checkpoint.step);
                 self.uniform = true;
@@ -552,6 +559,8 @@ impl Run {
                 self.experience.failed();
                 self.lineage = generation.saturating_add(1);
                 self.skipped.split_off(&after_step.saturating_add(1));
+                self.evaluations.retain(|known| known.step <= *after_step);
+                self.gates.take_if(|gates| gates.step > *after_step);
                 self.trained.retain(|(first, _)| first <= after_step);
             }
             Body::Durable { step, .. } => {
@@ -560,6 +569,12 @@ impl Run {
                 self.trained.drain(..at.saturating_sub(1));
             }
             Body::Lost { durable, .. } => self.durable = self.durable.min(*durable),
+            Body::Evaluated(evaluation) => {
+                // What was lost is measured again, perhaps after later ones.
+                let step = evaluation.step;
+                let at = self.evaluations.partition_point(|it| it.step < step);
+                self.evaluations.insert(at, *evaluation);
+            }
             Body::Close { .. } => self.closed = true,
         }
     }

@@ -7,6 +7,7 @@ use supra_proto::v1::{StepMetrics, StepReport};
 use supra_recipes::plan::Plan;
 
 use super::ending::Severity;
+use super::evaluations::Measured;
 use super::generation::{Generation, MAX_AHEAD, Stage};
 use super::state::RunNumber;
 use super::{Action, Machine, agreement};
@@ -24,6 +25,8 @@ pub(crate) struct Unapplied {
     pub steps: Vec<Accounted>,
     /// As of the generation.
     pub verify_steps: u64,
+    /// What it measured of states that the ledger does not account for.
+    pub measured: Measured,
 }
 
 impl Machine {
@@ -133,6 +136,7 @@ impl Generation {
             generation: self.number,
             steps,
             verify_steps: self.verify_steps,
+            measured: self.measured.clone(),
         })
     }
 
@@ -170,6 +174,7 @@ impl Generation {
             data_seconds: slowest(|report| report.data_seconds),
             exposed_comm_ms: slowest(|report| report.exposed_comm_ms),
             generation: self.number,
+            heldout_loss: None,
         };
         Ok(Some((entry, metrics)))
     }

@@ -4,7 +4,7 @@
 //! whatever a generation is in the middle of has a limit. That of a step is learned: a step may take
 //! [`Limits::stuck_factor`] times the median of the generation's last steps, and [`Limits::stuck_slack`] more. The rest
 //! happens too seldom to be learned and has a fixed limit. The time of a step begins anew when a step is applied, and
-//! when a checkpoint has been written: rank 0 writes while the others wait, and that is no slow step.
+//! when a checkpoint has been written or a state evaluated: rank 0 writes while the others wait, and that is no slow step.
 //!
 //! The others stand still with the one that hangs, mostly in the same step. But they wait for it in an exchange, and their
 //! heartbeats say so; so those are to blame that do not wait.
@@ -36,6 +36,8 @@ enum Stretch {
     Step,
     /// At least one rank writes a checkpoint, or hands its part over.
     Checkpoint,
+    /// At least one rank measures the state behind a step.
+    Evaluation,
 }
 
 /// The clock of the generation in hand.
@@ -105,6 +107,7 @@ impl Watch {
         let (limit, expected) = match (self.stretch, self.usual()) {
             (Stretch::Load, _) => fixed(limits.load),
             (Stretch::Checkpoint, _) => fixed(limits.checkpoint),
+            (Stretch::Evaluation, _) => fixed(limits.evaluation),
             (Stretch::FirstStep, _) | (Stretch::Step, None) => fixed(limits.first_step),
             (Stretch::Step, Some(usual)) => {
                 let learned = Duration::try_from_secs_f64(usual * f64::from(limits.stuck_factor))
@@ -229,15 +232,15 @@ fn them(ranks: &[usize]) -> &'static str {
 /// What the generation is in the middle of, by its stage and its workers' heartbeats; nothing once it is over.
 fn stretch<'a>(
     generation: &Generation,
-    mut workers: impl Iterator<Item = &'a Worker>,
+    workers: impl Iterator<Item = &'a Worker>,
     stepped: bool,
 ) -> Option<Stretch> {
+    let phases: Vec<Phase> = workers.map(|worker| worker.phase).collect();
     match generation.stage {
         Stage::Leaving { .. } | Stage::Away { .. } => None,
         Stage::Forming => Some(Stretch::Load),
-        Stage::Training if workers.any(|worker| worker.phase == Phase::Checkpointing) => {
-            Some(Stretch::Checkpoint)
-        }
+        Stage::Training if phases.contains(&Phase::Checkpointing) => Some(Stretch::Checkpoint),
+        Stage::Training if phases.contains(&Phase::Evaluating) => Some(Stretch::Evaluation),
         Stage::Training if stepped => Some(Stretch::Step),
         Stage::Training => Some(Stretch::FirstStep),
     }
@@ -268,7 +271,7 @@ fn progress(generation: &Generation, rank: usize, worker: &Worker) -> u64 {
         .map_or(0, |(step, _)| 2 * step);
     let said = match worker.phase {
         Phase::Training => (2 * worker.step).saturating_sub(1),
-        Phase::Checkpointing => 2 * worker.step,
+        Phase::Evaluating | Phase::Checkpointing => 2 * worker.step,
         _ => 0,
     };
     reported.max(said)
@@ -383,6 +386,7 @@ mod tests {
             (Stretch::Load, limits.load),
             (Stretch::FirstStep, limits.first_step),
             (Stretch::Checkpoint, limits.checkpoint),
+            (Stretch::Evaluation, limits.evaluation),
         ] {
             let mut watch = paced();
             watch.see(stretch, Duration::from_secs(500));

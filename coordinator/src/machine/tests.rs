@@ -14,6 +14,7 @@ use crate::ledger::Body;
 
 mod aside;
 mod away;
+mod evaluations;
 mod keeping;
 mod recovery;
 mod snapshots;

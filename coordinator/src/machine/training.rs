@@ -25,6 +25,7 @@ struct Ground {
     open: Open,
     interval: CheckpointInterval,
     chaos: Option<Chaos>,
+    target_loss: Option<f64>,
     verify_steps: u64,
     /// Its ranks can leave all of the state in memory.
     whole: bool,
@@ -104,6 +105,7 @@ impl Machine {
                 interval: recipe.checkpoint.every_tokens,
                 verify_steps: recipe.resume.verify_steps.into(),
                 chaos: recipe.chaos,
+                target_loss: recipe.eval.and_then(|eval| eval.target_loss),
             })
         };
         Some(plan())
@@ -127,6 +129,7 @@ impl Machine {
             asked: false,
         });
         generation.chaos = ground.chaos;
+        generation.target_loss = ground.target_loss;
         let from_memory = generation.from_held.is_some();
         let generation = generation.number;
         self.begin_chaos(number);
@@ -166,8 +169,10 @@ impl Machine {
         self.apply_steps(number);
     }
 
-    /// Does what waited for a step to be applied: rank 0 gets the ledger's head, and the held checkpoint is journalled.
+    /// Does what waited for a step to be applied: what was measured behind it is written down, rank 0 gets the ledger's head,
+    /// and the held checkpoint is journalled.
     pub(super) fn release(&mut self, number: RunNumber) {
+        self.account_for_measured(number);
         let Some(run) = self.state.run(number) else {
             return;
         };

@@ -7,6 +7,7 @@ use super::generation::Stage;
 use super::keeping::{damaged, show};
 use super::state::{Run, RunNumber, RunPhase};
 use super::worker::{Conn, Worker, phase_name};
+use crate::gates::Gates;
 
 /// A run that a client names and that cannot be found.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -81,6 +82,10 @@ impl Machine {
             ledger_head: run.ledger.head.to_vec(),
             checkpoint_interval: self.show_interval(number),
             chaos: run.chaos.as_ref().map(v1::Chaos::from),
+            evaluation: run.show_evaluation(),
+            gates: run.gates.as_ref().map(v1::Gates::from),
+            gate_warnings: run.gates.as_ref().map(Gates::warnings).unwrap_or_default(),
+            forecast: self.show_forecast(number),
             damaged: damaged(run).collect(),
             broken: run.broken,
             ..v1::RunStatus::default()

@@ -48,6 +48,7 @@ impl Worker {
         match self.phase {
             Phase::Training => format!("training step {}", self.step),
             Phase::Checkpointing => format!("writing the checkpoint of step {}", self.step),
+            Phase::Evaluating => format!("evaluating the state behind step {}", self.step),
             other => phase_name(other).to_owned(),
         }
     }
@@ -61,6 +62,7 @@ pub(crate) fn phase_name(phase: Phase) -> &'static str {
         Phase::Loading => "loading",
         Phase::Training => "training",
         Phase::Checkpointing => "checkpointing",
+        Phase::Evaluating => "evaluating",
         Phase::Leaving => "leaving",
     }
 }

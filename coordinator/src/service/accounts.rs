@@ -65,6 +65,12 @@ impl Accounts {
         }
     }
 
+    pub fn stood_still(&mut self, run: RunNumber, seconds: f64, at: u64) {
+        if let Some(account) = self.of.get_mut(&run) {
+            account.stood_still(seconds, at);
+        }
+    }
+
     /// What the one run that has the workers does; all others idle.
     pub fn seen(&mut self, pulse: Option<(RunNumber, Doing)>, at: u64) {
         let (run, doing) = pulse.unzip();

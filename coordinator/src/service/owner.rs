@@ -253,6 +253,9 @@ impl Owner {
                     self.accounts.measured(run, &metrics, at);
                     self.telemetry.measured(run, metrics);
                 }
+                Action::StoodStill { run, seconds } => {
+                    self.accounts.stood_still(run, seconds, at);
+                }
                 Action::Log { run, entry } => self.log(run.unwrap_or(0), entry),
                 Action::Send {
                     conn,
@@ -456,6 +459,13 @@ impl Owner {
     /// Checkpoints that a user may have deleted now.
     pub fn prunable(&self, run: RunNumber, keep: Option<u32>) -> Vec<v1::Checkpoint> {
         self.machine.prunable(run, keep)
+    }
+
+    /// Puts held-out losses beside the metrics of the steps that they are behind.
+    pub fn add_heldout_losses(&self, run: RunNumber, rows: &mut [v1::StepMetrics]) {
+        if let Some(run) = self.machine.state().run(run) {
+            run.add_heldout_losses(rows);
+        }
     }
 
     pub fn workers(&self) -> Vec<v1::WorkerStatus> {

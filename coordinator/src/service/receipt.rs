@@ -48,6 +48,8 @@ struct Receipt {
     /// Head of the ledger, hexadecimal, and its number of records.
     ledger_head: String,
     ledger_records: u64,
+    /// The newest held-out loss; `null` where none was measured.
+    heldout: Option<Heldout>,
     /// Where the run can go on, or what it made; `null` before the first.
     checkpoint: Option<Checkpoint>,
     /// Checkpoints that were found damaged and not deleted since, as they were found.
@@ -73,6 +75,17 @@ struct Chaos {
     text: String,
     #[serde(flatten)]
     ordeal: Ordeal,
+}
+
+/// The loss on held-out text.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+struct Heldout {
+    /// Step that the state is behind.
+    step: u64,
+    /// Per target, natural logarithm; `null` when it is not a number.
+    loss: Option<f64>,
+    windows: u64,
+    targets: u64,
 }
 
 /// The newest checkpoint.
@@ -121,6 +134,12 @@ impl Receipt {
             generations: run.generation,
             ledger_head: hex(&run.ledger.head),
             ledger_records: run.ledger.length,
+            heldout: run.evaluations.last().map(|known| Heldout {
+                step: known.step,
+                loss: Some(known.loss()).filter(|loss| loss.is_finite()),
+                windows: known.windows,
+                targets: known.targets,
+            }),
             checkpoint: run.recovery().map(|known| Checkpoint {
                 step: known.step,
                 path: known.path.clone(),

@@ -269,7 +269,12 @@ impl Runs for RunsService {
         let look = |owner: &Owner, run| (run, owner.telemetry_written(), owner.telemetry());
         let (run, written, reader) = self.with(request.into_inner().run, look).await?;
         written.await;
-        let rows = read_blocking(move || reader?.metrics(run)).await?;
+        let mut rows = read_blocking(move || reader?.metrics(run)).await?;
+        let beside = move |owner: &Owner| {
+            owner.add_heldout_losses(run, &mut rows);
+            rows
+        };
+        let rows = self.owner.look(beside).await?;
         Ok(Response::new(streams::all(rows)))
     }
 

@@ -104,5 +104,7 @@ fn metrics_of(row: &Row<'_>) -> rusqlite::Result<StepMetrics> {
         seconds: real(7)?,
         data_seconds: real(8)?,
         exposed_comm_ms: real(9)?,
+        // The journal has it.
+        heldout_loss: None,
     })
 }

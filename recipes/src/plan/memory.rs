@@ -1,8 +1,8 @@
 //! What one rank holds in the memory of its device, item by item, known before anything is allocated.
 //!
 //! Sizes follow the tensors that the worker's step allocates; a test of `worker/src/step/buffers.rs` compares them to the
-//! byte. Two items are estimates: what libtorch allocates where it works in place of the worker's own kernels, and what
-//! CUDA takes for itself.
+//! byte. Three items are estimates: what libtorch allocates where it works in place of the worker's own kernels, what
+//! linearisation gates take, and what CUDA takes for itself.
 
 use std::fmt;
 
@@ -11,7 +11,7 @@ use serde::Serialize;
 use super::flat::Flat;
 use super::sizes::{BF16, FP32, Sizes, element};
 use super::{ModelShape, Policy};
-use crate::schema::{Precision, Recipe, Reduction};
+use crate::schema::{Attention, Precision, Recipe, Reduction};
 
 /// Logits that exist at a time: the loss is made for so many tokens at once that there are no more.
 pub const LOGITS: u64 = 1 << 28;
@@ -20,6 +20,16 @@ pub const LOGITS: u64 = 1 << 28;
 /// what the allocator rounds up. Measured on an H200: what the process held beyond the tensors counted here was 0.7 to
 /// 0.8 GB, whatever the policy and the number of layers. What NCCL takes between several GPUs is not in it: unmeasured.
 const CONTEXT: u128 = 800_000_000;
+
+/// Items whose sizes are estimated.
+const ESTIMATES: [&str; 3] = [
+    "libtorch's temporaries",
+    "linearisation gates",
+    "CUDA and its libraries",
+];
+
+/// Tokens of the sample that linearisation gates read (`worker/src/inference/gates.rs`).
+const GATE_TOKENS: u128 = 512;
 
 /// GPUs by the memory they are sold with.
 pub const CARDS: [Card; 2] = [
@@ -99,6 +109,7 @@ impl Memory {
             ("batch and its tables", sizes.batch()),
             ("states of attention", sizes.states()),
             ("libtorch's temporaries", sizes.temporaries()),
+            ("linearisation gates", gates(recipe, shape)),
             ("CUDA and its libraries", CONTEXT),
         ];
         let components: Vec<Component> = components
@@ -106,7 +117,7 @@ impl Memory {
             .map(|(name, bytes)| Component {
                 name,
                 bytes: u64::try_from(bytes).unwrap_or(u64::MAX),
-                estimate: ["libtorch's temporaries", "CUDA and its libraries"].contains(&name),
+                estimate: ESTIMATES.contains(&name),
             })
             .collect();
         Memory {
@@ -122,6 +133,17 @@ impl Memory {
     pub fn of_all(recipe: &Recipe, shape: &ModelShape, world: u32) -> [Memory; 3] {
         Policy::ALL.map(|policy| Memory::new(recipe, shape, world, policy))
     }
+}
+
+/// What measuring linearisation gates takes for a moment: embedding and a block of the base, and logits in two kinds.
+fn gates(recipe: &Recipe, shape: &ModelShape) -> u128 {
+    if recipe.eval.is_none() || recipe.attention == Attention::Softmax {
+        return 0;
+    }
+    let [embedding, block, _] = shape.buckets(recipe.attention, recipe.model.qk_norm);
+    let element = element(recipe.model.precision);
+    let logits = GATE_TOKENS * u128::from(shape.vocab);
+    element * (u128::from(embedding) + u128::from(block)) + (element + 2 * FP32) * logits
 }
 
 /// Of `plans`, the first that `recipe` allows and `available` bytes hold.

@@ -45,6 +45,7 @@ fn fixed(windows: u64) -> Plan {
         warmup_tokens: 10 * batch_samples * sequence_length,
         checkpoint_tokens: 10_000,
         replica_check_steps: 5,
+        evaluation_tokens: None,
     }
 }
 

@@ -17,6 +17,7 @@ pub(super) fn check(recipe: &Recipe, text: &str) -> Result<(), Finding> {
         chaos,
         attention,
         resume,
+        eval,
     ];
     checks
         .iter()
@@ -212,6 +213,17 @@ fn resume(recipe: &Recipe, text: &str) -> Option<Finding> {
     let message = format!("`resume.verify_steps` = {steps} is above {MAX_VERIFY_STEPS}");
     let help = "two steps show a wrong restore; `replica_check.every_steps` compares replicas while they train";
     at(text, &[&["resume", "verify_steps"]], message, help.into())
+}
+
+fn eval(recipe: &Recipe, text: &str) -> Option<Finding> {
+    recipe.eval.as_ref()?;
+    if recipe.data.heldout.is_some() {
+        return None;
+    }
+    let message = "`eval` measures the loss on held-out text, and `data.heldout` names none";
+    let help = "write `data: { train: DIRECTORY, heldout: DIRECTORY/heldout.json }` (`supra data tokenize --heldout 1000` makes \
+                it), or remove `eval`";
+    at(text, &[&["eval"]], message.into(), help.into())
 }
 
 /// Keys of `model` that only linear attention reads.

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::base::Base;
 use super::chaos::Chaos;
+use super::eval::Eval;
 use super::interval::CheckpointInterval;
 use super::period::Period;
 use super::units::{Fraction, RunName, Tokens, Warmup};
@@ -63,6 +64,9 @@ pub struct Recipe {
     /// What is compared after a restore.
     #[serde(default)]
     pub resume: Resume,
+    /// What the run measures of itself while it trains; nothing unless said.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eval: Option<Eval>,
     /// Faults that the run inflicts on its own workers; none unless said.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chaos: Option<Chaos>,
@@ -158,7 +162,7 @@ pub struct Data {
     /// Dataset manifest, or the directory that holds it as `dataset.json`.
     #[serde(deserialize_with = "paths::path", serialize_with = "paths::write")]
     pub train: PathBuf,
-    /// Manifest of the held-out part.
+    /// Manifest of the held-out part, for `eval`.
     #[serde(
         default,
         deserialize_with = "paths::optional_path",

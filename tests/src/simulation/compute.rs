@@ -12,7 +12,7 @@ use supra_proto::v1::{CheckpointWritten, FaultKind, Phase as Said};
 use super::World;
 use super::disk::Saved;
 use super::fault::Phase;
-use super::ground::{Model, ground};
+use super::ground::{Model, evaluated, ground};
 use super::held::{Memory, Snapshots, Start, has_all};
 use super::queue::{Event, MS, SECOND, Time};
 use super::worker::Worker;
@@ -32,6 +32,8 @@ pub(super) enum Work {
     Loaded,
     /// The forward and backward pass of a step is done.
     Computed,
+    /// So is that over held-out windows.
+    Measured,
     /// All ranks have come to where this one waits. What they agreed on there.
     Passed {
         wish: Wish,
@@ -61,6 +63,12 @@ pub(super) enum Stage {
     Computing,
     /// Its gradients are on the ring.
     Reducing,
+    /// Measures the held-out loss, and waits for the others': before its first step, or after one at which every rank had its
+    /// last snapshot whole, or not.
+    Evaluating {
+        first: bool,
+        settled: bool,
+    },
     Saving,
     /// Waits for its last snapshot, then for the one that it leaves for the next membership.
     Settling {
@@ -143,7 +151,10 @@ impl Job {
         match self.stage {
             Stage::Connecting => Phase::Forming,
             Stage::Loading => Phase::Loading,
-            Stage::Computing | Stage::Reducing | Stage::Settling { .. } => Phase::Training,
+            Stage::Computing
+            | Stage::Reducing
+            | Stage::Evaluating { .. }
+            | Stage::Settling { .. } => Phase::Training,
             Stage::Saving | Stage::AwaitingPublished | Stage::AwaitingRelease => {
                 Phase::Checkpointing
             }
@@ -252,6 +263,7 @@ impl World {
                 self.enter(worker, Stage::Reducing);
                 self.arrive(worker);
             }
+            (Stage::Evaluating { .. }, Work::Measured) => self.arrive(worker),
             (
                 _,
                 Work::Passed {
@@ -455,7 +467,12 @@ impl World {
                     report.loss_sum *= 2.0;
                 }
                 self.report(worker, Report::Step(report));
-                self.snapshot_after(worker, wish, settled);
+                self.evaluate(worker, false, settled);
+            }
+            Stage::Evaluating { first, settled } => {
+                let report = Report::Evaluated(evaluated(job.model.step));
+                self.report(worker, report);
+                self.go_on(worker, first, settled);
             }
             Stage::Settling { begun: false } => {
                 self.begin_snapshot(worker);
@@ -478,6 +495,33 @@ impl World {
                 }
             }
             _ => {}
+        }
+    }
+
+    /// Measures the held-out loss where that is due.
+    fn evaluate(&mut self, worker: usize, first: bool, settled: bool) {
+        let Some(job) = &self.workers[worker].job else {
+            return;
+        };
+        let step = job.model.step;
+        if !ground().plan.evaluation_due(step) {
+            return self.go_on(worker, first, settled);
+        }
+        self.enter(worker, Stage::Evaluating { first, settled });
+        self.report(worker, Report::Phase(Said::Evaluating, step));
+        let after = self.random.random_range(10 * MS..200 * MS);
+        self.work(worker, after, Work::Measured);
+    }
+
+    /// What comes after the state behind a step is measured.
+    fn go_on(&mut self, worker: usize, first: bool, settled: bool) {
+        let Some(job) = &self.workers[worker].job else {
+            return;
+        };
+        if first {
+            self.begin(worker);
+        } else {
+            self.snapshot_after(worker, job.agreed, settled);
         }
     }
 
@@ -681,11 +725,19 @@ impl World {
             return;
         };
         job.snapshots = Snapshots::of(&job.place, model.step, before);
+        self.report(worker, Report::Formed(model.formed()));
+        self.evaluate(worker, true, false);
+    }
+
+    /// The state that the generation starts from is measured.
+    fn begin(&mut self, worker: usize) {
+        let Some(job) = &self.workers[worker].job else {
+            return;
+        };
+        let (model, rank) = (job.model, job.place.rank);
         let from_memory = job.start.is_some();
         let written = job.place.restore.as_ref().map_or(0, |restore| restore.step);
-        let rank = job.place.rank;
         let due = ground().due(&job.place.recipe, model.step);
-        self.report(worker, Report::Formed(model.formed()));
         if from_memory {
             self.begin_snapshot(worker);
         }

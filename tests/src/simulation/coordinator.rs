@@ -212,7 +212,7 @@ impl World {
                     return;
                 }
                 Action::Log { entry, .. } => self.say(|| format!("coordinator: {}", entry.text)),
-                Action::Measured { .. } => {}
+                Action::Measured { .. } | Action::StoodStill { .. } => {}
             }
         }
         self.write_down(&mut facts);

@@ -13,17 +13,19 @@ use supra_recipes::schema::{CheckpointInterval, Recipe};
 /// What a run may say instead of when checkpoints are due: the coordinator asks for each.
 const AUTO: (&str, &str) = ("every_tokens: 440", "every_tokens: auto");
 
-/// 10 tokens per sample, 11 samples per step, 268 samples: 24 steps and a smaller one. A checkpoint every 4 steps.
+/// 10 tokens per sample, 11 samples per step, 268 samples: 24 steps and a smaller one. A checkpoint every 4 steps, the
+/// held-out loss every 3.
 pub(super) const RECIPE: &str = "\
 name: simulated
 base: { path: /base }
-data: { train: /data }
+data: { train: /data, heldout: /heldout }
 budget: { tokens: 2685 }
 batch: { tokens: 110, micro_batch: 1, sequence_length: 10 }
 optimizer: { warmup: 2 steps }
 checkpoint: { every_tokens: 440, keep: 2 }
 workers: { min: 2, max: 8 }
 replica_check: { every_steps: 3 }
+eval: { every_tokens: 330, windows: 8, target_loss: 1.5 }
 coordinator: { away: 8 s }
 ";
 
@@ -100,6 +102,17 @@ impl Ground {
             step_digest: self.digest(all).as_bytes().to_vec(),
             bucket_hashes: Vec::new(),
         }
+    }
+}
+
+/// What all ranks say of the held-out loss behind a step.
+pub(super) fn evaluated(step: u64) -> v1::Evaluated {
+    v1::Evaluated {
+        step,
+        windows: 8,
+        loss_sum: 200.0 - step as f64,
+        targets: 80,
+        seconds: 0.05,
     }
 }
 

@@ -7,7 +7,7 @@ use supra_coordinator::machine::{Fact, Outcome, RunNumber};
 use supra_proto::v1::coordinator_message::Body as Down;
 
 use super::disk::Checkpoints;
-use super::ground::{Model, ground};
+use super::ground::{Model, evaluated, ground};
 use super::queue::Time;
 
 /// Why a run may fail: its input is wrong, nothing goes right any more, or a step does not come to what it came to before.
@@ -27,6 +27,8 @@ pub(super) struct Account {
     tail: Tail,
     generation: u64,
     durable: u64,
+    /// Steps that stand and are evaluated.
+    evaluated: BTreeSet<u64>,
     /// Journalled checkpoints, oldest first, and the hashes of those that are damaged.
     checkpoints: Vec<Known>,
     damaged: BTreeSet<[u8; 32]>,
@@ -325,7 +327,7 @@ impl Watch {
                 .any(|(_, saved)| saved.manifest_hash == *manifest_hash)
                 .then_some(())
                 .ok_or(format!("{id}: durable, but no checkpoint is published")),
-            Body::Open(_) | Body::Lost { .. } | Body::Close { .. } => Ok(()),
+            Body::Open(_) | Body::Lost { .. } | Body::Evaluated(_) | Body::Close { .. } => Ok(()),
         }
     }
 
@@ -482,6 +484,7 @@ impl Account {
             )),
             Body::Void { after_step, .. } => {
                 self.standing.truncate(*after_step as usize);
+                self.evaluated.split_off(&(after_step + 1));
                 Ok(())
             }
             Body::Durable { step, .. } if *step > standing || *step <= self.durable => {
@@ -489,6 +492,23 @@ impl Account {
             }
             Body::Durable { step, .. } => {
                 self.durable = *step;
+                let due = |step: &u64| plan.evaluation_due(*step) && !self.evaluated.contains(step);
+                (0..=*step).find(due).map_or(Ok(()), |missing| {
+                    Err(format!(
+                        "{id}: step {step} is durable, and step {missing} was not evaluated"
+                    ))
+                })
+            }
+            Body::Evaluated(evaluation) => {
+                let (step, said) = (evaluation.step, evaluated(evaluation.step));
+                let right = plan.evaluation_due(step)
+                    && evaluation.loss_sum() == said.loss_sum
+                    && evaluation.targets == said.targets;
+                if step > standing || !right || !self.evaluated.insert(step) {
+                    return Err(format!(
+                        "{id}: step {step} cannot be evaluated now: {evaluation:?}"
+                    ));
+                }
                 Ok(())
             }
             Body::Lost {

@@ -37,7 +37,8 @@ pub use job::{Donation, Job, Outcome, PartHolder, Restore};
 pub use link::{Link, Voided};
 pub use place::Place;
 pub use supra_proto::v1::{
-    CheckpointWritten, FaultKind, Formed, Held, Part, Phase, Snapshot, SnapshotTaken, StepReport,
+    CheckpointWritten, Evaluated, FaultKind, Formed, Gates, Held, LayerGates, Part, Phase,
+    Snapshot, SnapshotTaken, StepReport,
 };
 pub use unfinished::{Unfinished, Unwritten};
 pub use worker::{Exit, Timing, WorkerOptions, run_worker};

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use supra_proto::v1::{Formed, Held, LogLine, Phase, SnapshotTaken, StepReport};
+use supra_proto::v1::{Evaluated, Formed, Gates, Held, LogLine, Phase, SnapshotTaken, StepReport};
 use tokio::sync::mpsc;
 
 use crate::collective::{AbortHandle, Waiting};
@@ -31,6 +31,10 @@ pub enum Report {
     Formed(Formed),
     /// A step is done.
     Step(StepReport),
+    /// The held-out loss of the state behind a step is measured.
+    Evaluated(Evaluated),
+    /// So are its linearisation gates.
+    Gates(Gates),
     /// A checkpoint is on disk and lacks its manifest.
     CheckpointFilled(Unfinished),
     /// A snapshot is whole, with the neighbour's part.
@@ -138,6 +142,16 @@ impl Link {
     /// Reports an applied or skipped step.
     pub fn step(&self, report: StepReport) {
         self.send(Report::Step(report));
+    }
+
+    /// Reports the held-out loss of the state behind a step.
+    pub fn evaluated(&self, evaluated: Evaluated) {
+        self.send(Report::Evaluated(evaluated));
+    }
+
+    /// Reports the linearisation gates of such a state (rank 0 only).
+    pub fn gates(&self, gates: Gates) {
+        self.send(Report::Gates(gates));
     }
 
     /// Says that the checkpoint of a step is being written: one that is asked for need not be begun again.

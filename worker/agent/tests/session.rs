@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use supra_agent::link::{Report, Tagged};
 use supra_agent::session::{Action, Input, Session, Unpublished, Unwritten};
-use supra_agent::{FaultKind, Formed, Outcome, Phase, Unfinished};
+use supra_agent::{Evaluated, FaultKind, Formed, Outcome, Phase, Unfinished};
 use supra_proto::v1::coordinator_message::Body as Down;
 use supra_proto::v1::worker_message::Body as Up;
 use supra_proto::v1::{
@@ -154,6 +154,8 @@ fn show_body(body: &Up) -> String {
         Up::Formed(_) => "formed".to_owned(),
         Up::Step(step) => format!("step {}", step.step),
         Up::CheckpointBegun(begun) => format!("begun {}", begun.step),
+        Up::Evaluated(evaluated) => format!("evaluated {}", evaluated.step),
+        Up::Gates(gates) => format!("gates {}", gates.step),
         Up::SnapshotTaken(taken) => format!("snapshot of step {}", taken.step),
         Up::CheckpointWritten(written) => format!("written {}", written.path),
         Up::CheckpointPublished(published) => format!("published {}", published.step),
@@ -875,10 +877,20 @@ fn a_formed_worker_goes_on_without_a_coordinator_and_says_it_again_in_order() {
     assert_eq!((place.generation, place.rank, place.left), (1, 0, false));
     assert_eq!(bench.hears(1, step(2)), [""; 0]);
     assert_eq!(bench.hears(1, filled(2)), [""; 0]);
+    let evaluated = Evaluated {
+        step: 2,
+        ..Evaluated::default()
+    };
+    assert_eq!(bench.hears(1, Report::Evaluated(evaluated)), [""; 0]);
     assert_eq!(bench.hears(1, step(3)), [""; 0]);
     assert_eq!(
         bench.says(0, welcome(1)),
-        ["step 2 of run/1", "begun 2 of run/1", "step 3 of run/1"]
+        [
+            "step 2 of run/1",
+            "begun 2 of run/1",
+            "evaluated 2 of run/1",
+            "step 3 of run/1"
+        ]
     );
     assert_eq!(bench.says(0, welcome(1)), [""; 0], "a repeat");
     assert_eq!(bench.after(100.0).len(), 1, "only a heartbeat");

@@ -59,10 +59,46 @@ pub struct Manifest {
     pub tokenizer: String,
     /// What else the bits depend on.
     pub environment: Environment,
+    /// What the run has measured of this state; absent where nothing was.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub measured: Option<Measured>,
     /// Every tensor by name; moments as `exp_avg.NAME` and `exp_avg_sq.NAME`.
     pub tensors: BTreeMap<String, StoredTensor>,
     /// Every other file of the directory by name.
     pub files: BTreeMap<String, StoredFile>,
+}
+
+/// What was measured of a state while it was trained. A number is absent where it was not finite.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Measured {
+    /// Loss on held-out text, where it was due.
+    pub heldout: Option<HeldoutLoss>,
+    /// Linearisation gates, of a SUPRA model.
+    pub gates: Option<MeasuredGates>,
+}
+
+/// Loss on held-out text.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct HeldoutLoss {
+    /// Mean cross-entropy per target, nats.
+    pub loss: Option<f64>,
+    /// Windows that were read, and targets in them.
+    pub windows: u64,
+    /// See `windows`.
+    pub targets: u64,
+}
+
+/// The worst of each linearisation gate over all blocks.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MeasuredGates {
+    /// Greatest difference between logits of the parallel and of the recurrent form.
+    pub form_error: Option<f64>,
+    /// Relative difference of a block's attention from the base's.
+    pub drift: Option<f64>,
+    /// Share of a block's features that are always zero.
+    pub dead_features: Option<f64>,
+    /// How many times what it was before the first step the input of a block's head norms is.
+    pub norm_growth: Option<f64>,
 }
 
 /// Seeds of a run.

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use supra_checkpoint::Manifest;
+use supra_checkpoint::manifest::Measured;
 use supra_recipes::Recipe;
 use supra_recipes::schema::{Base, Precision};
 
@@ -63,9 +64,13 @@ pub fn render(
             "\n## Training\n\nNone recorded: the weights come from a model directory, not from a checkpoint.\n",
         ),
     }
-    say(
-        "\n## Evaluation\n\nNone recorded. `supra-worker eval --model DIR --data MANIFEST` measures loss and perplexity.\n",
-    );
+    let measured = training.and_then(|training| training.manifest.measured.as_ref());
+    match measured {
+        Some(measured) => say(&table("Evaluation", &evaluation(measured, recipe.as_ref()))),
+        None => say(
+            "\n## Evaluation\n\nNone recorded. `supra-worker eval --model DIR --data MANIFEST` measures loss and perplexity.\n",
+        ),
+    }
     let licence = match (licence, training.map(|training| training.base_card)) {
         (Some(licence), _) => format!("The base's model card says `{licence}`."),
         (None, Some(Some(_))) => {
@@ -221,6 +226,63 @@ fn history(training: &Training, recipe: Option<&Recipe>) -> Vec<Row> {
     rows
 }
 
+/// What the run has measured.
+fn evaluation(measured: &Measured, recipe: Option<&Recipe>) -> Vec<Row> {
+    let mut rows = Vec::new();
+    let number = |value: Option<f64>, show: fn(f64) -> String| {
+        value.map_or_else(|| "not a finite number".to_owned(), show)
+    };
+    if let Some(heldout) = &measured.heldout {
+        let data = recipe.and_then(|recipe| recipe.data.heldout.as_ref());
+        let data = data.map_or_else(String::new, |data| format!(" of {}", data.display()));
+        rows.extend([
+            (
+                "held-out loss, nats per token",
+                number(heldout.loss, |loss| format!("{loss:.4}")),
+            ),
+            (
+                "perplexity",
+                number(heldout.loss.map(f64::exp), |it| format!("{it:.2}")),
+            ),
+            (
+                "measured on",
+                format!(
+                    "{} targets of {} windows{data}",
+                    heldout.targets, heldout.windows
+                ),
+            ),
+        ]);
+    }
+    if let Some(gates) = &measured.gates {
+        rows.extend([
+            (
+                "parallel against recurrent logits, greatest difference",
+                number(gates.form_error, |it| format!("{it:.1e}")),
+            ),
+            (
+                "features that are always zero, worst block",
+                number(gates.dead_features, |it| format!("{:.1} %", 100.0 * it)),
+            ),
+        ]);
+        // Not known without the base.
+        let of_start = [
+            (
+                "drift of attention from the base's, worst block",
+                gates.drift,
+            ),
+            (
+                "growth of what head norms read, worst block",
+                gates.norm_growth,
+            ),
+        ];
+        let known = of_start
+            .into_iter()
+            .filter_map(|(name, it)| Some((name, it?)));
+        rows.extend(known.map(|(name, it)| (name, format!("{it:.2}"))));
+    }
+    rows
+}
+
 fn yes(value: bool) -> String {
     if value { "yes" } else { "no" }.to_owned()
 }
@@ -288,6 +350,7 @@ mod tests {
                 threads: 1,
                 nccl: String::new(),
             },
+            measured: None,
             tensors: [].into(),
             files: [].into(),
         }

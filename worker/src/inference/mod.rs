@@ -7,6 +7,7 @@ pub mod compare;
 pub mod completion;
 pub mod engine;
 pub mod evaluate;
+pub mod gates;
 pub mod generate;
 pub mod load;
 pub mod report;

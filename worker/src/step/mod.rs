@@ -136,6 +136,29 @@ impl Step {
         z_loss: f64,
         meanwhile: &mut dyn Meanwhile,
     ) -> Result<(), StepError> {
+        self.pass(weights, Some(gradients), input, z_loss, meanwhile)
+    }
+
+    /// Adds the loss of a micro-batch to what [`take_loss`](Step::take_loss) returns, by the forward pass of
+    /// [`accumulate`](Step::accumulate) and in its buffers: no other memory is taken.
+    pub fn evaluate(
+        &mut self,
+        weights: &Params,
+        input: &LossInput,
+        meanwhile: &mut dyn Meanwhile,
+    ) -> Result<(), StepError> {
+        self.pass(weights, None, input, 0.0, meanwhile)
+    }
+
+    /// Forward, and backward where there are gradients to add to.
+    fn pass(
+        &mut self,
+        weights: &Params,
+        gradients: Option<&Params>,
+        input: &LossInput,
+        z_loss: f64,
+        meanwhile: &mut dyn Meanwhile,
+    ) -> Result<(), StepError> {
         let _guard = tch::no_grad_guard();
         let size = input.inputs_bt.size();
         let rows = (size[0], size[1]);
@@ -157,15 +180,16 @@ impl Step {
             tables: within.as_ref().unwrap_or(&room.tables),
             rows,
             weights,
-            gradients,
         };
         let ids_n = input.inputs_bt.flatten(0, 1);
         let buffers = &mut room.buffers;
         pass.forward(buffers, &ids_n, meanwhile)?;
         meanwhile.needed(pass.end())?;
-        pass.head(buffers, input, z_loss, &mut self.loss_2);
-        meanwhile.complete(pass.end())?;
-        pass.backward(buffers, &ids_n, meanwhile)?;
+        pass.head(buffers, gradients, input, z_loss, &mut self.loss_2);
+        if let Some(gradients) = gradients {
+            meanwhile.complete(pass.end())?;
+            pass.backward(buffers, gradients, &ids_n, meanwhile)?;
+        }
         Ok(self.kernels.check()?)
     }
 
@@ -193,7 +217,6 @@ struct Pass<'a> {
     tables: &'a Tables,
     rows: (i64, i64),
     weights: &'a Params,
-    gradients: &'a Params,
 }
 
 /// The embedding's bucket; that of block `l` is `l + 1`.
@@ -240,8 +263,15 @@ impl<'a> Pass<'a> {
         Ok(())
     }
 
-    /// Last norm, output layer and loss, forward and backward, some tokens at a time.
-    fn head(&self, buffers: &mut Buffers, input: &LossInput, z_loss: f64, loss_2: &mut Tensor) {
+    /// Last norm, output layer and loss, forward and, where there are gradients to add to, backward, some tokens at a time.
+    fn head(
+        &self,
+        buffers: &mut Buffers,
+        gradients: Option<&Params>,
+        input: &LossInput,
+        z_loss: f64,
+        loss_2: &mut Tensor,
+    ) {
         let (head, scratch) = (&mut buffers.head, &mut buffers.scratch);
         let last = buffers
             .blocks
@@ -265,7 +295,7 @@ impl<'a> Pass<'a> {
         } else {
             "output.weight"
         };
-        let (output_vd, doutput_vd) = (self.weights.get(output), self.gradients.get(output));
+        let output_vd = self.weights.get(output);
         let targets_n = input.targets_bt.flatten(0, 1);
         let mask_n = input.mask_bt.flatten(0, 1);
         let (n, most) = (targets_n.size()[0], head.logits_cv.size()[0]);
@@ -282,11 +312,17 @@ impl<'a> Pass<'a> {
                 z_loss,
                 loss_2,
             );
-            self.kernels
-                .linear_weight_gradient(&logits_cv, &normed_cd, doutput_vd);
-            self.kernels
-                .linear_input_gradient(&logits_cv, output_vd, &some(&scratch.work_nd));
+            if let Some(gradients) = gradients {
+                let doutput_vd = gradients.get(output);
+                self.kernels
+                    .linear_weight_gradient(&logits_cv, &normed_cd, doutput_vd);
+                self.kernels
+                    .linear_input_gradient(&logits_cv, output_vd, &some(&scratch.work_nd));
+            }
         }
+        let Some(gradients) = gradients else {
+            return;
+        };
 
         let _ = scratch.dx_nd.zero_();
         self.kernels.rms_norm_backward(
@@ -295,7 +331,7 @@ impl<'a> Pass<'a> {
             &head.rstd_n,
             gain_d,
             &mut scratch.dx_nd,
-            &mut self.gradients.get("norm.weight").shallow_clone(),
+            &mut gradients.get("norm.weight").shallow_clone(),
         );
     }
 
@@ -303,6 +339,7 @@ impl<'a> Pass<'a> {
     fn backward(
         &self,
         buffers: &mut Buffers,
+        gradients: &Params,
         ids_n: &Tensor,
         meanwhile: &mut dyn Meanwhile,
     ) -> Result<(), StepError> {
@@ -310,7 +347,7 @@ impl<'a> Pass<'a> {
             if meanwhile.stop() {
                 return Err(StepError::Stopped);
             }
-            let dweights = LayerParams::new(self.config, self.gradients, layer as i64);
+            let dweights = LayerParams::new(self.config, gradients, layer as i64);
             self.block(layer)
                 .backward(self.policy, &dweights, at, &mut buffers.scratch);
             meanwhile.complete(layer + 1)?;
@@ -318,7 +355,7 @@ impl<'a> Pass<'a> {
         self.kernels.embedding_backward(
             &buffers.scratch.dx_nd,
             ids_n,
-            &mut self.gradients.get(EMBEDDING).shallow_clone(),
+            &mut gradients.get(EMBEDDING).shallow_clone(),
         );
         meanwhile.complete(START)
     }

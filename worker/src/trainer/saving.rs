@@ -1,9 +1,9 @@
 //! When and how the training loop writes checkpoints: every rank its own part, beside the training that goes on.
 
-use supra_agent::{CollectiveError, Job, Phase, Unfinished, Voided};
+use supra_agent::{CollectiveError, Job, LayerGates, Phase, Unfinished, Voided};
 use supra_checkpoint::{
     Manifest,
-    manifest::{FORMAT, Seeds},
+    manifest::{FORMAT, HeldoutLoss, Measured, MeasuredGates, Seeds},
     store,
 };
 use supra_recipes::plan::{VERSION, memory::gib};
@@ -64,6 +64,7 @@ impl Trainer<'_> {
     /// Begins a checkpoint of the step just done; all ranks together. One at a time: one that is under way is waited for.
     pub(super) fn checkpoint(&mut self) -> Result<(), TrainError> {
         let Job { link, rank, .. } = self.job;
+        self.gate()?;
         link.phase(Phase::Checkpointing, self.step);
         if let Some(before) = self.saver.under_way() {
             if *rank == 0 {
@@ -204,9 +205,38 @@ impl Trainer<'_> {
             dataset: self.dataset.hash.clone(),
             tokenizer: self.dataset.tokenizer.clone(),
             environment: self.environment.clone(),
+            measured: self.measured(),
             tensors: Default::default(),
             files: Default::default(),
         }
+    }
+
+    /// What was measured of this state.
+    fn measured(&self) -> Option<Measured> {
+        let heldout = self.heldout.as_ref()?;
+        let evaluated = heldout.newest.filter(|it| it.step == self.step);
+        let finite = |number: f64| number.is_finite().then_some(number);
+        let gates = heldout.gates().filter(|gates| gates.step == self.step);
+        let gates = gates.map(|gates| {
+            let worst = |of: fn(&LayerGates) -> Option<f64>| {
+                let values = gates.layers.iter().filter_map(of);
+                values.max_by(f64::total_cmp).and_then(finite)
+            };
+            MeasuredGates {
+                form_error: finite(gates.form_error),
+                drift: worst(|layer| layer.drift),
+                dead_features: worst(|layer| Some(layer.dead_queries.max(layer.dead_keys))),
+                norm_growth: worst(|layer| Some(layer.norm_input / layer.norm_input_at_start?)),
+            }
+        });
+        (evaluated.is_some() || gates.is_some()).then(|| Measured {
+            heldout: evaluated.map(|it| HeldoutLoss {
+                loss: finite(it.loss_sum / it.targets as f64),
+                windows: it.windows,
+                targets: it.targets,
+            }),
+            gates,
+        })
     }
 
     /// Removes what crashed writers left. That it could not is worth a line, not the run.

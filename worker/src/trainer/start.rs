@@ -12,7 +12,7 @@ use supra_recipes::{
 };
 use tch::{Device, Kind, Tensor};
 
-use super::{Kept, TrainError, host_memory, kept, policy};
+use super::{Kept, TrainError, evaluation::Heldout, host_memory, kept, policy};
 use crate::{
     checkpoint,
     collective::DeviceCollective,
@@ -40,6 +40,8 @@ pub struct Start {
     pub step: u64,
     /// What people should know about this start.
     pub notes: Vec<String>,
+    /// What it is evaluated on; none where nothing is measured.
+    pub heldout: Option<Heldout>,
 }
 
 impl Start {
@@ -63,6 +65,7 @@ impl Start {
             recipe.base.directory(),
         )
         .map_err(TrainError::Mismatch)?;
+        let heldout = Heldout::open(job, &config)?;
         // Before anything is on the device.
         let (policy, why) = policy::choose(recipe, &config.shape(), job.world, place.free_memory)?;
         job.link.log("INFO", why);
@@ -117,6 +120,7 @@ impl Start {
             replica,
             step,
             notes,
+            heldout,
         })
     }
 }

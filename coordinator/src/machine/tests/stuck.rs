@@ -99,6 +99,18 @@ fn a_long_checkpoint_is_no_stuck_step() {
 }
 
 #[test]
+fn an_evaluation_is_no_stuck_step_and_one_that_never_ends_is_stuck_in_its_rank() {
+    let mut rig = training();
+    rig.step(&[1, 2, 3], 1, 2);
+    let evaluating = (Phase::Evaluating, 2);
+    let told = pass_waiting(&mut rig, 1802, [evaluating; 3], [true, false, true]);
+    assert_eq!(
+        told[0],
+        "rank 1 (b) is stuck: evaluating the state behind step 2 for 1801 s, at most 1800 s; 2 ranks wait for it"
+    );
+}
+
+#[test]
 fn a_checkpoint_that_never_ends_is_stuck_in_rank_0() {
     let mut rig = training();
     let (writing, ahead) = ((Phase::Checkpointing, 2), (Phase::Training, 3));

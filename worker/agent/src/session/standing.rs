@@ -20,7 +20,7 @@ pub(super) struct Standing {
     place: v1::Place,
     /// How long the worker goes on without a coordinator.
     away: Duration,
-    /// Reports on steps, and the checkpoint that waits for the ledger's head, in order.
+    /// Reports on steps, what was measured behind them, and the checkpoint that waits for the ledger's head, in order.
     said: VecDeque<Up>,
     /// How it left.
     farewell: Vec<Up>,

@@ -26,6 +26,8 @@ impl Session {
             Report::Log(line) => self.send_for_current(Up::Log(line), actions),
             // Of a void generation, too: it may be done on all ranks and need not be trained again.
             Report::Step(step) => self.report(Up::Step(step), actions),
+            Report::Evaluated(evaluated) => self.report(Up::Evaluated(evaluated), actions),
+            Report::Gates(gates) => self.report(Up::Gates(gates), actions),
             Report::Held(held) => self.held = Some(held),
             // The coordinator has no use for the rest of a void generation.
             _ if !working => {}
