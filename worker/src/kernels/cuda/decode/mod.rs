@@ -6,22 +6,26 @@
 //! number of rows ([`stages`]). What a step computes is what [`Transformer::advance`](crate::model::Transformer::advance)
 //! computes for spans of single tokens; sums are rounded at other places.
 
+mod buffers;
 mod caches;
 mod graph;
 mod library;
 mod pinned;
 mod stages;
+mod weights;
 
 use std::collections::BTreeMap;
 
 use tch::{Device, Kind, Tensor};
 
 use self::{
+    buffers::Buffers,
     caches::Caches,
     graph::{Graph, Tape},
     library::Library,
     pinned::Pinned,
     stages::{Stage, Ways},
+    weights::{Alive, Layer, Recurrence},
 };
 use super::{
     error::KernelError,
@@ -29,12 +33,7 @@ use super::{
     load,
     tensors::{Tensors, VECTOR, length},
 };
-use crate::model::{
-    ModelConfig, Params, Slots,
-    attention::{decay::gammas, rotary::frequencies},
-    block::LayerParams,
-    slots::SlotLayer,
-};
+use crate::model::{ModelConfig, Params, Slots, block::LayerParams};
 
 /// Columns that a warp reads at once: what widths are multiples of.
 const COLUMNS: i64 = 32;
@@ -117,57 +116,6 @@ pub fn misfit(config: &ModelConfig, kind: Kind) -> Option<String> {
     } else {
         multiple("width", config.dim).or_else(|| multiple("feed-forward width", config.ffn))
     }
-}
-
-/// Pointers to the weights and the state of one block.
-struct Layer {
-    attention_norm: Argument,
-    in_proj: Argument,
-    /// What SUPRA has and softmax has not.
-    supra: Option<Recurrence>,
-    out_proj: Argument,
-    ffn_norm: Argument,
-    w12: Argument,
-    w3: Argument,
-}
-
-/// Pointers to what a SUPRA layer has of its own.
-struct Recurrence {
-    /// Weight and bias of the queries' feature map, then of the keys'.
-    features: [[Argument; 2]; 2],
-    states: Argument,
-}
-
-/// What is between the products; n rows each.
-struct Buffers {
-    /// Token, slot and position of each row: i32 [3, n].
-    inputs: Tensor,
-    /// Residual stream [n, D].
-    x: Tensor,
-    /// [n, D].
-    normed: Tensor,
-    /// q | k | v before the feature maps: [n, (H + 2K) d].
-    projected: Tensor,
-    /// [n, H d] and [n, K d], before bias and ReLU.
-    features: [Tensor; 2],
-    /// Heads' outputs, normed: [n, H d].
-    mixed: Tensor,
-    /// What a layer adds to the stream: [n, D].
-    delta: Tensor,
-    /// [n, 2F].
-    gate_up: Tensor,
-    /// [n, F].
-    gated: Tensor,
-    /// [n, V].
-    logits: Tensor,
-    /// i32 [n].
-    chosen: Tensor,
-    /// fp32 [n, d/2] each.
-    angles: [Tensor; 2],
-    /// fp64 [d/2].
-    frequencies: Tensor,
-    /// fp32 [H].
-    gammas: Tensor,
 }
 
 /// The recorded steps of one model, whose sequences lie in the slots that it was made with.
@@ -473,99 +421,6 @@ fn bucket(rows: i64) -> i64 {
     match power / 4 * 3 {
         fewer if power > 16 && rows <= fewer => fewer,
         _ => power,
-    }
-}
-
-/// Checks tensors, and keeps them alive for the pointers to them.
-struct Alive {
-    tensors: Tensors,
-    kept: Vec<Tensor>,
-}
-
-impl Alive {
-    fn weight(
-        &mut self,
-        name: &'static str,
-        tensor: &Tensor,
-        shape: &[i64],
-    ) -> Result<Argument, KernelError> {
-        self.kept.push(tensor.shallow_clone());
-        self.tensors.vectors(name, tensor, Kind::BFloat16, shape)
-    }
-
-    fn layer(
-        &mut self,
-        config: &ModelConfig,
-        weights: &LayerParams<'_>,
-        memory: &SlotLayer,
-    ) -> Result<Layer, KernelError> {
-        let (d, f) = (config.dim, config.ffn);
-        let (q, k) = (
-            config.heads * config.head_dim,
-            config.kv_heads * config.head_dim,
-        );
-        let supra = match (memory, &weights.features) {
-            (SlotLayer::Supra { state_shde }, Some(features)) => {
-                let maps = [(&features.query, q), (&features.key, k)];
-                let [query, key] = maps.map(|(map, width)| {
-                    Ok([
-                        self.weight("feature map", map.weight, &[width, width])?,
-                        self.weight("feature bias", map.bias, &[width])?,
-                    ])
-                });
-                self.kept.push(state_shde.shallow_clone());
-                let shape = state_shde.size();
-                Some(Recurrence {
-                    features: [query?, key?],
-                    states: self
-                        .tensors
-                        .vectors("state", state_shde, Kind::Float, &shape)?,
-                })
-            }
-            (SlotLayer::Softmax { .. }, None) => None,
-            _ => panic!("invariant: weights and memory are of one attention"),
-        };
-        Ok(Layer {
-            attention_norm: self.weight("attention_norm", weights.attention_norm, &[d])?,
-            in_proj: self.weight("in_proj", weights.in_proj, &[q + 2 * k, d])?,
-            supra,
-            out_proj: self.weight("out_proj", weights.out_proj, &[d, q])?,
-            ffn_norm: self.weight("ffn_norm", weights.ffn_norm, &[d])?,
-            w12: self.weight("w12", weights.w12, &[2 * f, d])?,
-            w3: self.weight("w3", weights.w3, &[d, f])?,
-        })
-    }
-}
-
-impl Buffers {
-    fn new(config: &ModelConfig, n: i64, device: Device) -> Buffers {
-        let (d, f) = (config.dim, config.ffn);
-        let (q, k) = (
-            config.heads * config.head_dim,
-            config.kv_heads * config.head_dim,
-        );
-        let bf16 = |width: i64| Tensor::zeros([n, width], (Kind::BFloat16, device));
-        let supra = config.supra().copied().unwrap_or_default();
-        let numbers =
-            |numbers: &[f64], kind| Tensor::from_slice(numbers).to_kind(kind).to_device(device);
-        let pairs = config.head_dim / 2;
-        let frequencies = frequencies(config.rope_theta, config.head_dim, supra.rope_frequencies);
-        Buffers {
-            inputs: Tensor::zeros([3, n], (Kind::Int, device)),
-            x: bf16(d),
-            normed: bf16(d),
-            projected: bf16(q + 2 * k),
-            features: [bf16(q), bf16(k)],
-            mixed: bf16(q),
-            delta: bf16(d),
-            gate_up: bf16(2 * f),
-            gated: bf16(f),
-            logits: bf16(config.vocab),
-            chosen: Tensor::zeros([n], (Kind::Int, device)),
-            angles: [0, 1].map(|_| Tensor::zeros([n, pairs], (Kind::Float, device))),
-            frequencies: numbers(&frequencies, Kind::Double),
-            gammas: numbers(&gammas(supra.decay, config.heads), Kind::Float),
-        }
     }
 }
 

@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use tch::Tensor;
 
 use super::{
-    COLUMNS, Decoder, Recurrence,
+    COLUMNS, Decoder,
     graph::{Graph, Tape},
     library::{Algorithm, Described, Shape},
+    weights::Recurrence,
 };
 use crate::kernels::cuda::{
     Source,
