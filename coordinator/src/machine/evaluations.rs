@@ -58,7 +58,7 @@ impl Machine {
         let Some(generation) = self
             .generation
             .as_mut()
-            .filter(|generation| generation.stage == Stage::Training)
+            .filter(|it| matches!(it.stage, Stage::Training | Stage::Away { .. }))
         else {
             return;
         };

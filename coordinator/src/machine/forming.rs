@@ -79,8 +79,14 @@ impl Machine {
             return self.roll_back(number, &reason);
         };
         if let Some(mut unapplied) = unapplied {
-            let steps = unapplied.steps.into_iter();
-            for accounted in steps.take_while(|(entry, _)| entry.step <= there) {
+            // In this order: a crash may keep any beginning of it, and nobody measures a state again that is behind.
+            for accounted in unapplied.steps {
+                let step = accounted.0.step;
+                if step > there {
+                    break;
+                }
+                let before = unapplied.measured.up_to(step - 1);
+                self.write_down_measured(number, unapplied.generation, before);
                 self.apply(number, accounted, unapplied.verify_steps);
             }
             let measured = unapplied.measured.up_to(there);
