@@ -37,7 +37,9 @@ impl Server {
         let mut command = programs.worker();
         command.arg("serve").arg("--model").arg(model);
         command.args(["--listen", "127.0.0.1:0"]).args(options);
-        let process = Process::spawn("serve", command, directory)?;
+        // Of its own, so that nothing in it is another server's.
+        let log = tempfile::tempdir_in(directory)?.keep();
+        let process = Process::spawn("serve", command, &log)?;
         let mut server = Server {
             process,
             address: SocketAddr::from(([127, 0, 0, 1], 0)),

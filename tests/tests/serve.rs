@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
+use socket2::SockRef;
 use supra_tests::campaigns::serve::abuse::{self, Abuse};
 use supra_tests::http::{self, connect, get, post, request};
 use supra_tests::models::{convert, quickstart};
@@ -501,6 +502,8 @@ fn a_reader_that_stands_still_stops_nobody_and_is_given_up() -> Result<()> {
         "1000000",
     ])?;
     let mut stream = connect(server.address)?;
+    // Else the system reads ahead for it, megabytes.
+    SockRef::from(&stream).set_recv_buffer_size(4096)?;
     let mut talkative = long(1_000_000);
     talkative["logprobs"] = 20.into();
     stream.write_all(&request(

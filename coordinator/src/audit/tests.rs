@@ -112,7 +112,7 @@ fn the_json_shape_is_stable() {
     let json = serde_json::to_value(audit(finished(), Options::default())).unwrap();
     let mut keys: Vec<_> = json.as_object().unwrap().keys().cloned().collect();
     keys.sort();
-    let expected = "breaks budget_steps budget_tokens checkpoints damaged_checkpoints durable_step files finished generations head more_breaks \
+    let expected = "breaks budget_steps budget_tokens checkpoints damaged_checkpoints durable_step evaluations files finished generations head more_breaks \
                     records run samples skipped steps tokens verdict voided_steps";
     assert_eq!(keys.join(" "), expected);
     assert_eq!(json["verdict"], "ok");

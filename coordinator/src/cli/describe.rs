@@ -317,7 +317,7 @@ mod tests {
             }),
             gates: Some(v1::Gates {
                 step: 800,
-                form_error: 1.25e-6,
+                form_error: 1.2e-6,
                 layers: vec![v1::LayerGates {
                     drift: Some(0.41),
                     dead_keys: 0.01,
