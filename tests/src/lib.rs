@@ -18,6 +18,7 @@ pub mod proxy;
 pub mod report;
 pub mod server;
 pub mod simulation;
+pub mod training;
 pub mod weights;
 
 pub use cluster::{Cluster, Device};

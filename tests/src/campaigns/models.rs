@@ -7,11 +7,12 @@ use std::time::Duration;
 use serde_json::Value;
 
 use crate::cluster::{Cluster, Device};
-use crate::failure::{Failure, Result, While};
+use crate::failure::{Failure, Result};
 use crate::models::{Shape, Text, convert, quickstart};
 use crate::process;
 use crate::programs::{Programs, repository};
 use crate::report::{Row, rounded};
+use crate::training::{Steps, Training};
 
 /// What the report says above its table.
 pub const ABOUT: &str = "A Llama of 29 M parameters (width 512, 9 blocks, 8 query heads on 4 key/value heads, vocabulary 2048) is \
@@ -27,8 +28,13 @@ const SHARE: u64 = 10;
 /// What time allows on one GPU.
 const PRETRAINING: u64 = 100_000_000;
 const LIMIT: Duration = Duration::from_secs(600);
-/// Bins of positions that have a column.
-const SEEN: [u64; 4] = [1, 16, 256, 1024];
+/// Columns for bins of positions, by the first position of each.
+const SEEN: [(&str, u64); 4] = [
+    ("seen_1", 1),
+    ("seen_16", 16),
+    ("seen_256", 256),
+    ("seen_1024", 1024),
+];
 
 /// The campaign.
 #[derive(Clone, Debug)]
@@ -89,20 +95,29 @@ impl Study<'_> {
         let uptraining = pretraining / SHARE;
         let random = format!("{{ path: {}, weights: random }}", shape.display());
 
-        let base = self.train("softmax", "base", &random, pretraining)?;
+        let training = Training {
+            cluster: &self.cluster,
+            device: self.campaign.device,
+            ranks: 1,
+            text: &self.text,
+            steps: self.steps(),
+            directory: self.directory,
+        };
+        let base = training.run("base", "softmax", &random, pretraining)?;
+        let base = base.checkpoint;
         let converted = self.directory.join("converted");
         convert(self.programs, &base, &converted)?;
         let from = format!("{{ path: {} }}", base.display());
-        let uptrained = self.train("supra", "uptrained", &from, uptraining)?;
-        let scratch = self.train("supra", "scratch", &random, pretraining + uptraining)?;
+        let uptrained = training.run("uptrained", "supra", &from, uptraining)?;
+        let scratch = training.run("scratch", "supra", &random, pretraining + uptraining)?;
 
         let models = [
             ("softmax base", &base, pretraining),
             ("converted, before uptraining", &converted, 0),
-            ("SUPRA, uptrained", &uptrained, uptraining),
+            ("SUPRA, uptrained", &uptrained.checkpoint, uptraining),
             (
                 "SUPRA from random weights",
-                &scratch,
+                &scratch.checkpoint,
                 pretraining + uptraining,
             ),
         ];
@@ -118,107 +133,83 @@ impl Study<'_> {
         Ok(measured.into_iter().map(|(row, _)| row).collect())
     }
 
-    /// Trains a recipe to its end, audits it, and gives its last checkpoint.
-    fn train(&self, attention: &str, name: &str, base: &str, budget: u64) -> Result<PathBuf> {
-        let (batch, length, micro, lr) = match self.campaign.quick {
-            true => (2048, 128, 8, "5e-3"),
-            false => (32_768, 512, 32, "1e-3"),
-        };
-        let warmup = (budget / batch / 20).clamp(1, 200);
-        // Many a processor multiplies bf16 ten times slower than fp32.
-        let precision = match self.campaign.device {
-            Device::Cpu => "fp32",
-            Device::Cuda => "bf16",
-        };
-        let recipe = format!(
-            "name: {name}\n\
-             base: {base}\n\
-             attention: {attention}\n\
-             model: {{ precision: {precision} }}\n\
-             data: {{ train: {data}, repeat: true }}\n\
-             budget: {{ tokens: {budget} }}\n\
-             batch: {{ tokens: {batch}, micro_batch: {micro}, sequence_length: {length} }}\n\
-             optimizer: {{ lr: {lr}, final_lr: 1e-4, warmup: {warmup} steps }}\n\
-             checkpoint: {{ every_tokens: {budget} }}\n\
-             workers: {{ min: 1, max: 1 }}\n",
-            data = self.text.train.display(),
-        );
-        let path = self.directory.join(format!("{name}.yaml"));
-        fs::write(&path, recipe)?;
-        let run = self.cluster.submit(&path)?;
-        let end = self.cluster.wait_finished(&run, LIMIT).while_doing(name)?;
-        self.cluster.audit(&run)?;
-        println!("{name}: loss {:.4} after {} tokens", end.loss, end.tokens);
-        self.cluster.last_checkpoint(&run)
+    fn steps(&self) -> Steps {
+        if self.campaign.quick {
+            Steps::QUICK
+        } else {
+            Steps {
+                tokens: 32_768,
+                micro_batch: 32,
+                length: 512,
+                lr: "1e-3",
+            }
+        }
     }
 
     /// A row for a model, and its loss.
     fn measure(&self, name: &str, model: &Path, tokens: u64) -> Result<(Row, f64)> {
-        let evals = &self.campaign.evals;
-        let lambada = ["lambada_openai.jsonl", "lambada.jsonl"].map(|file| evals.join(file));
-        let [openai, own] = &lambada;
-        let lambada = if openai.exists() { openai } else { own };
-        let task = |name: &str, file: &Path| format!("{name}={}", file.display());
-        let (arc_easy, lambada) = (
-            task("arc_easy", &evals.join("arc_easy.jsonl")),
-            task("lambada", lambada),
-        );
-        let mut tasks = vec!["--task", &arc_easy, "--delimiter", "Answer: "];
-        let mut cloze = vec!["--task", &lambada];
-        let mut short = vec!["--sequence-length", "512"];
-        let mut long = vec!["--sequence-length", "2048"];
+        let row = Row::new().with("model", name).with("tokens", tokens);
+        let (row, loss) = self.read(row, model)?;
+        Ok((self.answer(row, model)?, loss))
+    }
+
+    /// Columns for held-out text.
+    fn read(&self, mut row: Row, model: &Path) -> Result<(Row, f64)> {
+        let heldout = self.text.heldout.display().to_string();
+        let mut short = vec!["--data", &heldout, "--sequence-length", "512"];
+        let mut long = vec!["--data", &heldout, "--sequence-length", "2048"];
         if self.campaign.quick {
-            tasks.extend(["--limit", "8"]);
-            cloze.extend(["--limit", "8"]);
             short.extend(["--windows", "8"]);
             long.extend(["--windows", "2"]);
         }
-        let heldout = self.text.heldout.display().to_string();
-        for arguments in [&mut short, &mut long] {
-            arguments.extend(["--data", &heldout]);
-        }
-        let answers = [short, long, tasks, cloze].map(|arguments| self.eval(model, &arguments));
-        let [text, positions, arc_easy, lambada] = answers;
-        let (text, positions) = (text?, positions?);
-        let (arc_easy, lambada) = (arc_easy?, lambada?);
+        let (text, positions) = (self.eval(model, &short)?, self.eval(model, &long)?);
         let loss = number(&text, "/loss")?;
-        let mut row = Row::new()
-            .with("model", name)
-            .with("tokens", tokens)
-            .with("heldout_loss", rounded(loss, 4))
-            .with(
-                "heldout_loss_stderr",
-                rounded(number(&text, "/loss_stderr")?, 4),
-            )
-            .with(
-                "bits_per_byte",
-                rounded(number(&text, "/bits_per_byte")?, 4),
-            );
-        const COLUMNS: [&str; SEEN.len()] = ["seen_1", "seen_16", "seen_256", "seen_1024"];
-        for (column, first) in COLUMNS.into_iter().zip(SEEN) {
-            let bins = positions["positions"]
-                .as_array()
-                .map_or(&[][..], Vec::as_slice);
+        for (column, value) in [
+            ("heldout_loss", loss),
+            ("heldout_loss_stderr", number(&text, "/loss_stderr")?),
+            ("bits_per_byte", number(&text, "/bits_per_byte")?),
+        ] {
+            row = row.with(column, rounded(value, 4));
+        }
+        let bins = positions["positions"].as_array();
+        let bins = bins.map_or(&[][..], Vec::as_slice);
+        for (column, first) in SEEN {
             let bin = bins.iter().find(|bin| bin["first"] == first);
             let loss = bin.and_then(|bin| bin["loss"].as_f64());
             row = row.with(column, loss.map(|loss| rounded(loss, 3)));
         }
-        for (answer, column, error, metric, digits) in [
-            (&arc_easy, "arc_easy", "arc_easy_stderr", "acc", 4),
+        Ok((row, loss))
+    }
+
+    /// Columns for tasks.
+    fn answer(&self, mut row: Row, model: &Path) -> Result<Row> {
+        let evals = &self.campaign.evals;
+        let [openai, own] = ["lambada_openai.jsonl", "lambada.jsonl"].map(|file| evals.join(file));
+        let lambada = if openai.exists() { openai } else { own };
+        let task = |name: &str, file: &Path| format!("{name}={}", file.display());
+        let arc_easy = task("arc_easy", &evals.join("arc_easy.jsonl"));
+        let lambada = task("lambada", &lambada);
+        let mut choice = vec!["--task", &arc_easy, "--delimiter", "Answer: "];
+        let mut cloze = vec!["--task", &lambada];
+        if self.campaign.quick {
+            choice.extend(["--limit", "8"]);
+            cloze.extend(["--limit", "8"]);
+        }
+        let (choice, cloze) = (self.eval(model, &choice)?, self.eval(model, &cloze)?);
+        for (answer, metric, digits, [column, error]) in [
+            (&choice, "acc", 4, ["arc_easy", "arc_easy_stderr"]),
             (
-                &arc_easy,
-                "arc_easy_norm",
-                "arc_easy_norm_stderr",
+                &choice,
                 "acc_norm",
                 4,
+                ["arc_easy_norm", "arc_easy_norm_stderr"],
             ),
-            (&lambada, "lambada", "lambada_stderr", "acc", 4),
+            (&cloze, "acc", 4, ["lambada", "lambada_stderr"]),
             (
-                &lambada,
-                "lambada_perplexity",
-                "lambada_perplexity_stderr",
+                &cloze,
                 "perplexity",
                 1,
+                ["lambada_perplexity", "lambada_perplexity_stderr"],
             ),
         ] {
             let of = |what: &str| number(answer, &format!("/tasks/0/metrics/{metric}/{what}"));
@@ -226,7 +217,7 @@ impl Study<'_> {
                 .with(column, rounded(of("value")?, digits))
                 .with(error, rounded(of("stderr")?, digits));
         }
-        Ok((row, loss))
+        Ok(row)
     }
 
     fn eval(&self, model: &Path, arguments: &[&str]) -> Result<Value> {

@@ -1,15 +1,14 @@
 //! The whole method at once, by the orchestrator: a softmax model is pretrained from random weights and uptrained on 5 %
 //! of its tokens, by one rank and by two.
 
-use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use crate::cluster::{Cluster, Device};
-use crate::failure::{Failure, Result, While};
+use crate::failure::{Failure, Result};
 use crate::models::{Evaluation, Shape, Text, convert};
 use crate::programs::Programs;
 use crate::report::{Row, rounded};
+use crate::training::{Steps, Trained, Training};
 
 /// What the report says above its table.
 pub const ABOUT: &str = "A Llama of 29 M parameters (width 512, 9 blocks, 8 query heads on 4 key/value heads) is pretrained with \
@@ -26,7 +25,6 @@ const SHARE: u64 = 20;
 const PASSES: u64 = 6;
 /// What time allows on one GPU.
 const MOST_TOKENS: u64 = 48_000_000;
-const LIMIT: Duration = Duration::from_secs(300);
 
 /// The campaign.
 #[derive(Clone, Debug)]
@@ -86,24 +84,25 @@ struct Study<'a> {
     pretraining: u64,
 }
 
-/// A run that has ended.
-struct Trained {
-    checkpoint: PathBuf,
-    tokens: u64,
-    tokens_per_second: f64,
-}
-
 impl Study<'_> {
     fn run(&self) -> Result<Vec<Row>> {
         let shape = format!("{{ path: {}, weights: random }}", self.shape.display());
         let uptraining = self.pretraining / SHARE;
 
-        let base = self.train("softmax", "base", &shape, self.pretraining)?;
+        let training = Training {
+            cluster: &self.cluster,
+            device: self.campaign.device,
+            ranks: self.ranks,
+            text: self.text,
+            steps: self.steps(),
+            directory: &self.directory,
+        };
+        let base = training.run("base", "softmax", &shape, self.pretraining)?;
         let converted = self.directory.join("converted");
         convert(self.programs, &base.checkpoint, &converted)?;
         let from = format!("{{ path: {} }}", base.checkpoint.display());
-        let uptrained = self.train("supra", "uptrained", &from, uptraining)?;
-        let random = self.train("supra", "random", &shape, uptraining)?;
+        let uptrained = training.run("uptrained", "supra", &from, uptraining)?;
+        let random = training.run("random", "supra", &shape, uptraining)?;
 
         let losses = [
             &base.checkpoint,
@@ -141,69 +140,23 @@ impl Study<'_> {
         Ok(rows)
     }
 
-    /// Trains a recipe to its end, and audits it.
-    fn train(&self, attention: &str, name: &str, base: &str, budget: u64) -> Result<Trained> {
-        let Study { text, ranks, .. } = self;
-        let (batch, length, micro, lr) = self.size();
-        // As long as a twentieth of the run, a step at least.
-        let warmup = (budget / batch / 20).max(1);
-        // Many a processor multiplies bf16 ten times slower than fp32.
-        let precision = match self.campaign.device {
-            Device::Cpu => "fp32",
-            Device::Cuda => "bf16",
-        };
-        let recipe = format!(
-            "name: {name}\n\
-             base: {base}\n\
-             attention: {attention}\n\
-             model: {{ precision: {precision} }}\n\
-             data: {{ train: {data}, repeat: true }}\n\
-             budget: {{ tokens: {budget} }}\n\
-             batch: {{ tokens: {batch}, micro_batch: {micro}, sequence_length: {length} }}\n\
-             optimizer: {{ lr: {lr}, final_lr: 1e-4, warmup: {warmup} steps }}\n\
-             checkpoint: {{ every_tokens: {budget} }}\n\
-             workers: {{ min: {ranks}, max: {ranks} }}\n",
-            data = text.train.display(),
-        );
-        let path = self.directory.join(format!("{name}.yaml"));
-        fs::write(&path, recipe)?;
-        let run = self.cluster.submit(&path)?;
-        let end = self
-            .cluster
-            .wait_finished(&run, LIMIT)
-            .while_doing(format_args!("{name}, ranks: {ranks}"))?;
-        self.cluster.audit(&run)?;
-        let seconds: f64 = self
-            .cluster
-            .metrics(&run)?
-            .iter()
-            .map(|step| step.seconds)
-            .sum();
-        println!(
-            "{name}, ranks: {ranks}: loss {:.4} after {} tokens, {seconds:.1} s",
-            end.loss, end.tokens
-        );
-        Ok(Trained {
-            checkpoint: self.cluster.last_checkpoint(&run)?,
-            tokens: end.tokens,
-            tokens_per_second: end.tokens as f64 / seconds,
-        })
-    }
-
-    /// Tokens of a step and of a sample, samples of a micro-batch, and the highest learning rate.
-    fn size(&self) -> (u64, u32, u32, &'static str) {
+    fn steps(&self) -> Steps {
         if self.campaign.quick {
-            (2048, 128, 8, "5e-3")
+            Steps::QUICK
         } else {
-            (16_384, 512, 16, "1e-3")
+            Steps {
+                tokens: 16_384,
+                micro_batch: 16,
+                length: 512,
+                lr: "1e-3",
+            }
         }
     }
 
     fn evaluate(&self, model: &Path) -> Result<f64> {
-        let (_, length, ..) = self.size();
         let evaluation = Evaluation {
             heldout: &self.text.heldout,
-            length,
+            length: self.steps().length,
             windows: self.campaign.quick.then_some(32),
             device: self.campaign.device,
         };

@@ -20,6 +20,7 @@ mod error;
 mod files;
 mod groups;
 mod guard;
+mod headers;
 mod index;
 mod inspect;
 mod loader;

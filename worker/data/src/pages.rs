@@ -25,6 +25,7 @@ use parquet::schema::types::ColumnDescPtr;
 
 use crate::DataError;
 use crate::guard::guarded;
+use crate::headers::Paged;
 
 /// Where a page lies in its file, header included.
 #[derive(Debug, Clone, Copy)]
@@ -59,7 +60,7 @@ impl Chart {
 
 /// A file that remembers where the last read of a page's body ended, which is where the next page's header begins.
 struct Watched {
-    file: File,
+    file: Paged,
     end: AtomicU64,
 }
 
@@ -141,7 +142,7 @@ impl Pages {
         let file = file.try_clone().map_err(DataError::io("read", path))?;
         let column = chunk.column_descr_ptr();
         let watched = Arc::new(Watched {
-            file,
+            file: Paged(file),
             end: AtomicU64::new(chunk.byte_range().0),
         });
         let locations = some.map(|(chart, pages)| chart.locations(pages));

@@ -21,6 +21,7 @@ use parquet::file::metadata::ParquetMetaData;
 
 use crate::DataError;
 use crate::guard::guarded;
+use crate::headers::{Footer, Paged};
 use crate::pages::{BadValue, Chart, Pages, Trouble};
 use crate::rows::{Batch, Extent, Rows};
 
@@ -46,14 +47,15 @@ impl ColumnFile {
             ));
         }
         let options = ArrowReaderOptions::new().with_skip_arrow_metadata(true);
-        let metadata = guarded(|| ArrowReaderMetadata::load(&file, options)).map_err(|source| {
-            DataError::Parquet {
-                path: path.to_owned(),
-                place: String::new(),
-                source,
-                remedy: INCOMPLETE,
-            }
-        })?;
+        let metadata =
+            guarded(|| ArrowReaderMetadata::load(&Footer(&file), options)).map_err(|source| {
+                DataError::Parquet {
+                    path: path.to_owned(),
+                    place: String::new(),
+                    source,
+                    remedy: INCOMPLETE,
+                }
+            })?;
         let fields = metadata.schema().fields();
         let Some(column) = fields.iter().position(|field| field.name() == column) else {
             let names: Vec<_> = fields.iter().map(|field| field.name().as_str()).collect();
@@ -151,7 +153,7 @@ impl ColumnFile {
             .try_clone()
             .map_err(DataError::io("read", &self.path))?;
         let builder =
-            ParquetRecordBatchReaderBuilder::new_with_metadata(file, self.metadata.clone())
+            ParquetRecordBatchReaderBuilder::new_with_metadata(Paged(file), self.metadata.clone())
                 .with_row_groups(vec![group])
                 .with_projection(ProjectionMask::roots(
                     self.metadata().file_metadata().schema_descr(),

@@ -1,9 +1,10 @@
 //! Choosing the next token from logits.
 
-use std::{borrow::Cow, collections::BTreeSet, f32::consts::LOG2_E};
+use std::{borrow::Cow, collections::BTreeSet};
 
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use wide::f32x8;
 
 /// How tokens are drawn. The filters apply in this order, as in Hugging Face's library; each keeps at least the likeliest token.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -129,14 +130,16 @@ impl Sampler {
         } = self.sampling;
         // Finite, so that the likeliest token weighs 1 however small the temperature.
         let sharpness = (1.0 / temperature).min(f32::MAX.into()) as f32;
-        let weight = |logit: f32| f64::from(exp((logit - best) * sharpness));
         if top_k == 0 && top_p >= 1.0 && min_p <= 0.0 {
-            let finite = (0..).zip(logits).filter(|(_, logit)| logit.is_finite());
-            return finite
-                .map(|(token, &logit)| (token, weight(logit)))
-                .collect();
+            let all = logits.chunks(LANES);
+            let all = all.flat_map(|some| weights(some, best, sharpness));
+            return (0..).zip(all.map(f64::from)).take(logits.len()).collect();
         }
-        let mut ranked = Ranked::new(logits).map(|token| (token, weight(logits[token as usize])));
+        let weight = |token: u32| {
+            let [weight, ..] = weights(&[logits[token as usize]], best, sharpness);
+            (token, f64::from(weight))
+        };
+        let mut ranked = Ranked::new(logits).map(weight);
         let (head, sum) = match top_k {
             0 => (Vec::new(), exp_sum(logits, best, sharpness)),
             _ => {
@@ -244,45 +247,25 @@ fn normalizer(logits: &[f32]) -> Option<f64> {
 
 /// Sum of exp((logit - greatest) * sharpness) over the finite logits, of which none is greater.
 fn exp_sum(logits: &[f32], greatest: f32, sharpness: f32) -> f64 {
-    // Several sums side by side, which the processor adds at once; none so long that fp32 loses anything.
-    const LANES: usize = 8;
-    let term = |logit: f32| exp((logit - greatest) * sharpness);
+    // None so long that fp32 loses anything.
     let block = |block: &[f32]| {
-        let (rows, rest) = block.as_chunks::<LANES>();
-        let mut sums = [0f32; LANES];
-        for row in rows {
-            for (sum, &logit) in sums.iter_mut().zip(row) {
-                *sum += term(logit);
-            }
-        }
-        let rest = rest.iter().map(|&logit| term(logit));
-        f64::from(sums.into_iter().chain(rest).sum::<f32>())
+        let terms = block.chunks(LANES);
+        let terms = terms.map(|some| f32x8::new(weights(some, greatest, sharpness)));
+        f64::from(terms.sum::<f32x8>().reduce_add())
     };
     logits.chunks(256 * LANES).map(block).sum()
 }
 
-/// exp(x) of x from -87 to 0 with a relative error of some 1e-7; nothing worth mentioning of anything else. Every sampled token
-/// costs as many as the vocabulary has, and the library's exp, which is not made for many numbers at once, takes seven times as
-/// long. exp(x) = 2^n exp(r) with |r| <= ln(2)/2; the polynomial is that of Cephes.
-#[inline]
-fn exp(x: f32) -> f32 {
-    /// Added to a small number it leaves the nearest integer in the lowest bits.
-    const ROUND: f32 = 1.5 * (1u32 << 23) as f32;
-    /// ln 2 in two parts, of which the first has few bits.
-    const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
-    let x = if x > -87.0 && x <= 0.0 { x } else { -87.0 };
-    let rounded = x * LOG2_E + ROUND;
-    let n = rounded - ROUND;
-    let r = x - n * LN_2[0] - n * LN_2[1];
-    let p = 1.987_569_1e-4;
-    let p = p * r + 1.398_199_9e-3;
-    let p = p * r + 8.333_452e-3;
-    let p = p * r + 4.166_579_6e-2;
-    let p = p * r + 1.666_666_5e-1;
-    let p = p * r + 0.5;
-    let p = p * r * r + r + 1.0;
-    let power = f32::from_bits((rounded.to_bits() << 23).wrapping_add(1f32.to_bits()));
-    p * power
+/// Numbers that the processor works on at once: every sampled token costs as many exponentials as the vocabulary has.
+const LANES: usize = 8;
+
+/// exp((logit - greatest) * sharpness) of up to [`LANES`] logits, of which none is greater; 0 where a logit is not finite or missing.
+fn weights(logits: &[f32], greatest: f32, sharpness: f32) -> [f32; LANES] {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    lanes[..logits.len()].copy_from_slice(logits);
+    let logits = f32x8::new(lanes);
+    let weights = ((logits - f32x8::splat(greatest)) * f32x8::splat(sharpness)).exp();
+    logits.is_finite().select(weights, f32x8::ZERO).to_array()
 }
 
 #[cfg(test)]
@@ -374,15 +357,19 @@ mod tests {
     }
 
     #[test]
-    fn exp_is_exp() {
+    fn weights_are_exponentials() {
         for x in (0..87_000).map(|x| x as f32 * -1e-3) {
             let exact = f64::from(x).exp();
-            let error = (f64::from(exp(x)) - exact).abs() / exact;
+            let [.., weight] = weights(
+                &[f32::NAN, -1.0, f32::INFINITY, 0.0, -1.0, -1.0, -1.0, x],
+                0.0,
+                1.0,
+            );
+            let error = (f64::from(weight) - exact).abs() / exact;
             assert!(error < 2e-7, "{x}: {error:e}");
         }
-        for x in [-88.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            assert!((0.0..1e-37).contains(&exp(x)), "{x}");
-        }
+        let strange = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -1e30];
+        assert_eq!(weights(&strange, 3.0, 2.0), [0.0; LANES]);
     }
 
     #[test]
