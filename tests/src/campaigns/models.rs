@@ -88,7 +88,7 @@ struct Study<'a> {
 impl Study<'_> {
     fn run(&self, shape: &Path) -> Result<Vec<Row>> {
         let pretraining = if self.campaign.quick {
-            100_000
+            400_000
         } else {
             PRETRAINING
         };
