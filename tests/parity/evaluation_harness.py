@@ -30,7 +30,8 @@ from transformers_exports import Comparison
 
 # What one form of the model may round differently from another, in nats of a whole continuation.
 FP32_BOUND = 2e-3
-CONTEXT = 1024
+# Most tokens that a model reads. The base sees 256: one of them is the answer's last, one is generated, which the harness asks for.
+BASE_CONTEXT, CONVERTED_CONTEXT = 254, 1024
 
 
 def own_task(file: str, harness: str, split: str = "validation") -> dict:
@@ -121,7 +122,7 @@ class Harness:
         (self.work / f"{name}.yaml").write_text(json.dumps(config))
         return data
 
-    def run(self, server: Server, model: Path, names: list[str], shots: int) -> tuple[dict, dict]:
+    def run(self, server: Server, model: Path, context: int, names: list[str], shots: int) -> tuple[dict, dict]:
         """Figures by task, and items by task, in the order of the file."""
         found = lm_eval.simple_evaluate(
             model="local-completions",
@@ -132,7 +133,7 @@ class Harness:
                 tokenizer_backend="huggingface",
                 # As our `eval`: the tokens that the tokenizer adds by itself, and contexts cut at the same place.
                 add_bos_token=True,
-                max_length=CONTEXT + 2,
+                max_length=context + 2,
                 num_concurrent=4,
             ),
             tasks=[f"supra_{name}" for name in names],
@@ -147,11 +148,11 @@ class Harness:
         return {name: found["results"][f"supra_{name}"] for name in names}, samples
 
 
-def evaluate(worker: Path, model: Path, dtype: str, files: dict[str, Path], work: Path, *more: str) -> tuple[dict, dict]:
+def evaluate(worker: Path, model: Path, context: int, dtype: str, files: dict[str, Path], work: Path, *more: str) -> tuple[dict, dict]:
     """The same by `supra-worker eval`."""
     items = work / "items.jsonl"
     tasks = [argument for name, file in files.items() for argument in ("--task", f"{name}={file}")]
-    command = [worker, "eval", "--model", model, "--dtype", dtype, "--context", str(CONTEXT), "--items", items, "--json", *tasks, *more]
+    command = [worker, "eval", "--model", model, "--dtype", dtype, "--context", str(context), "--items", items, "--json", *tasks, *more]
     answer = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     lines = [json.loads(line) for line in items.read_text().splitlines()]
     figures = {task["task"]: task["metrics"] for task in answer["tasks"]}
@@ -204,15 +205,15 @@ def main() -> int:
                 files[name] = harness.write(name, task | dict(file=str(Path(evals).resolve() / file), split="test"), limit)
         mmlu = {subject: mmlu_subject(harness, subject, work) for subject in subjects(root)}
 
-        for model in (base, converted):
+        for model, context in ((base, BASE_CONTEXT), (converted, CONVERTED_CONTEXT)):
             for dtype in ("fp32", "bf16"):
                 what = f"{model.name}: {dtype}"
                 with Server(worker, model, dtype, work / "serve.log") as server:
-                    theirs = harness.run(server, model, list(files), 0)
-                    examples = harness.run(server, model, list(mmlu), SHOTS)
-                compare(comparison, what, dtype == "fp32", theirs, evaluate(worker, model, dtype, files, work))
+                    theirs = harness.run(server, model, context, list(files), 0)
+                    examples = harness.run(server, model, context, list(mmlu), SHOTS)
+                compare(comparison, what, dtype == "fp32", theirs, evaluate(worker, model, context, dtype, files, work))
                 more = ["--shots", str(SHOTS), "--shots-from", root / "tests/evals/mmlu_dev.jsonl"]
-                compare(comparison, what, dtype == "fp32", examples, evaluate(worker, model, dtype, mmlu, work, *more))
+                compare(comparison, what, dtype == "fp32", examples, evaluate(worker, model, context, dtype, mmlu, work, *more))
     print(comparison.table())
     return int(comparison.failures > 0)
 
