@@ -105,7 +105,7 @@ fn a_reader_that_stands_still_stops_nobody_and_is_given_up() -> Result<()> {
 fn a_server_that_is_told_to_stop_ends_its_answers_first() -> Result<()> {
     let stage = Stage::new()?;
     let mut server = stage.serve(&["--slots", "2", "--grace", "60"])?;
-    let mut under_way = server.stream(&long(1500))?;
+    let mut under_way = server.stream(&long(600))?;
     assert!(under_way.data()?.is_some());
     server.process.signal(Signal::SIGTERM)?;
     while get(server.address, "/health")?.status == 200 {
