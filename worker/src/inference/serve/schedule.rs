@@ -4,14 +4,13 @@
 //! slot at once. Every turn takes all sequences that draw tokens and a bounded piece of prompts, so that a long prompt slows the
 //! others down and does not stop them. What several prompts begin with is read once and forked.
 
-use std::{
-    collections::{BTreeSet, VecDeque},
-    fmt::Display,
-    sync::Arc,
-};
+mod running;
+
+use std::{collections::VecDeque, fmt::Display, sync::Arc};
 
 use rayon::prelude::*;
 
+use self::running::Running;
 use super::{
     fault::Fault,
     prefixes::{Prefixes, SHORTEST, common},
@@ -19,7 +18,7 @@ use super::{
 use crate::inference::{
     completion::Finish,
     engine::{Output, Want},
-    sampler::{Sampler, Sampling, likeliest},
+    sampler::Sampling,
     score::Score,
 };
 
@@ -127,20 +126,6 @@ struct Waiting {
     order: Order,
 }
 
-/// A completion in a slot.
-struct Running<S> {
-    key: Key,
-    order: Order,
-    slot: S,
-    sampler: Sampler,
-    /// Tokens of the prompt that are read.
-    read: usize,
-    /// Where others wait for the state.
-    marks: BTreeSet<usize>,
-    /// New tokens; all but the last are read.
-    drawn: Vec<u32>,
-}
-
 /// The sequences of one model.
 pub struct Schedule<M: Machine> {
     waiting: VecDeque<Waiting>,
@@ -246,15 +231,7 @@ impl<M: Machine> Schedule<M> {
             let Some(Waiting { key, order }) = self.waiting.remove(at) else {
                 return machine.close(slot);
             };
-            self.running.push(Running {
-                sampler: Sampler::new(order.sampling, &order.prompt),
-                key,
-                order,
-                slot,
-                read,
-                marks: BTreeSet::new(),
-                drawn: Vec::new(),
-            });
+            self.running.push(Running::new(key, order, slot, read));
         }
     }
 
@@ -407,105 +384,6 @@ fn keep<M: Machine>(
     if let Some(slot) = prefixes.keep(tokens, slot) {
         machine.close(slot);
     }
-}
-
-impl<S> Running<S> {
-    /// Whether the prompt is not read yet.
-    fn reads(&self) -> bool {
-        self.read < self.order.prompt.len()
-    }
-
-    /// Where the piece of the prompt that is read next has to end. What follows the last token is drawn, and not scored.
-    fn stop(&self) -> usize {
-        let length = self.order.prompt.len();
-        let scored = self.order.score_prompt && self.read + 1 < length;
-        let end = if scored { length - 1 } else { length };
-        let mark = self.marks.range(self.read + 1..).next();
-        mark.map_or(end, |&mark| mark.min(end))
-    }
-
-    fn turn(&self, end: usize) -> Option<Turn<'_, S>> {
-        let prompt = &self.order.prompt;
-        let (tokens, want) = if !self.reads() {
-            (self.drawn.last().map(std::slice::from_ref)?, self.draw())
-        } else if end == prompt.len() {
-            (&prompt[self.read..], self.draw())
-        } else if self.order.score_prompt {
-            let next = &prompt[self.read + 1..end + 1];
-            let top = self.order.top.unwrap_or(0);
-            (&prompt[self.read..end], Want::Scores { next, top })
-        } else {
-            (&prompt[self.read..end], Want::Nothing)
-        };
-        Some(Turn {
-            slot: &self.slot,
-            tokens,
-            want,
-        })
-    }
-
-    /// What a token is drawn from: where only the likeliest one matters, no logits have to come from the device.
-    fn draw(&self) -> Want<'static> {
-        match self.order.top.is_none() && is_greedy(&self.order.sampling) {
-            true => Want::Greedy,
-            false => Want::Logits,
-        }
-    }
-
-    fn take(&mut self, output: Output) -> Vec<Event> {
-        match output {
-            Output::Nothing => Vec::new(),
-            Output::Scores(scores) => {
-                let last = self.read + 1 == self.order.prompt.len() && self.order.max_tokens == 0;
-                let end = last.then_some(Event::Finished(Finish::Length));
-                [Event::Scores(scores)].into_iter().chain(end).collect()
-            }
-            Output::Greedy(token) => self.add(Drawn {
-                token,
-                logprob: None,
-                top: Vec::new(),
-            }),
-            Output::Logits(logits) => match self.sampler.pick(&logits) {
-                Some(choice) => self.add(Drawn {
-                    token: choice.token,
-                    logprob: self.order.top.map(|_| choice.logprob),
-                    top: (self.order.top).map_or_else(Vec::new, |top| likeliest(&logits, top)),
-                }),
-                None => vec![Event::Failed(Fault::internal(
-                    "the model's logits are not numbers: its weights are damaged or did not converge",
-                ))],
-            },
-        }
-    }
-
-    fn add(&mut self, drawn: Drawn) -> Vec<Event> {
-        if self.order.stop_tokens.contains(&drawn.token) {
-            return vec![Event::Finished(Finish::Stop)];
-        }
-        self.drawn.push(drawn.token);
-        let full = self.drawn.len() >= self.order.max_tokens;
-        let end = full.then_some(Event::Finished(Finish::Length));
-        [Event::Token(drawn)].into_iter().chain(end).collect()
-    }
-
-    /// The tokens whose state is in the slot.
-    fn seen(&self) -> Vec<u32> {
-        let mut tokens = self.order.prompt[..self.read].to_vec();
-        // The last one was never put in, unless a token that is not told followed it.
-        let ended = self.drawn.len() < self.order.max_tokens;
-        let read = if ended {
-            self.drawn.len()
-        } else {
-            self.drawn.len().saturating_sub(1)
-        };
-        tokens.extend(&self.drawn[..read]);
-        tokens
-    }
-}
-
-/// Whether only the likeliest token counts, whatever stands before it.
-fn is_greedy(sampling: &Sampling) -> bool {
-    sampling.temperature <= 0.0 && sampling.repetition_penalty == 1.0
 }
 
 #[cfg(test)]
