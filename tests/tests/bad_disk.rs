@@ -147,8 +147,9 @@ fn a_full_disk_is_told_and_costs_nothing_that_was_saved() -> Result<()> {
     cluster.adopt_worker("w0", worker)?;
     let run = stage.submit(&cluster, &checkpoints_to(&to, 1))?;
     wait_told(&cluster, &run, &["no room", &to.to_string_lossy()])?;
-    // A worker with room finishes the run.
+    // A worker with room finishes the run. The loss of the other one may be what the run fails of.
     cluster.remove_worker("w0")?;
+    cluster.wait_attached(0, LIMIT)?;
     cluster.start_worker("w1")?;
     if cluster.supra_json(&["status", &run])?["state"] == "failed" {
         cluster.supra(&["resume", &run])?.expect_code(0)?;
