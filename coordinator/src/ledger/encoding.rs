@@ -1,6 +1,6 @@
 //! The canonical bytes of a ledger body: what is hashed and stored.
 
-use super::{Body, Evaluation, Hash, Open, Step};
+use super::{Body, Evaluation, Hash, Open, Step, loss_bits};
 
 const OPEN: u8 = 1;
 const STEP: u8 = 2;
@@ -121,7 +121,7 @@ impl Body {
                 generation: input.number()?,
                 step: input.number()?,
                 windows: input.number()?,
-                loss_bits: input.number()?,
+                loss_bits: input.loss()?,
                 targets: input.number()?,
             }),
             CLOSE => Body::Close {
@@ -176,6 +176,12 @@ impl Reader<'_> {
 
     fn number(&mut self) -> Option<u64> {
         self.take().map(u64::from_le_bytes)
+    }
+
+    /// The bits of a loss in the one form that [`loss_bits`] gives them.
+    fn loss(&mut self) -> Option<u64> {
+        self.number()
+            .filter(|bits| loss_bits(f64::from_bits(*bits)) == *bits)
     }
 
     fn raw(&mut self) -> Option<Hash> {
