@@ -15,6 +15,7 @@ compile_error!(
     "token files and checksums are little-endian, and are read and taken as they lie in memory"
 );
 
+mod compact;
 mod directories;
 mod error;
 mod files;
