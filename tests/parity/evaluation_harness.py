@@ -5,7 +5,7 @@
 The harness makes its own prompts: of its own task files where it has them (HellaSwag, PIQA, WinoGrande, ARC, MMLU with its examples, LAMBADA),
 with the data taken from tests/evals, and of `query`, `choices`, `gold` and `context`, `continuation`. It reads the model through the server's
 `/v1/completions`, as token ids with `echo` and `logprobs`. A softmax model and a SUPRA model are compared, in fp32 (every item alike) and
-in bf16 (figures within a standard error, differing items listed). SUPRA_EVALS=FOLDER adds the whole arc_easy.jsonl and lambada_openai.jsonl of that
+in bf16 (figures within a standard error, differing items listed). SUPRA_EVALS=FOLDER adds arc_easy.jsonl and lambada_openai.jsonl of that
 folder, up to SUPRA_EVALS_LIMIT items of each (default 200).
 """
 
