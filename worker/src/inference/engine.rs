@@ -4,20 +4,24 @@
 //! cache that grows. Sequences come and go independently of each other, and what one of them gives does not depend on which
 //! others are there.
 
-use std::ops::Range;
+use std::{ops::Range, rc::Rc};
 
-use tch::{Device, TchError, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 use thiserror::Error;
 
 use super::{
     load::LoadedModel,
+    reader::Reader,
     rows::Rows,
     score::{Score, scores},
 };
 use crate::{
     kernels::{
-        KernelError,
-        cuda::decode::{self, Decoder, Row},
+        CudaKernels, KernelError,
+        cuda::{
+            self,
+            decode::{self, Decoder, Row},
+        },
     },
     model::{ModelError, Slots, attention::ragged::Span},
 };
@@ -148,6 +152,8 @@ pub struct Engine {
     memory: Slots,
     /// What computes single tokens, where they can be recorded.
     decoder: Option<Decoder>,
+    /// What reads more tokens at once, where there are kernels for the model.
+    reader: Option<Reader>,
     free: Vec<usize>,
     vocabulary: u32,
 }
@@ -169,12 +175,19 @@ impl Engine {
             }
             _ => None,
         };
+        let reader = match (device, kind) {
+            (Device::Cuda(index), Kind::BFloat16) if cuda::misfit(config).is_none() => {
+                Some(Reader::new(Rc::new(CudaKernels::new(index)?)))
+            }
+            _ => None,
+        };
         Ok(Engine {
             vocabulary: u32::try_from(config.vocab).unwrap_or(u32::MAX),
             model,
             form: EngineForm::default(),
             memory,
             decoder,
+            reader,
             free: (0..slots).rev().collect(),
         })
     }
@@ -362,7 +375,13 @@ impl Engine {
         }
         let device = params.device();
         let ids_n = Tensor::from_slice(ids).to_device(device);
-        let x_nd = transformer.advance(params, &mut self.memory, &ids_n, spans);
+        let x_nd = match &self.reader {
+            Some(reader) => {
+                let config = transformer.config();
+                reader.advance(config, params, &mut self.memory, &ids_n, spans)?
+            }
+            None => transformer.advance(params, &mut self.memory, &ids_n, spans),
+        };
         Ok(Box::new(rows.chunks(ROWS).map(move |rows| {
             let rows_r = Tensor::from_slice(rows).to_device(device);
             Rows::new(transformer.head(params, &x_nd.index_select(0, &rows_r)))

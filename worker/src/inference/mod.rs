@@ -10,6 +10,7 @@ pub mod evaluate;
 pub mod gates;
 pub mod generate;
 pub mod load;
+pub mod reader;
 pub mod report;
 mod rows;
 pub mod sampler;

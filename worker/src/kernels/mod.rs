@@ -133,7 +133,18 @@ pub trait Kernels {
         o_bhtd: &mut Tensor,
     );
 
-    /// Its gradients of q, k and v, recomputing what the forward pass did not keep.
+    /// The same of rows that go on from the state S before them, as [`recurrent`](crate::model::attention::recurrent) keeps
+    /// it: o_t + gamma_h^t S q_t, t counted from 0. `state_bhde`, fp32 (fp64), becomes the state behind the rows. There are no
+    /// documents.
+    fn linear_attention_from(
+        &self,
+        decay: &DecayTables,
+        qkv: [&Tensor; 3],
+        state_bhde: &mut Tensor,
+        o_bhtd: &mut Tensor,
+    );
+
+    /// The gradients of [`linear_attention`](Self::linear_attention), recomputing what it did not keep.
     fn linear_attention_backward(
         &self,
         decay: &DecayTables,

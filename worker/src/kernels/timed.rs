@@ -303,6 +303,20 @@ impl Kernels for Timed {
         });
     }
 
+    fn linear_attention_from(
+        &self,
+        decay: &DecayTables,
+        qkv: [&Tensor; 3],
+        state_bhde: &mut Tensor,
+        o_bhtd: &mut Tensor,
+    ) {
+        let flops = attention_flops(decay, o_bhtd, 1.0);
+        let moved = bytes(&qkv) + bytes(&[o_bhtd]) + 2.0 * bytes(&[state_bhde]);
+        self.time(Component::Attention, flops, moved, |inner| {
+            inner.linear_attention_from(decay, qkv, state_bhde, o_bhtd);
+        });
+    }
+
     fn linear_attention_backward(
         &self,
         decay: &DecayTables,

@@ -87,18 +87,14 @@ impl Transformer {
         spans: &[Span],
     ) -> Tensor {
         let (kind, device) = (params.kind(), params.device());
-        let mut positions = Vec::with_capacity(ids_n.numel());
-        for &Span { slot, tokens } in spans {
-            let position = &mut slots.positions_s[slot];
-            positions.extend(*position..*position + tokens);
-            *position += tokens;
-        }
-        let positions_1n = Tensor::from_slice(&positions)
-            .unsqueeze(0)
-            .to_device(device);
+        let positions_1n = slots.count(spans).to_device(device);
+        let piece = |slopes_h: &[f64], chunk, tokens| {
+            let options = (accumulate_kind(kind), device);
+            Chunkwise::new(slopes_h, chunk, tokens, None, options)
+        };
         let plan = Plan {
             rotary: Rotary::new(&self.config, &positions_1n, kind),
-            mixer: Mixer::Ragged(Ragged::new(&self.config, spans, (kind, device))),
+            mixer: Mixer::Ragged(Ragged::new(&self.config, spans, (kind, device), piece)),
         };
         let mut x_1nd = self.embed(params, &ids_n.unsqueeze(0));
         for (layer, memory) in (0..).zip(&mut slots.layers) {

@@ -13,8 +13,8 @@ use super::{
     tables::{Sight, Tables},
 };
 use crate::{
-    kernels::{Delta, HeadsGrad, HeadsIn, Kernels, NormOut},
-    model::{ModelConfig, block::LayerParams},
+    kernels::{DecayTables, Delta, HeadsGrad, HeadsIn, Kernels, NormOut},
+    model::{ModelConfig, SlotLayer, attention::ragged::Piece, block::LayerParams},
 };
 
 /// A block and the rows that it works on.
@@ -32,12 +32,18 @@ pub struct Block<'a> {
 }
 
 impl Block<'_> {
-    /// The whole block. The stream on entry is `before` + [`Scratch::work_nd`], or, without `before`, what
-    /// [`BlockBuffers::x_in_nd`] holds already. The stream on exit is [`BlockBuffers::x_mid_nd`] + `work_nd`.
-    pub fn forward(&self, before: Option<&Tensor>, at: &mut BlockBuffers, scratch: &mut Scratch) {
+    /// The whole block. The stream on entry is `before` + `work_nd`, or, without `before`, what [`BlockBuffers::x_in_nd`] holds
+    /// already. The stream on exit is [`BlockBuffers::x_mid_nd`] + `work_nd`. A `memory` is read and moved on by the tokens.
+    pub fn forward(
+        &self,
+        before: Option<&Tensor>,
+        at: &mut BlockBuffers,
+        work_nd: &Tensor,
+        memory: Option<&mut SlotLayer>,
+    ) {
         let x_nd = at.x_in_nd.shallow_clone();
         let delta = before.map(|_| Delta {
-            delta_nd: &scratch.work_nd,
+            delta_nd: work_nd,
             sum_nd: &mut at.x_in_nd,
         });
         let out = NormOut {
@@ -51,14 +57,13 @@ impl Block<'_> {
             self.config.norm_eps,
             out,
         );
-        self.inside(at, scratch);
+        self.inside(at, work_nd, memory);
         self.kernels.swiglu(&at.gate_up_nx, &mut at.act_nf);
-        self.kernels
-            .linear(&at.act_nf, self.weights.w3, &scratch.work_nd);
+        self.kernels.linear(&at.act_nf, self.weights.w3, work_nd);
     }
 
     /// Everything between the first norm and the gate of the feed-forward layer.
-    fn inside(&self, at: &mut BlockBuffers, scratch: &mut Scratch) {
+    fn inside(&self, at: &mut BlockBuffers, work_nd: &Tensor, memory: Option<&mut SlotLayer>) {
         let weights = &self.weights;
         let projected = &at.projected;
         self.kernels
@@ -70,20 +75,11 @@ impl Block<'_> {
                 .linear(&projected.k_nx, maps.key.weight, &projected.pre_k_nx);
         }
         self.heads(at);
-        let qkv = [&at.q_bhtd, &at.k_bktd, &at.v_bktd];
-        match &self.tables.sight {
-            Sight::Softmax(mask) => softmax::attend(mask, qkv, &mut at.o_bhtd),
-            Sight::Supra(decay) => {
-                let [q_bhtd, k_bktd, v_bktd] = qkv;
-                self.kernels
-                    .linear_attention(decay, q_bhtd, k_bktd, v_bktd, &mut at.o_bhtd);
-            }
-        }
+        self.mix(at, memory);
         self.tokens(at);
-        self.kernels
-            .linear(&at.o_nx, weights.out_proj, &scratch.work_nd);
+        self.kernels.linear(&at.o_nx, weights.out_proj, work_nd);
         let delta = Delta {
-            delta_nd: &scratch.work_nd,
+            delta_nd: work_nd,
             sum_nd: &mut at.x_mid_nd,
         };
         let out = NormOut {
@@ -99,6 +95,25 @@ impl Block<'_> {
         );
         self.kernels
             .linear(&at.normed_mid_nd, weights.w12, &at.gate_up_nx);
+    }
+
+    /// From queries, keys and values to what attention makes of them.
+    fn mix(&self, at: &mut BlockBuffers, memory: Option<&mut SlotLayer>) {
+        let qkv = [&at.q_bhtd, &at.k_bktd, &at.v_bktd];
+        match (&self.tables.sight, memory) {
+            (Sight::Softmax(mask), None) => softmax::attend(mask, qkv, &mut at.o_bhtd),
+            (Sight::Supra(decay), None) => {
+                let [q_bhtd, k_bktd, v_bktd] = qkv;
+                self.kernels
+                    .linear_attention(decay, q_bhtd, k_bktd, v_bktd, &mut at.o_bhtd);
+            }
+            (Sight::Slots(ragged), Some(memory)) => {
+                ragged.mix(qkv, memory, &at.o_bhtd, |decay, piece| {
+                    go_on(self.kernels, decay, piece);
+                });
+            }
+            _ => panic!("invariant: slots are seen with their memory, and rows without one"),
+        }
     }
 
     /// From the products of [`Projected`] to queries, keys and values by heads.
@@ -150,7 +165,7 @@ impl Block<'_> {
         let gain_d = weights.attention_norm;
         kernels.rms_norm_again(&at.x_in_nd, &at.rstd_in_n, gain_d, &mut at.normed_in_nd);
         if policy == Policy::Recompute {
-            return self.inside(at, scratch);
+            return self.inside(at, &scratch.work_nd, None);
         }
         self.heads(at);
         self.tokens(at);
@@ -273,6 +288,9 @@ impl Block<'_> {
                 self.kernels
                     .linear_attention_backward(decay, qkv, do_bhtd, dqkv);
             }
+            Sight::Slots(_) => {
+                panic!("invariant: slots are read, and nothing is learned from them")
+            }
         }
     }
 
@@ -308,5 +326,16 @@ impl Block<'_> {
         ) {
             norm.backward(self.kernels, self.config, maps, dmaps, gradient, dprojected);
         }
+    }
+}
+
+/// Linear attention over a piece of a sequence; kernels want heads that lie together, and one piece among several has others
+/// between them.
+fn go_on(kernels: &dyn Kernels, decay: &DecayTables, piece: Piece<'_>) {
+    let qkv = piece.qkv.map(Tensor::contiguous);
+    let mut o_1hte = piece.o.contiguous();
+    kernels.linear_attention_from(decay, qkv.each_ref(), piece.state, &mut o_1hte);
+    if o_1hte.data_ptr() != piece.o.data_ptr() {
+        piece.o.copy_(&o_1hte);
     }
 }

@@ -130,6 +130,16 @@ impl Buffers {
 }
 
 impl BlockBuffers {
+    /// For one block and rows [B, T], of a model with weights of `kind` on `device`.
+    pub fn new(config: &ModelConfig, rows: (i64, i64), options: (Kind, Device)) -> BlockBuffers {
+        New {
+            config,
+            rows,
+            options,
+        }
+        .block()
+    }
+
     /// The buffers of the next block: its own where the policy keeps them, else these.
     fn next(&self, config: &ModelConfig, policy: Policy) -> BlockBuffers {
         let own = |tensor: &Tensor, from: Policy| {

@@ -257,7 +257,7 @@ impl<'a> Pass<'a> {
                 let _ = embedding_vd.index_select_out(&at.x_in_nd, 0, ids_n);
             }
             self.block(layer)
-                .forward(before.as_ref(), at, &mut buffers.scratch);
+                .forward(before.as_ref(), at, &buffers.scratch.work_nd, None);
             before = Some(at.x_mid_nd.shallow_clone());
         }
         Ok(())

@@ -6,7 +6,12 @@ use crate::{
     kernels::DecayTables,
     model::{
         AttentionKind, Documents, ModelConfig,
-        attention::{decay::slopes, rotary::Rotary, softmax::Mask},
+        attention::{
+            decay::slopes,
+            ragged::{Ragged, Span},
+            rotary::Rotary,
+            softmax::Mask,
+        },
     },
 };
 
@@ -26,6 +31,8 @@ pub enum Sight {
     Softmax(Mask),
     /// SUPRA.
     Supra(DecayTables),
+    /// Either, of sequences that go on from slots.
+    Slots(Ragged<DecayTables>),
 }
 
 impl Tables {
@@ -35,6 +42,26 @@ impl Tables {
         let (cos_xtp, sin_xtp) = Rotary::new(config, &positions_1t, kind).tables();
         Tables {
             sight: Sight::new(config, &cos_xtp, None),
+            cos_xtp,
+            sin_xtp,
+        }
+    }
+
+    /// For one row of pieces of sequences, whose tokens are at `positions_1n` of them.
+    pub fn of_pieces(
+        config: &ModelConfig,
+        spans: &[Span],
+        positions_1n: &Tensor,
+        kind: Kind,
+    ) -> Tables {
+        let (cos_xtp, sin_xtp) = Rotary::new(config, positions_1n, kind).tables();
+        let options = (kind, positions_1n.device());
+        let decay = |slopes_h: &[f64], chunk, tokens| {
+            let options = (cos_xtp.kind(), options.1);
+            DecayTables::new(slopes_h.to_vec(), chunk, tokens, None, options)
+        };
+        Tables {
+            sight: Sight::Slots(Ragged::new(config, spans, options, decay)),
             cos_xtp,
             sin_xtp,
         }

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use supra_worker::{
-    kernels::{DecayTables, Kernels, cuda::CudaKernels},
+    kernels::{DecayTables, Kernels, Twin, cuda::CudaKernels},
     model::{Decay, Documents, attention::decay::slopes},
 };
 use tch::{Cuda, Kind, Tensor};
@@ -254,6 +254,73 @@ fn gpu_linear_attention_by_single_warps_is_the_quadratic_form_too() {
     };
     for case in cases() {
         case.check_and_time(&kernels);
+    }
+}
+
+/// Rows in three parts, each going on from the state that the one before left, beside the whole rows' quadratic form.
+fn check_onward(case: &Case, kernels: &CudaKernels) {
+    let [batch, tokens, heads, _, d] = case.shape;
+    let numbers = case.query_shape().iter().product::<i64>() as usize;
+    if case.starts.is_some() || tokens < 3 || too_large(numbers) {
+        return;
+    }
+    let (tables, inputs) = (case.tables(), case.inputs());
+    let [want, ..] = quadratic(case, &tables, &inputs);
+    let shape = [batch, heads, d, d];
+    let mut state = Tensor::zeros(shape, (Kind::Float, GPU));
+    let mut exact = Tensor::zeros(shape, (Kind::Double, GPU));
+    let mut parts = Vec::new();
+    let cuts = [0, tokens / 5 + 1, tokens * 2 / 3 + 1, tokens];
+    for cut in cuts.windows(2) {
+        let length = cut[1] - cut[0];
+        let part = |x: &Tensor| x.narrow(2, cut[0], length).contiguous();
+        let [q, k, v] = [0, 1, 2].map(|at| part(&inputs[at]));
+        let tables =
+            |kind| DecayTables::new(tables.slopes_h.clone(), 128, length, None, (kind, GPU));
+        let mut o = poison(&q.size(), BF16);
+        kernels.linear_attention_from(&tables(BF16), [&q, &k, &v], &mut state, &mut o);
+        kernels.check().unwrap_or_else(|error| panic!("{error}"));
+        let wide = [&q, &k, &v].map(|x| x.to_kind(Kind::Double));
+        let mut unused = wide[0].empty_like();
+        let double = tables(Kind::Double);
+        Twin.linear_attention_from(&double, wide.each_ref(), &mut exact, &mut unused);
+        let error = distance(&state, &exact);
+        let what = case.name("state");
+        assert!(error <= TOLERANCE, "{what} after {}: {error}", cut[1]);
+        parts.push(o);
+    }
+    let error = distance(&Tensor::cat(&parts, 2), &want);
+    let what = case.name("o onward");
+    assert!(error <= TOLERANCE, "{what}: {error}");
+    if sanitized() {
+        return;
+    }
+    let [q, k, v, _] = &inputs;
+    let mut o = poison(&case.query_shape(), BF16);
+    let whole = seconds(|| kernels.linear_attention_from(&tables, [q, k, v], &mut state, &mut o));
+    kernels.check().unwrap_or_else(|error| panic!("{error}"));
+    let moved: usize = [q, k, v, &o].iter().map(|x| x.numel() * 2).sum();
+    print_row(&case.name("attention_from"), error, whole, moved as i64);
+}
+
+#[test]
+fn gpu_linear_attention_goes_on_from_a_state() {
+    let Some(kernels) = gpu("linear attention from a state") else {
+        return;
+    };
+    for case in cases() {
+        check_onward(&case, &kernels);
+    }
+}
+
+#[test]
+fn gpu_linear_attention_by_single_warps_goes_on_from_a_state_too() {
+    let Some(kernels) = gpu_without_warpgroups("linear attention from a state by single warps")
+    else {
+        return;
+    };
+    for case in cases() {
+        check_onward(&case, &kernels);
     }
 }
 

@@ -18,7 +18,7 @@ const LOGITS: f64 = 2e-2;
 const STATES: f64 = 1e-2;
 const STEPS: usize = 4;
 
-fn config(
+pub fn config(
     attention: AttentionKind,
     head_dim: i64,
     heads: i64,
@@ -45,7 +45,7 @@ fn config(
 }
 
 /// Weights near those of a trained model, rounded to bf16.
-fn weights(config: &ModelConfig) -> Params {
+pub fn weights(config: &ModelConfig) -> Params {
     tch::manual_seed(7);
     let draw = |spec: supra_worker::model::ParamSpec| {
         let options = (Kind::Float, Device::Cpu);
@@ -60,7 +60,7 @@ fn weights(config: &ModelConfig) -> Params {
 }
 
 /// All that the slots remember.
-fn states(slots: &Slots) -> Tensor {
+pub fn states(slots: &Slots) -> Tensor {
     let numbers = |slot| {
         let tensors = slots.tensors(slot).into_iter();
         tensors.map(|(_, tensor)| tensor.reshape([-1]).to_kind(Kind::Double))

@@ -8,6 +8,7 @@ mod kernels;
 mod optimizer;
 mod overlap;
 mod padding;
+mod reader;
 
 use std::path::Path;
 

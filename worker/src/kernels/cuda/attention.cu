@@ -17,6 +17,9 @@
 // what the state brings from a boundary, or leaves something in it, only where both are of one segment; a boundary's
 // segment is that of the token before it, 0 before the row.
 //
+// ENTERED: a row goes on from a state S_0 [B, H, d, d], fp32, that others left, and leaves the one behind its last token in
+// its place; then S_0 is kept like the states at inner boundaries, and there are no documents.
+//
 // q, o and their gradients are [B, H, T, d], k, v and theirs [B, K, T, d], segments i64 [B, T] or null; d is 64 or 128.
 // bf16 in and out; products of bf16 are summed in fp32, as are the states, which are kept in bf16 between kernels.
 
@@ -106,22 +109,44 @@ __device__ __forceinline__ size_t channels(unsigned head, unsigned tokens, unsig
     return (size_t(head) * tokens + token) * D;
 }
 
-// Where one of B H heads has its state at an inner boundary, 1 <= boundary < chunks; [B, H, N - 1, D, D].
-template <unsigned D>
+// Where one of B H heads has its state at an inner boundary, 1 <= boundary < chunks; [B, H, N - 1, D, D]. ENTERED: from 0 on,
+// [B, H, N, D, D].
+template <unsigned D, bool ENTERED>
 __device__ __forceinline__ size_t state_at(unsigned head, unsigned chunks, unsigned boundary) {
-    return (size_t(head) * (chunks - 1) + boundary - 1) * (D * D);
+    constexpr unsigned FIRST = ENTERED ? 0 : 1;
+    return (size_t(head) * (chunks - FIRST) + boundary - FIRST) * (D * D);
 }
 
 __device__ __forceinline__ unsigned pieces_of(unsigned tokens, unsigned size) {
     return (tokens + size - 1) / size;
 }
 
+// Moves a thread's part of a state between its registers and where the state lies in fp32.
+template <unsigned D, class Move>
+__device__ __forceinline__ void each_pair(float (&state)[D / 64][COLUMNS / 8][4], float *to, unsigned first_row,
+                                          Move move) {
+    const unsigned lane = threadIdx.x % WARP, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (unsigned i = 0; i < D / 64; i++) {
+#pragma unroll
+        for (unsigned j = 0; j < COLUMNS / 8; j++) {
+#pragma unroll
+            for (unsigned half = 0; half < 2; half++) {
+                const unsigned row = first_row + i * 16 + half * 8 + g;
+                float2 *const pair = reinterpret_cast<float2*>(to + row * D + j * 8 + 2 * t);
+                move(*pair, state[i][j][2 * half], state[i][j][2 * half + 1]);
+            }
+        }
+    }
+}
+
 // The states [B, H, N - 1, D, D] at the inner boundaries: S of K and V, or, walking back, G of Q and dO. The two are
 // [B, source_heads, T, D]. Grid (B H, D / COLUMNS) of 128 threads; each warp has D / 4 rows of the state.
-template <unsigned D, bool BACK>
+template <unsigned D, bool BACK, bool ENTERED>
 __device__ __forceinline__ void states(const bf16 *left, const bf16 *right, const float *log2_gamma_h,
-                                       const long long *segments_bt, bf16 *states_bhndd, unsigned tokens, unsigned heads,
-                                       unsigned source_heads) {
+                                       const long long *segments_bt, bf16 *states_bhndd, float *state_bhdd,
+                                       unsigned tokens, unsigned heads, unsigned source_heads) {
+    static_assert(!(BACK && ENTERED), "gradients go back to no state before the row");
     using Left = Rows<PIECE, D>;
     using Right = Rows<PIECE, COLUMNS>;
     extern __shared__ __align__(128) unsigned char shared[];
@@ -137,8 +162,9 @@ __device__ __forceinline__ void states(const bf16 *left, const bf16 *right, cons
     const unsigned lane = threadIdx.x % WARP, t = lane % 4, first_row = threadIdx.x / WARP * (D / 4);
     const unsigned source_head = head / (heads / source_heads), row = head / heads;
     const unsigned chunks = pieces_of(tokens, CHUNK), pieces = pieces_of(tokens, PIECE);
-    const unsigned steps = BACK ? pieces - PIECES : (chunks - 1) * PIECES;
-    const long long *const segments = segments_bt == nullptr ? nullptr : segments_bt + size_t(row) * tokens;
+    const unsigned steps = ENTERED ? pieces : BACK ? pieces - PIECES : (chunks - 1) * PIECES;
+    const bool documents = !ENTERED && segments_bt != nullptr;
+    const long long *const segments = documents ? segments_bt + size_t(row) * tokens : nullptr;
 
     const auto piece_of = [&](unsigned step) { return BACK ? pieces - 1 - step : step; };
     const auto begin = [&](unsigned step) {
@@ -160,8 +186,26 @@ __device__ __forceinline__ void states(const bf16 *left, const bf16 *right, cons
     const float piece_power = exp2f(log2_gamma * PIECE);
 
     float state[D / 64][COLUMNS / 8][4] = {};
+    const auto keep = [&](unsigned boundary) {
+        bf16 *const to = states_bhndd + state_at<D, ENTERED>(head, chunks, boundary);
+        unsigned *const pairs = reinterpret_cast<unsigned*>(to) + lane;
+#pragma unroll
+        for (unsigned i = 0; i < D / 64; i++) {
+#pragma unroll
+            for (unsigned j = 0; j < COLUMNS / 8; j++) {
+                const unsigned block = (first_row / 8 + 2 * i) * (D / 8) + first_column / 8 + j;
+                pairs[block * 32] = pack(state[i][j][0], state[i][j][1]);
+                pairs[(block + D / 8) * 32] = pack(state[i][j][2], state[i][j][3]);
+            }
+        }
+    };
     for (unsigned step = 0; step < STAGES - 1; step++) {
         begin(step);
+    }
+    float *const own_state = ENTERED ? state_bhdd + size_t(head) * (D * D) + first_column : nullptr;
+    if (ENTERED) {
+        each_pair<D>(state, own_state, first_row, [](const float2 &from, float &x, float &y) { x = from.x, y = from.y; });
+        keep(0);
     }
     for (unsigned step = 0; step < steps; step++) {
         await_copies<STAGES - 2>();
@@ -169,8 +213,14 @@ __device__ __forceinline__ void states(const bf16 *left, const bf16 *right, cons
         begin(step + STAGES - 1);
 
         const unsigned piece = piece_of(step), stage = step % STAGES;
-        float carry = piece_power;
+        float carry = piece_power, power = own_power;
         bool reaches = true;
+        if (ENTERED && step + 1 == steps) {
+            // It may be short, and what it leads to is the end of the row.
+            const unsigned rows = tokens - piece * PIECE;
+            carry = exp2f(log2_gamma * rows);
+            power = exp2f(log2_gamma * (rows - min(threadIdx.x, rows)));
+        }
         if (segments != nullptr) {
             const long long *const own = stage_segments[stage];
             const long long before = piece == 0 ? 0 : segments[piece * PIECE - 1], after = own[PIECE - 1];
@@ -178,7 +228,7 @@ __device__ __forceinline__ void states(const bf16 *left, const bf16 *right, cons
             reaches = threadIdx.x < PIECE && own[threadIdx.x] == (BACK ? before : after);
         }
         if (threadIdx.x < PIECE) {
-            weights[threadIdx.x] = reaches ? own_power : 0.0f;
+            weights[threadIdx.x] = reaches ? power : 0.0f;
         }
         __syncthreads();
 
@@ -217,20 +267,12 @@ __device__ __forceinline__ void states(const bf16 *left, const bf16 *right, cons
         }
 
         const unsigned reached = BACK ? piece : piece + 1;
-        if (reached % PIECES != 0) {
-            continue;
+        if (reached % PIECES == 0 && !(ENTERED && step + 1 == steps)) {
+            keep(reached / PIECES);
         }
-        bf16 *const to = states_bhndd + state_at<D>(head, chunks, reached / PIECES);
-        unsigned *const pairs = reinterpret_cast<unsigned*>(to) + lane;
-#pragma unroll
-        for (unsigned i = 0; i < D / 64; i++) {
-#pragma unroll
-            for (unsigned j = 0; j < COLUMNS / 8; j++) {
-                const unsigned block = (first_row / 8 + 2 * i) * (D / 8) + first_column / 8 + j;
-                pairs[block * 32] = pack(state[i][j][0], state[i][j][1]);
-                pairs[(block + D / 8) * 32] = pack(state[i][j][2], state[i][j][3]);
-            }
-        }
+    }
+    if (ENTERED) {
+        each_pair<D>(state, own_state, first_row, [](float2 &to, float x, float y) { to = make_float2(x, y); });
     }
 }
 
@@ -268,22 +310,32 @@ __device__ __forceinline__ void store_rows(bf16 *to, const float (&out)[D / 8][4
     ENTRY __launch_bounds__(128, 2) attention_states_##D(                                                              \
         const bf16 *k, const bf16 *v, const float *log2_gamma, const long long *segments, bf16 *kept, unsigned tokens, \
         unsigned heads, unsigned kv_heads) {                                                                           \
-        states<D, false>(k, v, log2_gamma, segments, kept, tokens, heads, kv_heads);                                   \
+        states<D, false, false>(k, v, log2_gamma, segments, kept, nullptr, tokens, heads, kv_heads);                   \
+    }                                                                                                                  \
+    ENTRY __launch_bounds__(128, 2) attention_states_from_##D(                                                         \
+        const bf16 *k, const bf16 *v, const float *log2_gamma, bf16 *kept, float *state, unsigned tokens,              \
+        unsigned heads, unsigned kv_heads) {                                                                           \
+        states<D, false, true>(k, v, log2_gamma, nullptr, kept, state, tokens, heads, kv_heads);                       \
     }                                                                                                                  \
     ENTRY __launch_bounds__(128, 2) attention_state_gradients_##D(                                                     \
         const bf16 *q, const bf16 *d_o, const float *log2_gamma, const long long *segments, bf16 *kept,                \
         unsigned tokens, unsigned heads) {                                                                             \
-        states<D, true>(q, d_o, log2_gamma, segments, kept, tokens, heads, heads);                                     \
+        states<D, true, false>(q, d_o, log2_gamma, segments, kept, nullptr, tokens, heads, heads);                     \
     }                                                                                                                  \
     ENTRY __launch_bounds__(2 * CHUNK, 128 / CHUNK) attention_outputs_##D(                                             \
         const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *kept, const float *log2_gamma,                        \
         const long long *segments, bf16 *o, unsigned tokens, unsigned heads, unsigned kv_heads) {                      \
-        outputs<D, false>(q, k, v, kept, log2_gamma, segments, o, tokens, heads, kv_heads);                            \
+        outputs<D, false, false>(q, k, v, kept, log2_gamma, segments, o, tokens, heads, kv_heads);                     \
+    }                                                                                                                  \
+    ENTRY __launch_bounds__(2 * CHUNK, 128 / CHUNK) attention_outputs_from_##D(                                        \
+        const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *kept, const float *log2_gamma, bf16 *o,               \
+        unsigned tokens, unsigned heads, unsigned kv_heads) {                                                          \
+        outputs<D, false, true>(q, k, v, kept, log2_gamma, nullptr, o, tokens, heads, kv_heads);                       \
     }                                                                                                                  \
     ENTRY __launch_bounds__(2 * CHUNK, 128 / CHUNK) attention_query_gradients_##D(                                     \
         const bf16 *d_o, const bf16 *v, const bf16 *k, const bf16 *kept, const float *log2_gamma,                      \
         const long long *segments, bf16 *dq, unsigned tokens, unsigned heads, unsigned kv_heads) {                     \
-        outputs<D, true>(d_o, v, k, kept, log2_gamma, segments, dq, tokens, heads, kv_heads);                          \
+        outputs<D, true, false>(d_o, v, k, kept, log2_gamma, segments, dq, tokens, heads, kv_heads);                   \
     }                                                                                                                  \
     ENTRY __launch_bounds__(4 * CHUNK, 128 / CHUNK) attention_key_value_gradients_##D(                                 \
         const bf16 *q, const bf16 *k, const bf16 *v, const bf16 *d_o, const bf16 *kept, const float *log2_gamma,       \

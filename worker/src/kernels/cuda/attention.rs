@@ -19,13 +19,17 @@ pub const SOURCE: Source = Source {
     text: include_str!("attention.cu"),
     kernels: &[
         "attention_states_64",
+        "attention_states_from_64",
         "attention_state_gradients_64",
         "attention_outputs_64",
+        "attention_outputs_from_64",
         "attention_query_gradients_64",
         "attention_key_value_gradients_64",
         "attention_states_128",
+        "attention_states_from_128",
         "attention_state_gradients_128",
         "attention_outputs_128",
+        "attention_outputs_from_128",
         "attention_query_gradients_128",
         "attention_key_value_gradients_128",
     ],
@@ -34,24 +38,30 @@ pub const SOURCE: Source = Source {
 /// The kernels for heads of one size.
 struct Names {
     states: &'static str,
+    states_from: &'static str,
     state_gradients: &'static str,
     outputs: &'static str,
+    outputs_from: &'static str,
     query_gradients: &'static str,
     key_value_gradients: &'static str,
 }
 
 const NAMES_64: Names = Names {
     states: "attention_states_64",
+    states_from: "attention_states_from_64",
     state_gradients: "attention_state_gradients_64",
     outputs: "attention_outputs_64",
+    outputs_from: "attention_outputs_from_64",
     query_gradients: "attention_query_gradients_64",
     key_value_gradients: "attention_key_value_gradients_64",
 };
 
 const NAMES_128: Names = Names {
     states: "attention_states_128",
+    states_from: "attention_states_from_128",
     state_gradients: "attention_state_gradients_128",
     outputs: "attention_outputs_128",
+    outputs_from: "attention_outputs_from_128",
     query_gradients: "attention_query_gradients_128",
     key_value_gradients: "attention_key_value_gradients_128",
 };
@@ -145,10 +155,15 @@ impl Lengths {
         })
     }
 
-    /// Bytes of the states at the inner boundaries: bf16 [B, H, N - 1, d, d].
-    fn states_bytes(&self) -> i64 {
+    /// Bytes of the states at so many boundaries of each row: bf16 [B, H, boundaries, d, d].
+    fn states_bytes(&self, boundaries: i64) -> i64 {
         let [batch, heads, _, d] = self.q_bhtd;
-        batch * heads * (self.chunks - 1) * d * d * BF16
+        batch * heads * boundaries * d * d * BF16
+    }
+
+    /// Boundaries inside a row.
+    fn inner(&self) -> i64 {
+        self.chunks - 1
     }
 
     /// For either direction of the walk along a row.
@@ -228,6 +243,44 @@ impl CudaKernels {
             .launch(l.names.outputs, l.outputs_grid(self.warpgroups), &arguments)
     }
 
+    pub(super) fn try_linear_attention_from(
+        &self,
+        decay: &DecayTables,
+        [q_bhtd, k_bktd, v_bktd]: [&Tensor; 3],
+        state_bhde: &mut Tensor,
+        o_bhtd: &mut Tensor,
+    ) -> Result<(), KernelError> {
+        let l = Lengths::new(decay, q_bhtd, k_bktd)?;
+        if decay.segments_bt.is_some() {
+            let problem = "rows of several documents do not go on from a state";
+            return Err(wrong("segments_bt", problem.to_owned()));
+        }
+        let heads = |name, tensor: &Tensor, shape: &[i64]| {
+            self.tensors.vectors(name, tensor, Kind::BFloat16, shape)
+        };
+        let q = heads("q_bhtd", q_bhtd, &l.q_bhtd)?;
+        let k = heads("k_bktd", k_bktd, &l.k_bktd)?;
+        let v = heads("v_bktd", v_bktd, &l.k_bktd)?;
+        let o = heads("o_bhtd", o_bhtd, &l.q_bhtd)?;
+        let [batch, query_heads, _, d] = l.q_bhtd;
+        let state = self.tensors.vectors(
+            "state_bhde",
+            state_bhde,
+            Kind::Float,
+            &[batch, query_heads, d, d],
+        )?;
+        // With those on entry.
+        let kept = self.scratch(l.states_bytes(l.inner() + 1));
+        let log2_gamma = self.log2_gamma(&decay.slopes_h);
+
+        let arguments = [&[k, v, log2_gamma, kept, state], l.counts.as_slice()].concat();
+        self.gpu
+            .launch(l.names.states_from, l.states_grid(), &arguments)?;
+        let arguments = [&[q, k, v, kept, log2_gamma, o], l.counts.as_slice()].concat();
+        let grid = l.outputs_grid(self.warpgroups);
+        self.gpu.launch(l.names.outputs_from, grid, &arguments)
+    }
+
     pub(super) fn try_linear_attention_backward(
         &self,
         decay: &DecayTables,
@@ -299,7 +352,7 @@ impl CudaKernels {
         };
         Ok(Context {
             weights: [self.log2_gamma(&decay.slopes_h), segments],
-            states: self.scratch(l.states_bytes()),
+            states: self.scratch(l.states_bytes(l.inner())),
         })
     }
 
@@ -364,7 +417,7 @@ mod tests {
             let states = parts.find(|part| part.name == "states of attention");
             assert_eq!(
                 states.unwrap().bytes,
-                lengths.states_bytes().cast_unsigned(),
+                lengths.states_bytes(lengths.inner()).cast_unsigned(),
                 "{tokens} tokens, {d} channels"
             );
         }

@@ -101,7 +101,7 @@ __device__ __forceinline__ void multiply_state(float (&sum)[N][4], Chunk<D> x, S
 }
 
 // O of (Q, K, V), or dQ of (dO, V, K), with the states S. Grid (B K, N) of 2 CHUNK threads; each warpgroup has 64 rows.
-template <unsigned D, bool GRADIENT>
+template <unsigned D, bool GRADIENT, bool ENTERED>
 __device__ __forceinline__ void outputs(const bf16 *x_bhtd, const bf16 *y_bktd, const bf16 *z_bktd,
                                         const bf16 *states_bhndd, const float *log2_gamma_h,
                                         const long long *segments_bt, bf16 *out_bhtd, unsigned tokens, unsigned heads,
@@ -120,6 +120,7 @@ __device__ __forceinline__ void outputs(const bf16 *x_bhtd, const bf16 *y_bktd, 
     const unsigned kv_head = blockIdx.x, chunk = blockIdx.y;
     const unsigned group = heads / kv_heads, chunks = pieces_of(tokens, CHUNK);
     const unsigned token = chunk * CHUNK, rows = min(CHUNK, tokens - token);
+    const bool entered = ENTERED || chunk != 0;
     const unsigned first = threadIdx.x / 128 * 64, row = first + threadIdx.x % 128 / WARP * 16;
     const unsigned g = threadIdx.x % WARP / 4;
 
@@ -127,14 +128,14 @@ __device__ __forceinline__ void outputs(const bf16 *x_bhtd, const bf16 *y_bktd, 
         if (member < group) {
             const unsigned head = kv_head * group + member;
             copy_rows(x_of(member), x_bhtd + channels<D>(head, tokens, token), rows, D);
-            if (chunk != 0) {
-                copy_state(state_of(member), states_bhndd + state_at<D>(head, chunks, chunk));
+            if (entered) {
+                copy_state(state_of(member), states_bhndd + state_at<D, ENTERED>(head, chunks, chunk));
             }
         }
         end_copies();
     };
 
-    const bool documents = segments_bt != nullptr;
+    const bool documents = !ENTERED && segments_bt != nullptr;
     long long running = 0;
     if (documents) {
         const long long *const own = segments_bt + size_t(kv_head / kv_heads) * tokens + token;
@@ -165,7 +166,7 @@ __device__ __forceinline__ void outputs(const bf16 *x_bhtd, const bf16 *y_bktd, 
         }
 
         float out[D / 8][4] = {};
-        if (chunk != 0) {
+        if (entered) {
             multiply_state<D, GRADIENT>(out, x_of(member), state_of(member), first, 0);
 #pragma unroll
             for (unsigned half = 0; half < 2; half++) {
@@ -220,7 +221,7 @@ __device__ __forceinline__ void key_value_gradients(const bf16 *q_bhtd, const bf
         copy_rows(do_rows, do_bhtd + from, rows, D);
     };
     const auto begin_state = [&](unsigned head) {
-        copy_state(state, states_bhndd + state_at<D>(head, chunks, chunk + 1));
+        copy_state(state, states_bhndd + state_at<D, false>(head, chunks, chunk + 1));
     };
 
     const bool documents = segments_bt != nullptr;

@@ -108,7 +108,7 @@ __device__ __forceinline__ void add_state(float (&out)[D / 8][4], const unsigned
 }
 
 // O of (Q, K, V), or dQ of (dO, V, K), with the states S. Grid (B K, N) of 2 CHUNK threads; each warp has 16 rows.
-template <unsigned D, bool GRADIENT>
+template <unsigned D, bool GRADIENT, bool ENTERED>
 __device__ __forceinline__ void outputs(const bf16 *x_bhtd, const bf16 *y_bktd, const bf16 *z_bktd,
                                         const bf16 *states_bhndd, const float *log2_gamma_h,
                                         const long long *segments_bt, bf16 *out_bhtd, unsigned tokens, unsigned heads,
@@ -124,16 +124,17 @@ __device__ __forceinline__ void outputs(const bf16 *x_bhtd, const bf16 *y_bktd, 
     const unsigned kv_head = blockIdx.x, chunk = blockIdx.y;
     const unsigned group = heads / kv_heads, chunks = pieces_of(tokens, CHUNK);
     const unsigned token = chunk * CHUNK, rows = min(CHUNK, tokens - token);
+    const bool entered = ENTERED || chunk != 0;
     const unsigned row = row_of_warp(), g = threadIdx.x % WARP / 4;
 
     const auto begin_rows = [&](unsigned head) {
         copy_rows(x_rows, x_bhtd + channels<D>(head, tokens, token), rows, D);
     };
     const auto begin_state = [&](unsigned head) {
-        copy_state(state, states_bhndd + state_at<D>(head, chunks, chunk));
+        copy_state(state, states_bhndd + state_at<D, ENTERED>(head, chunks, chunk));
     };
 
-    const bool documents = segments_bt != nullptr;
+    const bool documents = !ENTERED && segments_bt != nullptr;
     long long running = 0;
     if (documents) {
         const long long *const own = segments_bt + size_t(kv_head / kv_heads) * tokens + token;
@@ -145,7 +146,7 @@ __device__ __forceinline__ void outputs(const bf16 *x_bhtd, const bf16 *y_bktd, 
     copy_rows(z_rows, z_bktd + kv_row, rows, D);
     begin_rows(kv_head * group);
     end_copies();
-    if (chunk != 0) {
+    if (entered) {
         begin_state(kv_head * group);
     }
     end_copies();
@@ -170,7 +171,7 @@ __device__ __forceinline__ void outputs(const bf16 *x_bhtd, const bf16 *y_bktd, 
 
         await_copies<1>();
         __syncthreads();
-        if (chunk != 0) {
+        if (entered) {
             float scales[2];
 #pragma unroll
             for (unsigned half = 0; half < 2; half++) {
@@ -217,7 +218,7 @@ __device__ __forceinline__ void key_value_gradients(const bf16 *q_bhtd, const bf
         copy_rows(do_rows, do_bhtd + from, rows, D);
     };
     const auto begin_state = [&](unsigned head) {
-        copy_state(state, states_bhndd + state_at<D>(head, chunks, chunk + 1));
+        copy_state(state, states_bhndd + state_at<D, false>(head, chunks, chunk + 1));
     };
 
     const bool documents = segments_bt != nullptr;

@@ -35,12 +35,10 @@ use std::{
 use tch::{Device, Kind, Tensor};
 
 use self::{attention::Decays, compile::Source, nvrtc::Nvrtc, tensors::Tensors};
-pub use self::{error::KernelError, launch::Queue, rank_sum::RankSum, stream::SideStream};
-pub(super) use self::{
-    event::Event,
-    fit::{left_to_libtorch, misfit},
-    launch::Gpu,
+pub use self::{
+    error::KernelError, fit::misfit, launch::Queue, rank_sum::RankSum, stream::SideStream,
 };
+pub(super) use self::{event::Event, fit::left_to_libtorch, launch::Gpu};
 use super::{DecayTables, Delta, HeadsGrad, HeadsIn, Kernels, NormOut, Shard, Twin, Update};
 use crate::device;
 
@@ -198,6 +196,20 @@ impl Kernels for CudaKernels {
             self.note(self.try_linear_attention(decay, q_bhtd, k_bktd, v_bktd, o_bhtd));
         } else {
             Twin.linear_attention(decay, q_bhtd, k_bktd, v_bktd, o_bhtd);
+        }
+    }
+
+    fn linear_attention_from(
+        &self,
+        decay: &DecayTables,
+        qkv: [&Tensor; 3],
+        state_bhde: &mut Tensor,
+        o_bhtd: &mut Tensor,
+    ) {
+        if attention::takes(o_bhtd) {
+            self.note(self.try_linear_attention_from(decay, qkv, state_bhde, o_bhtd));
+        } else {
+            Twin.linear_attention_from(decay, qkv, state_bhde, o_bhtd);
         }
     }
 

@@ -2,7 +2,10 @@
 
 use tch::{Kind, Tensor};
 
-use crate::{kernels::DecayTables, model::attention::features::repeat_heads};
+use crate::{
+    kernels::DecayTables,
+    model::attention::{features::repeat_heads, ragged::Piece},
+};
 
 pub fn linear_attention(
     decay: &DecayTables,
@@ -14,6 +17,15 @@ pub fn linear_attention(
     let heads = q_bhtd.size()[1];
     let [k_bhtd, v_bhtd] = [k_bktd, v_bktd].map(|x| repeat_heads(x, heads));
     o_bhtd.copy_(&decay.chunkwise().mix(q_bhtd, &k_bhtd, &v_bhtd));
+}
+
+pub fn linear_attention_from(
+    decay: &DecayTables,
+    qkv: [&Tensor; 3],
+    state: &mut Tensor,
+    o: &mut Tensor,
+) {
+    decay.chunkwise().go_on(Piece { qkv, state, o });
 }
 
 pub fn linear_attention_backward(

@@ -19,6 +19,8 @@
 use tch::{Device, Kind, Tensor};
 
 use super::decay::{ages, powers};
+use super::features::repeat_heads;
+use super::ragged::Piece;
 
 /// The decay tables of a batch, shared by all blocks. `x` stands for 1 without documents, for B with them.
 #[derive(Debug)]
@@ -159,6 +161,16 @@ impl Chunkwise {
             self.join(&(self.inside(&q, &k, &v) + read)),
             states.select(2, self.chunks),
         )
+    }
+
+    /// The same for a piece of a sequence.
+    pub fn go_on(&self, piece: Piece<'_>) {
+        let [q_1htd, k_1ktd, v_1kte] = piece.qkv;
+        let heads = q_1htd.size()[1];
+        let [k, v] = [k_1ktd, v_1kte].map(|x| repeat_heads(x, heads));
+        let (o, after) = self.mix_from(q_1htd, &k, &v, piece.state);
+        piece.o.copy_(&o);
+        piece.state.copy_(&after);
     }
 
     /// [B, H, T, d] to [B, H, N, C, d], in the kind of the tables.

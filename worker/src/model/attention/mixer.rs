@@ -28,7 +28,7 @@ pub enum Mixer {
     /// SUPRA, by chunks.
     Chunkwise(Chunkwise),
     /// Either attention, going on from slots.
-    Ragged(Ragged),
+    Ragged(Ragged<Chunkwise>),
 }
 
 impl Mixer {
@@ -48,7 +48,11 @@ impl Mixer {
             (Mixer::Softmax(mask), None) => mask.mix(q_bhtd, k_bhtd, v_bhte),
             (Mixer::Parallel(form), None) => form.mix(q_bhtd, k_bhtd, v_bhte),
             (Mixer::Chunkwise(form), None) => form.mix(q_bhtd, k_bhtd, v_bhte),
-            (Mixer::Ragged(form), Some(memory)) => form.mix([q_bhtd, k_bhtd, v_bhte], memory),
+            (Mixer::Ragged(form), Some(memory)) => {
+                let o = Tensor::empty(q_bhtd.size(), form.options());
+                form.mix([q_bhtd, k_bhtd, v_bhte], memory, &o, Chunkwise::go_on);
+                o
+            }
             (form, memory) => panic!("invariant: {form:?} does not go with {memory:?}"),
         }
     }

@@ -2,14 +2,13 @@
 //!
 //! Their tokens stand one after the other in one row, so projections and feed-forward layers see a single matrix without
 //! padding; only here they are taken apart. Sequences that go on by one token are mixed together, recurrently; longer pieces
-//! one by one, by chunks.
+//! one by one, by chunks, as whoever asks computes those.
 
 use std::collections::BTreeMap;
 
 use tch::{Device, IndexOp, Kind, Tensor};
 
 use super::cache::Cache;
-use super::chunkwise::Chunkwise;
 use super::decay::slopes;
 use super::features::repeat_heads;
 use super::recurrent::Recurrent;
@@ -25,108 +24,139 @@ pub struct Span {
     pub tokens: i64,
 }
 
-/// How the tokens of such a row are mixed.
+/// How the tokens of such a row are mixed; `P` is what longer pieces of SUPRA need, for each length.
 #[derive(Debug)]
-pub struct Ragged {
+pub struct Ragged<P> {
     spans: Vec<Span>,
     /// Spans of one token, which come first.
     singles: i64,
-    form: Form,
+    /// In which everything is computed, and on which device.
+    options: (Kind, Device),
+    form: Form<P>,
 }
 
 #[derive(Debug)]
-enum Form {
-    /// The kind in which SUPRA is computed, the form of single tokens, and that of each length of a longer piece.
+enum Form<P> {
+    /// The form of single tokens, and that of each length of a longer piece.
     Supra {
-        kind: Kind,
         single: Recurrent,
-        longer: BTreeMap<i64, Chunkwise>,
+        longer: BTreeMap<i64, P>,
     },
-    /// Query heads per key/value head.
-    Softmax { group: i64 },
+    /// Key/value heads.
+    Softmax { kv_heads: i64 },
 }
 
-impl Ragged {
+/// A piece of one sequence, of t tokens. Its keys are scaled already.
+pub struct Piece<'a> {
+    /// q [1, H, t, d], k [1, K, t, d], v [1, K, t, e]: K divides H.
+    pub qkv: [&'a Tensor; 3],
+    /// The state [1, H, d, e] before it, to become that behind it.
+    pub state: &'a mut Tensor,
+    /// To be filled: [1, H, t, e].
+    pub o: &'a mut Tensor,
+}
+
+impl<P> Ragged<P> {
     /// For `spans` in the order of their tokens, those of a single token first, no slot twice; of a model that computes in the kind,
-    /// and on the device, of `options`.
+    /// and on the device, of `options`. `longer` makes what pieces need from the decay's slopes, the length of chunks and that of
+    /// the piece.
     ///
     /// # Panics
     /// If a single token stands behind a longer span.
-    pub fn new(config: &ModelConfig, spans: &[Span], options: (Kind, Device)) -> Ragged {
+    pub fn new(
+        config: &ModelConfig,
+        spans: &[Span],
+        options: (Kind, Device),
+        longer: impl Fn(&[f64], i64, i64) -> P,
+    ) -> Ragged<P> {
         let singles = spans.iter().take_while(|span| span.tokens == 1).count();
         assert!(
             spans[singles..].iter().all(|span| span.tokens > 1),
             "invariant: single tokens come first"
         );
-        let form = match &config.attention {
-            AttentionKind::Softmax => Form::Softmax {
-                group: config.group(),
-            },
+        let (kind, device) = options;
+        let (kind, form) = match &config.attention {
+            AttentionKind::Softmax => (
+                kind,
+                Form::Softmax {
+                    kv_heads: config.kv_heads,
+                },
+            ),
             AttentionKind::Supra(supra) => {
                 let slopes_h = slopes(supra.decay, config.heads);
-                let kind = accumulate_kind(options.0);
-                let options = (kind, options.1);
-                let tables = |tokens| Chunkwise::new(&slopes_h, supra.chunk, tokens, None, options);
+                let kind = accumulate_kind(kind);
                 let lengths = spans[singles..].iter().map(|span| span.tokens);
-                Form::Supra {
-                    kind,
-                    single: Recurrent::new(&slopes_h, options),
-                    longer: lengths.map(|tokens| (tokens, tables(tokens))).collect(),
-                }
+                let form = Form::Supra {
+                    single: Recurrent::new(&slopes_h, (kind, device)),
+                    longer: lengths
+                        .map(|tokens| (tokens, longer(&slopes_h, supra.chunk, tokens)))
+                        .collect(),
+                };
+                (kind, form)
             }
         };
         Ragged {
             spans: spans.to_vec(),
             singles: singles as i64,
+            options: (kind, device),
             form,
         }
     }
 
-    /// o [1, H, n, e] of q, k [1, H, n, d] and v [1, H, n, e], n tokens of all spans. The slots move on.
+    /// Kind in which it computes, and device: those of an `o` that loses nothing.
+    pub fn options(&self) -> (Kind, Device) {
+        self.options
+    }
+
+    /// `o_1hne` [1, H, n, e] of q [1, H, n, d], k [1, K, n, d] and v [1, K, n, e], n tokens of all spans, where K is the number of
+    /// key/value heads or H. `piece` computes the longer pieces of SUPRA. The slots move on.
     ///
     /// # Panics
     /// If the memory is of another kind of attention.
-    pub fn mix(&self, [q_1hnd, k_1hnd, v_1hne]: [&Tensor; 3], memory: &mut SlotLayer) -> Tensor {
-        let mut parts = Vec::with_capacity(self.spans.len());
+    pub fn mix(
+        &self,
+        [q_1hnd, k_1knd, v_1kne]: [&Tensor; 3],
+        memory: &mut SlotLayer,
+        o_1hne: &Tensor,
+        piece: impl Fn(&P, Piece<'_>),
+    ) {
+        let heads = q_1hnd.size()[1];
+        let o = |start, tokens| o_1hne.narrow(2, start, tokens);
         match (&self.form, memory) {
-            (
-                Form::Supra {
-                    kind,
-                    single,
-                    longer,
-                },
-                SlotLayer::Supra { state_shde },
-            ) => {
-                let take = |start, tokens| {
-                    [q_1hnd, k_1hnd, v_1hne].map(|x| x.narrow(2, start, tokens).to_kind(*kind))
-                };
+            (Form::Supra { single, longer }, SlotLayer::Supra { state_shde }) => {
                 if self.singles > 0 {
-                    let qkv = take(0, self.singles).map(|x_1hsd| x_1hsd.transpose(0, 2));
+                    let qkv = [q_1hnd, k_1knd, v_1kne].map(|x| {
+                        let x = x.narrow(2, 0, self.singles).to_kind(self.options.0);
+                        repeat_heads(&x, heads).transpose(0, 2)
+                    });
                     let o_sh1e = single.advance(qkv.each_ref(), state_shde, &self.single_slots());
-                    parts.push(o_sh1e.transpose(0, 2));
+                    o(0, self.singles).copy_(&o_sh1e.transpose(0, 2));
                 }
                 for (span, start) in self.longer() {
-                    let [q, k, v] = take(start, span.tokens);
-                    let mut state = state_shde.i(span.slot as i64).unsqueeze(0);
-                    let (o, after) = longer[&span.tokens].mix_from(&q, &k, &v, &state);
-                    state.copy_(&after);
-                    parts.push(o);
+                    let qkv = [q_1hnd, k_1knd, v_1kne].map(|x| x.narrow(2, start, span.tokens));
+                    piece(
+                        &longer[&span.tokens],
+                        Piece {
+                            qkv: qkv.each_ref(),
+                            state: &mut state_shde.i(span.slot as i64).unsqueeze(0),
+                            o: &mut o(start, span.tokens),
+                        },
+                    );
                 }
             }
-            (&Form::Softmax { group }, SlotLayer::Softmax { caches }) => {
+            (&Form::Softmax { kv_heads }, SlotLayer::Softmax { caches }) => {
                 let mut start = 0;
                 for span in &self.spans {
                     let take = |x: &Tensor| x.narrow(2, start, span.tokens);
-                    let once = |x: &Tensor| take(x).slice(1, None, None, group);
+                    let once = |x: &Tensor| take(x).slice(1, None, None, x.size()[1] / kv_heads);
                     let cache = &mut caches[span.slot];
-                    cache.append(&once(k_1hnd), &once(v_1hne));
-                    parts.push(look(&take(q_1hnd), cache));
+                    cache.append(&once(k_1knd), &once(v_1kne));
+                    o(start, span.tokens).copy_(&look(&take(q_1hnd), cache));
                     start += span.tokens;
                 }
             }
-            (form, _) => panic!("invariant: {form:?} goes with slots of its own kind"),
+            _ => panic!("invariant: each kind of attention goes with slots of its own kind"),
         }
-        Tensor::cat(&parts, 2)
     }
 
     fn single_slots(&self) -> Vec<i64> {
