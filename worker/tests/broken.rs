@@ -156,6 +156,17 @@ impl Kernels for Broken {
             .linear_attention(decay, q_bhtd, k_bktd, v_bktd, o_bhtd);
     }
 
+    fn linear_attention_from(
+        &self,
+        decay: &DecayTables,
+        qkv: [&Tensor; 3],
+        state_bhde: &mut Tensor,
+        o_bhtd: &mut Tensor,
+    ) {
+        self.inner
+            .linear_attention_from(decay, qkv, state_bhde, o_bhtd);
+    }
+
     fn linear_attention_backward(
         &self,
         decay: &DecayTables,

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     kernels::{DecayTables, Delta, HeadsGrad, HeadsIn, Kernels, NormOut},
-    model::{ModelConfig, SlotLayer, attention::ragged::Piece, block::LayerParams},
+    model::{ModelConfig, attention::ragged::Piece, block::LayerParams, slots::SlotLayer},
 };
 
 /// A block and the rows that it works on.

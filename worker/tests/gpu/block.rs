@@ -113,7 +113,7 @@ impl Case<'_> {
         } = Buffers::new(self.config, self.rows, Policy::Lean, (kind, GPU));
         let at = &mut blocks[0];
         at.x_in_nd.copy_(&self.x_nd);
-        block.forward(None, at, &mut scratch);
+        block.forward(None, at, &scratch.work_nd, None);
         let y_nd = &at.x_mid_nd + &scratch.work_nd;
         scratch.dx_nd.copy_(&self.dy_nd);
         let dweights = LayerParams::new(self.config, &gradients, 0);

@@ -16,6 +16,13 @@ use super::gpu;
 /// How much further off than libtorch in bf16 it may be.
 const FURTHER: f64 = 1.5;
 
+/// Spans of three turns: slots, and how many tokens each gets.
+const TURNS: [&[(usize, i64)]; 3] = [
+    &[(2, 700)],
+    &[(0, 1), (2, 1), (3, 129), (1, 300)],
+    &[(3, 1), (1, 500), (2, 64), (0, 128)],
+];
+
 #[test]
 fn gpu_prompts_are_read_as_well_as_by_libtorch() {
     if gpu("gpu_prompts_are_read_as_well_as_by_libtorch").is_none() {
@@ -39,11 +46,7 @@ fn gpu_prompts_are_read_as_well_as_by_libtorch() {
         let params = kinds.map(|kind| rounded.to(GPU, kind));
         let mut slots = kinds.map(|kind| Slots::new(&config, 4, GPU, kind).unwrap());
         let reader = Reader::new(Rc::new(gpu("the reader").unwrap()));
-        for turn in [
-            &[(2, 700)] as &[(usize, i64)],
-            &[(0, 1), (2, 1), (3, 129), (1, 300)],
-            &[(3, 1), (1, 500), (2, 64), (0, 128)],
-        ] {
+        for turn in TURNS {
             let what = format!("{attention:?}, heads of {head_dim}, {turn:?}");
             let spans: Vec<Span> = turn
                 .iter()

@@ -25,7 +25,7 @@ pub struct Source {
 }
 
 /// What the sources include of ours.
-const HEADERS: [(&str, &str); 7] = [
+const HEADERS: [(&str, &str); 8] = [
     (
         "attention_warpgroups.cuh",
         include_str!("attention_warpgroups.cuh"),
@@ -34,6 +34,7 @@ const HEADERS: [(&str, &str); 7] = [
     ("bits.cuh", include_str!("bits.cuh")),
     ("common.cuh", include_str!("common.cuh")),
     ("relay.cuh", include_str!("relay.cuh")),
+    ("rms.cuh", include_str!("rms.cuh")),
     ("warp.cuh", include_str!("warp.cuh")),
     ("warpgroup.cuh", include_str!("warpgroup.cuh")),
 ];

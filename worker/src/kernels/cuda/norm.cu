@@ -1,46 +1,18 @@
 // Residual and RMSNorm, and its gradient.
-//
-// A block holds a row in registers, VECTORS vectors of eight in each thread, so that every number crosses memory once.
-#include "common.cuh"
+#include "rms.cuh"
 
+// One block per row.
 template <int VECTORS>
 __device__ __forceinline__ void add_rms_norm(const bf16 *x, const bf16 *delta, const bf16 *gain, bf16 *sum, float *rstd,
                                              bf16 *normed, int width, float eps) {
     const size_t row = static_cast<size_t>(blockIdx.x) * width;
-    float s[VECTORS][VECTOR];
-    float squares = 0.0f;
-#pragma unroll
-    for (int i = 0; i < VECTORS; ++i) {
-        const int column = (i * blockDim.x + threadIdx.x) * VECTOR;
-        if (column >= width) continue;
-        unpack(load(x + row + column), s[i]);
-        if (delta != nullptr) {
-            float d[VECTOR];
-            unpack(load(delta + row + column), d);
-#pragma unroll
-            for (int k = 0; k < VECTOR; ++k) s[i][k] += d[k];
-            const uint4 rounded = pack(s[i]);
-            store(sum + row + column, rounded);
-            unpack(rounded, s[i]);
-        }
-#pragma unroll
-        for (int k = 0; k < VECTOR; ++k) squares += s[i][k] * s[i][k];
-    }
-    const float scale = rsqrtf(block_sum(squares) / width + eps);
+    const bf16 *const added = delta == nullptr ? nullptr : delta + row;
+    const auto gains = [&](int, int column) { return load(gain + column); };
+    const float scale = norm_row<VECTORS>(x + row, added, sum + row, normed + row, width, eps, gains);
     if (threadIdx.x == 0) rstd[blockIdx.x] = scale;
-#pragma unroll
-    for (int i = 0; i < VECTORS; ++i) {
-        const int column = (i * blockDim.x + threadIdx.x) * VECTOR;
-        if (column >= width) continue;
-        float g[VECTOR];
-        unpack(load(gain + column), g);
-#pragma unroll
-        for (int k = 0; k < VECTOR; ++k) s[i][k] = round_to_bf16(s[i][k] * scale) * g[k];
-        store(normed + row + column, pack(s[i]));
-    }
 }
 
-// Blocks walk over the rows. What a block saw of the gain's gradient goes to its own row of `dgain_parts`
+// Blocks walk over the rows, and hold one in registers likewise. What a block saw of the gain's gradient goes to its own row of `dgain_parts`
 // [gridDim.x, width].
 template <int VECTORS>
 __device__ __forceinline__ void rms_norm_backward(const bf16 *dnormed, const bf16 *x, const float *rstd, const bf16 *gain,

@@ -2,6 +2,7 @@
 //
 // `slots` tells where a row's state lies; a row whose slot is negative is padding and keeps its numbers to itself.
 #include "relay.cuh"
+#include "rms.cuh"
 
 constexpr int MAX_VECTORS = 4;
 
@@ -36,33 +37,9 @@ extern "C" __global__ void __launch_bounds__(512)
     }
     await_earlier();
     const size_t row = static_cast<size_t>(blockIdx.x) * width;
-    float s[MAX_VECTORS][VECTOR], squares = 0.0f;
-#pragma unroll
-    for (int i = 0; i < MAX_VECTORS; ++i) {
-        const int column = (i * blockDim.x + threadIdx.x) * VECTOR;
-        if (column >= width) continue;
-        unpack(load(x + row + column), s[i]);
-        if (delta != nullptr) {
-            float d[VECTOR];
-            unpack(load(delta + row + column), d);
-#pragma unroll
-            for (int k = 0; k < VECTOR; ++k) s[i][k] = round_to_bf16(s[i][k] + d[k]);
-            store(x + row + column, pack(s[i]));
-        }
-#pragma unroll
-        for (int k = 0; k < VECTOR; ++k) squares += s[i][k] * s[i][k];
-    }
-    const float scale = rsqrtf(block_sum(squares) / width + eps);
-#pragma unroll
-    for (int i = 0; i < MAX_VECTORS; ++i) {
-        const int column = (i * blockDim.x + threadIdx.x) * VECTOR;
-        if (column >= width) continue;
-        float g[VECTOR];
-        unpack(gains[i], g);
-#pragma unroll
-        for (int k = 0; k < VECTOR; ++k) s[i][k] = round_to_bf16(s[i][k] * scale) * g[k];
-        store(normed + row + column, pack(s[i]));
-    }
+    const bf16 *const added = delta == nullptr ? nullptr : delta + row;
+    const auto fetched = [&](int i, int) { return gains[i]; };
+    norm_row<MAX_VECTORS>(x + row, added, x + row, normed + row, width, eps, fetched);
 }
 
 // silu(gate) * up of the two halves of a row. gridDim = (blocks over the columns, rows).
