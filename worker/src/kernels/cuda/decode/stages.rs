@@ -23,16 +23,12 @@ pub const SOURCE: Source = Source {
     name: "thin.cu",
     text: include_str!("thin.cu"),
     kernels: &[
-        "thin_shallow_1",
-        "thin_shallow_2",
-        "thin_deep_1",
-        "thin_deep_2",
+        "thin_narrow_1",
+        "thin_narrow_2",
         "thin_wide_1",
         "thin_wide_2",
-        "thin_gated_shallow_1",
-        "thin_gated_shallow_2",
-        "thin_gated_deep_1",
-        "thin_gated_deep_2",
+        "thin_gated_narrow_1",
+        "thin_gated_narrow_2",
         "thin_gated_wide_1",
         "thin_gated_wide_2",
     ],
@@ -46,6 +42,8 @@ const MOST_ROWS: i64 = 16;
 const MEASURED_LAYERS: usize = 4;
 /// How often each way is measured; the fastest counts.
 const REPEATS: usize = 3;
+/// The library's ways of a stage that are measured in their place, too.
+const FASTEST: usize = 4;
 
 /// The stages of a step that are matrix products.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -87,27 +85,25 @@ pub enum Way {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Thin {
     /// 16 rows of the weight by 8 warps.
-    Shallow,
-    /// Likewise, fetching twice as far ahead.
-    Deep,
+    Narrow,
     /// 32 rows by 16 warps.
     Wide,
 }
 
 impl Thin {
-    const ALL: [Thin; 3] = [Thin::Shallow, Thin::Deep, Thin::Wide];
+    const ALL: [Thin; 2] = [Thin::Narrow, Thin::Wide];
 
     /// Rows of a weight per block.
     fn height(self) -> i64 {
         match self {
-            Thin::Shallow | Thin::Deep => 16,
+            Thin::Narrow => 16,
             Thin::Wide => 32,
         }
     }
 
     fn threads(self) -> u32 {
         match self {
-            Thin::Shallow | Thin::Deep => 256,
+            Thin::Narrow => 256,
             Thin::Wide => 512,
         }
     }
@@ -115,16 +111,12 @@ impl Thin {
     /// The kernel for n rows.
     fn kernel(self, gated: bool, n: i64) -> &'static str {
         match (gated, self, n) {
-            (false, Thin::Shallow, ..=8) => "thin_shallow_1",
-            (false, Thin::Shallow, _) => "thin_shallow_2",
-            (false, Thin::Deep, ..=8) => "thin_deep_1",
-            (false, Thin::Deep, _) => "thin_deep_2",
+            (false, Thin::Narrow, ..=8) => "thin_narrow_1",
+            (false, Thin::Narrow, _) => "thin_narrow_2",
             (false, Thin::Wide, ..=8) => "thin_wide_1",
             (false, Thin::Wide, _) => "thin_wide_2",
-            (true, Thin::Shallow, ..=8) => "thin_gated_shallow_1",
-            (true, Thin::Shallow, _) => "thin_gated_shallow_2",
-            (true, Thin::Deep, ..=8) => "thin_gated_deep_1",
-            (true, Thin::Deep, _) => "thin_gated_deep_2",
+            (true, Thin::Narrow, ..=8) => "thin_gated_narrow_1",
+            (true, Thin::Narrow, _) => "thin_gated_narrow_2",
             (true, Thin::Wide, ..=8) => "thin_gated_wide_1",
             (true, Thin::Wide, _) => "thin_gated_wide_2",
         }
@@ -285,14 +277,24 @@ impl Decoder {
 
     /// The fastest way of each stage for n rows, measured. The rows' slots have to be those of padding: no state may move.
     pub(super) fn measure(&self, n: i64) -> Result<Ways, KernelError> {
-        let mut ways = Ways::new();
+        let (mut ways, mut others) = (Ways::new(), Vec::new());
         for stage in STAGES {
             if !self.products(stage, 0).is_empty() {
-                ways.insert(stage, self.by_library(n, stage)?);
+                let mut library = self.by_library(n, stage)?.into_iter();
+                let first = library
+                    .next()
+                    .ok_or_else(|| self.library.offers_nothing())?;
+                ways.insert(stage, first);
+                let thin = Thin::ALL.into_iter();
+                let thin = thin.filter(|&thin| self.takes_thin(n, stage, thin));
+                others.push((
+                    stage,
+                    library.chain(thin.map(Way::Thin)).collect::<Vec<_>>(),
+                ));
             }
         }
         // One kernel's end and the next one's beginning share the GPU: what is fast alone need not be fast in its place.
-        for stage in STAGES {
+        for (stage, others) in others {
             let in_place = |ways: &Ways| {
                 self.time(|tape, at| match stage {
                     Stage::Head => self.stage(tape, n, stage, at, &ways[&stage]),
@@ -300,11 +302,8 @@ impl Decoder {
                 })
             };
             let mut least = in_place(&ways)?;
-            for thin in Thin::ALL {
-                if !self.takes_thin(n, stage, thin) {
-                    continue;
-                }
-                let before = ways.insert(stage, Way::Thin(thin));
+            for other in others {
+                let before = ways.insert(stage, other);
                 let time = in_place(&ways)?;
                 match before {
                     Some(before) if time >= least => drop(ways.insert(stage, before)),
@@ -321,15 +320,16 @@ impl Decoder {
         let whole =
             |product: &Product| product.outer % thin.height() == 0 && product.inner % COLUMNS == 0;
         let products = self.products(stage, 0);
-        n <= MOST_ROWS && !products.is_empty() && products.iter().all(whole)
+        n <= MOST_ROWS && products.iter().all(whole)
     }
 
-    /// A stage by the library, with the algorithm for each of its products that is the fastest alone.
-    fn by_library(&self, n: i64, stage: Stage) -> Result<Way, KernelError> {
-        let mut plans = Vec::new();
-        for (at, product) in self.products(stage, 0).iter().enumerate() {
+    /// The [`FASTEST`] ways of a stage by the library, each of its products alone, the fastest first.
+    fn by_library(&self, n: i64, stage: Stage) -> Result<Vec<Way>, KernelError> {
+        let products = self.products(stage, 0);
+        let mut ways: [Vec<_>; FASTEST] = Default::default();
+        for (at, product) in products.iter().enumerate() {
             let described = self.library.describe(product.shape(n))?;
-            let mut best = None;
+            let mut measured = Vec::new();
             for algorithm in self.library.algorithms(&described)? {
                 let time = self.time(|tape, layer| {
                     let product = &self.products(stage, layer)[at];
@@ -338,16 +338,19 @@ impl Decoder {
                         .multiply(tape.main(), at, &described, &algorithm, tensors)
                 });
                 // What the library offers and then refuses is not used.
-                if let Ok(time) = time
-                    && best.as_ref().is_none_or(|(least, _)| time < *least)
-                {
-                    best = Some((time, algorithm));
+                if let Ok(time) = time {
+                    measured.push((time, algorithm));
                 }
             }
-            let (_, algorithm) = best.ok_or_else(|| self.library.offers_nothing())?;
-            plans.push((described, algorithm));
+            measured.sort_by(|(a, _), (b, _)| a.total_cmp(b));
+            for (plans, (_, algorithm)) in ways.iter_mut().zip(measured) {
+                plans.push((self.library.describe(product.shape(n))?, algorithm));
+            }
         }
-        Ok(Way::Library(plans))
+        let whole = ways
+            .into_iter()
+            .filter(|plans| plans.len() == products.len());
+        Ok(whole.map(Way::Library).collect())
     }
 
     /// Milliseconds of some work on several blocks, one after the other.

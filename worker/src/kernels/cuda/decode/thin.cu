@@ -16,8 +16,8 @@ struct Product {
     int in, x_stride, y_stride;
 };
 
-// TILES times 16 rows of W by 8 PARTS rows of x, by so many WARPS, which fetch DEPTH blocks of columns ahead. GATED: the 16 rows are 8 of the gate and the same 8 of up, `up` rows further on, and
-// y = silu(gate) * up has as many columns as either.
+// TILES times 16 rows of W by 8 PARTS rows of x, by so many WARPS, which fetch DEPTH blocks of columns ahead. GATED: the 16
+// rows are 8 of the gate and the same 8 of up, `up` rows further on, and y = silu(gate) * up has as many columns as either.
 template <int WARPS, int TILES, int DEPTH, int PARTS, bool GATED>
 __device__ __forceinline__ void thin(const Product &p, int tile, int n, int up) {
     constexpr int HEIGHT = 16 * TILES, WIDTH = 8 * PARTS;
@@ -110,25 +110,26 @@ __device__ __forceinline__ void thin(const Product &p, int tile, int n, int up) 
     }
 }
 
-// Blocks from `split` on work on the second product. One product: `split` is gridDim.x.
-#define THIN(NAME, WARPS, TILES, DEPTH, PARTS)                                                                        \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32) thin_##NAME##_##PARTS(                                   \
+// Blocks from `split` on work on the second product. One product: `split` is gridDim.x. As many blocks as SIDE_BY_SIDE have room on
+// a processor: what they may have of its registers.
+#define THIN(NAME, WARPS, TILES, DEPTH, SIDE_BY_SIDE, PARTS)                                                          \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, SIDE_BY_SIDE) thin_##NAME##_##PARTS(                     \
         const bf16 *w0, const bf16 *x0, bf16 *y0, int in0, int xs0, int ys0, const bf16 *w1, const bf16 *x1, bf16 *y1, \
         int in1, int xs1, int ys1, int split, int n) {                                                                \
         const int block = blockIdx.x;                                                                                 \
         const Product p = block < split ? Product{w0, x0, y0, in0, xs0, ys0} : Product{w1, x1, y1, in1, xs1, ys1};    \
         thin<WARPS, TILES, DEPTH, PARTS, false>(p, block < split ? block : block - split, n, 0);                      \
     }                                                                                                                 \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32) thin_gated_##NAME##_##PARTS(                             \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, SIDE_BY_SIDE) thin_gated_##NAME##_##PARTS(               \
         const bf16 *w, const bf16 *x, bf16 *y, int in, int xs, int ys, int up, int n) {                               \
         thin<WARPS, TILES, DEPTH, PARTS, true>(Product{w, x, y, in, xs, ys}, blockIdx.x, n, up);                      \
     }
 
-// For one row the first or the second is the fastest, by the weight's shape; for some the third.
-#define THIN_FOR(PARTS)             \
-    THIN(shallow, 8, 1, 4, PARTS)   \
-    THIN(deep, 8, 1, 8, PARTS)      \
-    THIN(wide, 16, 2, 4, PARTS)
+// The second reads x half as often. Of nineteen such kernels no three do better than these two; clusters of blocks that keep x in
+// shared memory, and fetch W through rings there, do worse.
+#define THIN_FOR(PARTS)                \
+    THIN(narrow, 8, 1, 4, 3, PARTS)    \
+    THIN(wide, 16, 2, 2, 1, PARTS)
 
 THIN_FOR(1)
 THIN_FOR(2)
