@@ -56,12 +56,19 @@ __device__ __forceinline__ void store(float *at, const float (&x)[VECTOR]) {
     reinterpret_cast<float4 *>(at)[1] = make_float4(x[4], x[5], x[6], x[7]);
 }
 
+// The sum over a warp, in every lane.
+template <typename Number>
+__device__ __forceinline__ Number warp_sum(Number x) {
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
+    return x;
+}
+
 // The sum over a block of whole warps, in every thread. All threads of the block call it.
 template <typename Number>
 __device__ __forceinline__ Number block_sum(Number x) {
     __shared__ Number warps[32];
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(ALL_LANES, x, distance);
+    x = warp_sum(x);
     __syncthreads();  // whoever still reads the sums of the call before is done
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
     __syncthreads();

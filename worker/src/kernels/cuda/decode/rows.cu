@@ -80,17 +80,18 @@ __device__ __forceinline__ void recur(const bf16 *projected, const bf16 *feature
                     first * LANES + lane;
     float4 s[PASSES];
 #pragma unroll
-    for (int i = 0; i < PASSES; ++i) s[i] = __ldcs(state + i * ROWS * LANES);
+    for (int i = 0; i < PASSES; ++i) s[i] = state[i * ROWS * LANES];
     const float gamma = gammas[head];
+    const int i = threadIdx.x % HALF, part = threadIdx.x / HALF;
+    const bf16 *bias = part == 0 ? bias_q + head * D : bias_k + key_head * D;
+    const float biases[2] = {to_float(bias[i]), to_float(bias[i + HALF])};
     await_earlier();
 
-    const int i = threadIdx.x % HALF, part = threadIdx.x / HALF;
     if (part < 2) {
         const bf16 *from = part == 0 ? features_q + (static_cast<size_t>(row) * heads + head) * D
                                      : features_k + (static_cast<size_t>(row) * key_heads + key_head) * D;
-        const bf16 *bias = part == 0 ? bias_q + head * D : bias_k + key_head * D;
-        const float a = fmaxf(to_float(from[i]) + to_float(bias[i]), 0.0f);
-        const float b = fmaxf(to_float(from[i + HALF]) + to_float(bias[i + HALF]), 0.0f);
+        const float a = fmaxf(to_float(from[i]) + biases[0], 0.0f);
+        const float b = fmaxf(to_float(from[i + HALF]) + biases[1], 0.0f);
         const float c = cosines[row * HALF + i], d = sines[row * HALF + i], scale = part == 0 ? 1.0f : key_scale;
         float *to = part == 0 ? q : k;
         to[i] = round_to_bf16((a * c - b * d) * scale);
@@ -111,7 +112,7 @@ __device__ __forceinline__ void recur(const bf16 *projected, const bf16 *feature
         u.x += key * value.x, u.y += key * value.y, u.z += key * value.z, u.w += key * value.w;
         o[0] += query * u.x, o[1] += query * u.y, o[2] += query * u.z, o[3] += query * u.w;
         u.x *= gamma, u.y *= gamma, u.z *= gamma, u.w *= gamma;
-        __stcs(state + i * ROWS * LANES, u);
+        state[i * ROWS * LANES] = u;
     }
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -121,14 +122,24 @@ __device__ __forceinline__ void recur(const bf16 *projected, const bf16 *feature
     if (threadIdx.x % 32 < LANES)
         reinterpret_cast<float4 *>(parts[threadIdx.x / 32])[lane] = make_float4(o[0], o[1], o[2], o[3]);
     __syncthreads();
-    float x = 0.0f;
-    if (threadIdx.x < D)
-        for (int warp = 0; warp < THREADS / 32; ++warp) x += parts[warp][threadIdx.x];
-    const float mean = block_sum(x) / D;
-    const float off = threadIdx.x < D ? x - mean : 0.0f;
-    const float variance = block_sum(off * off) / D;
-    if (threadIdx.x < D)
-        out[(static_cast<size_t>(row) * heads + head) * D + threadIdx.x] = to_bf16(off * rsqrtf(variance + 1e-5f));
+    // One warp norms, so that nobody waits for anybody any more.
+    if (threadIdx.x >= 32) return;
+    constexpr int OWN = D / 32;
+    float x[OWN] = {}, sum = 0.0f, squares = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < THREADS / 32; ++warp) {
+#pragma unroll
+        for (int j = 0; j < OWN; ++j) x[j] += parts[warp][threadIdx.x * OWN + j];
+    }
+#pragma unroll
+    for (int j = 0; j < OWN; ++j) sum += x[j];
+    const float mean = warp_sum(sum) / D;
+#pragma unroll
+    for (int j = 0; j < OWN; ++j) x[j] -= mean, squares += x[j] * x[j];
+    const float scale = rsqrtf(warp_sum(squares) / D + 1e-5f);
+    bf16 *const to = out + (static_cast<size_t>(row) * heads + head) * D + threadIdx.x * OWN;
+#pragma unroll
+    for (int j = 0; j < OWN; j += 2) *reinterpret_cast<unsigned *>(to + j) = pack(x[j] * scale, x[j + 1] * scale);
 }
 
 #define HEADS_OF(D)                                                                                                   \
