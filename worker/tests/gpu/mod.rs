@@ -4,6 +4,7 @@ mod attention;
 mod bench;
 mod block;
 mod decode;
+mod gates;
 mod kernels;
 mod optimizer;
 mod overlap;
