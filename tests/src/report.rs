@@ -70,14 +70,6 @@ impl Report {
         })
     }
 
-    /// The same campaign's report on something else.
-    pub fn named(&self, name: &str) -> Self {
-        Self {
-            name: name.to_owned(),
-            ..self.clone()
-        }
-    }
-
     /// Where and how it ran, and what came out.
     pub fn to_json(&self, rows: &[Row]) -> Value {
         json!({

@@ -92,8 +92,10 @@ enum Campaign {
     Step,
     /// Speed of the training step alone, at other shapes of 7B models; needs an NVIDIA GPU of 141 GB.
     Shapes,
-    /// Speed of a token step of a 7B model beside PyTorch's, and of prompts; needs an NVIDIA GPU of 141 GB and PyTorch.
+    /// Speed of a token step of a 7B model beside PyTorch's; needs an NVIDIA GPU of 141 GB and PyTorch.
     Decode,
+    /// How fast a 7B model reads prompts; needs an NVIDIA GPU of 80 GB.
+    Prefill,
     /// Time and memory of the next token behind up to 131,072 others, beside softmax attention; needs an NVIDIA GPU of 80 GB.
     Flat,
     /// Where the time of the step of a 7B model goes; needs an NVIDIA GPU of 141 GB.
@@ -232,13 +234,13 @@ fn prove(arguments: &Arguments) -> Result<()> {
             let inference = Inference {
                 quick: arguments.quick,
             };
-            let (decode, prefill) = inference.decode(&programs)?;
-            print!("{}", table(&prefill));
-            if !arguments.quick {
-                let also = report.named("prefill");
-                also.write(inference::ABOUT_PREFILL, &prefill, &benchmarks)?;
-            }
-            (inference::ABOUT_DECODE, decode)
+            (inference::ABOUT_DECODE, inference.decode(&programs)?)
+        }
+        Campaign::Prefill => {
+            let inference = Inference {
+                quick: arguments.quick,
+            };
+            (inference::ABOUT_PREFILL, inference.prefill(&programs)?)
         }
         Campaign::Flat => {
             let inference = Inference {

@@ -24,7 +24,8 @@ pub const ABOUT_DECODE: &str = "A token for each of `batch` sequences, one step 
     TFLOP/s, and states read and written.";
 
 /// What the report of `prefill` says above its table.
-pub const ABOUT_PREFILL: &str = "Prompts of one sequence, of the same model as on the page of `decode`: the time from the tokens to \
+pub const ABOUT_PREFILL: &str = "Prompts of one sequence, of a SUPRA model in the shape of Mistral 7B (7.81 B \
+    parameters, bf16, fp32 states, random weights) on one GPU, by `supra-worker bench prefill`: the time from the tokens to \
     the first new one, and tokens of the prompt per second. Medians of three.";
 
 /// What the report of `flat` says above its table.
@@ -33,6 +34,8 @@ pub const ABOUT_FLAT: &str = "Time of the next token, and memory of the sequence
     random numbers. One sequence, medians. Both \
     models' steps are recorded as graphs.";
 
+/// Of each timing, in the quick form.
+const STEPS: &[&str] = &["--steps", "2"];
 /// Compiling the peer takes minutes.
 const LIMIT: Duration = Duration::from_secs(540);
 
@@ -44,24 +47,19 @@ pub struct Inference {
 }
 
 impl Inference {
-    /// Tokens of several sequences at once, and prompts: the rows of two reports.
+    /// The next tokens of several sequences at once.
     ///
     /// # Errors
     /// When there is no GPU, or the peer cannot run.
-    pub fn decode(self, programs: &Programs) -> Result<(Vec<Row>, Vec<Row>)> {
-        let (batches, prompts) = if self.quick {
-            ("1,4", "64")
-        } else {
-            ("1,16,64,256", "2048,8192,32768")
-        };
-        let arguments = ["decode", "--batches", batches, "--prompts", prompts];
-        let ours = self.ours(programs, &arguments)?;
+    pub fn decode(self, programs: &Programs) -> Result<Vec<Row>> {
+        let batches = if self.quick { "1,4" } else { "1,16,64,256" };
+        let ours = self.ours(programs, &["decode", "--batches", batches], STEPS)?;
         let peers = if self.quick {
             Vec::new()
         } else {
             peer(&["--batches", batches])?
         };
-        let decode = list(&ours, "decode")?.iter().map(|row| {
+        let rows = list(&ours, "decode")?.iter().map(|row| {
             let (batch, tok_s) = (&row["batch"], number(row, "tokens_per_second")?);
             let same = peers.iter().filter(|peer| &peer["batch"] == batch);
             let best = same.filter_map(|peer| peer["tok_s"].as_f64());
@@ -74,16 +72,23 @@ impl Inference {
                 .with("share_of_bound", rounded(number(row, "share_of_bound")?, 3))
                 .with("ms", rounded(number(row, "milliseconds")?, 3)))
         });
-        let prefill = list(&ours, "prefill")?.iter().map(|row| {
+        rows.collect()
+    }
+
+    /// Prompts.
+    ///
+    /// # Errors
+    /// When there is no GPU.
+    pub fn prefill(self, programs: &Programs) -> Result<Vec<Row>> {
+        let prompts = if self.quick { "64" } else { "2048,8192,32768" };
+        let ours = self.ours(programs, &["prefill", "--prompts", prompts], &[])?;
+        let rows = list(&ours, "prefill")?.iter().map(|row| {
             Ok(Row::new()
                 .with("tokens", row["tokens"].clone())
                 .with("first_token_ms", rounded(1e3 * number(row, "seconds")?, 1))
                 .with("tok_s", rounded(number(row, "tokens_per_second")?, 0)))
         });
-        Ok((
-            decode.collect::<Result<_>>()?,
-            prefill.collect::<Result<_>>()?,
-        ))
+        rows.collect()
     }
 
     /// The next token of longer and longer sequences. Draws them at `plot`.
@@ -96,7 +101,7 @@ impl Inference {
         } else {
             "1,1024,4096,16384,32768,65536,131072"
         };
-        let ours = self.ours(programs, &["flat", "--lengths", lengths])?;
+        let ours = self.ours(programs, &["flat", "--lengths", lengths], STEPS)?;
         let (supra, softmax) = (list(&ours, "supra")?, list(&ours, "softmax")?);
         let mut curves = [Vec::new(), Vec::new()];
         let mut rows = Vec::new();
@@ -131,11 +136,14 @@ impl Inference {
         Ok(rows)
     }
 
-    fn ours(self, programs: &Programs, arguments: &[&str]) -> Result<Value> {
+    /// What a bench of ours answers; `small` is for the quick form alone.
+    fn ours(self, programs: &Programs, arguments: &[&str], small: &[&str]) -> Result<Value> {
         let mut command = programs.worker();
         command.arg("bench").args(arguments).arg("--json");
         if self.quick {
-            command.args(["--layers", "1", "--steps", "2", "--dtype", "fp32"]);
+            command
+                .args(["--layers", "1", "--dtype", "fp32"])
+                .args(small);
         } else {
             command.args(["--device", "cuda:0"]);
         }

@@ -43,8 +43,10 @@ enum What {
     Step(Step),
     /// Time what a checkpoint costs: standing still, writing and reading
     Checkpoint(checkpoint::Checkpoint),
-    /// Time inference: tokens of several sequences at once, and prompts
+    /// Time the next tokens of several sequences at once
     Decode(decode::Decode),
+    /// Time prompts, up to their first new token
+    Prefill(decode::Prefill),
     /// Time the next token of longer and longer sequences, beside softmax attention
     Flat(decode::Flat),
 }
@@ -196,6 +198,7 @@ impl Bench {
             What::Step(step) => step.execute(),
             What::Checkpoint(checkpoint) => checkpoint.execute(),
             What::Decode(decode) => decode.execute(),
+            What::Prefill(prefill) => prefill.execute(),
             What::Flat(flat) => flat.execute(),
         }
     }

@@ -1,4 +1,4 @@
-//! `supra-worker bench decode` and `flat`: how fast a model is at inference on this machine.
+//! `supra-worker bench decode`, `prefill` and `flat`: how fast a model is at inference on this machine.
 
 use clap::Args;
 use serde::Serialize;
@@ -15,7 +15,7 @@ use crate::cli::{
     out,
 };
 
-/// What both commands are told about the model.
+/// What all three are told about the model.
 #[derive(Debug, Args)]
 struct Model {
     /// Shape of the model
@@ -27,9 +27,6 @@ struct Model {
     /// Number format to compute in; states are fp32
     #[arg(long, value_enum, default_value_t = Dtype::Bf16)]
     dtype: Dtype,
-    /// Tokens per sequence and timing
-    #[arg(long, default_value_t = 64, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
-    steps: u32,
     /// Seed of the weights
     #[arg(long, default_value_t = 0, value_name = "N")]
     seed: u32,
@@ -38,6 +35,13 @@ struct Model {
     json: bool,
     #[command(flatten)]
     device: DeviceOptions,
+}
+
+#[derive(Debug, Args)]
+struct Steps {
+    /// Tokens per sequence and timing
+    #[arg(long, default_value_t = 64, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 16))]
+    steps: u32,
 }
 
 impl Model {
@@ -57,19 +61,39 @@ impl Model {
         let model = model.map_err(|error| failed(&error))?;
         Engine::new(model, slots).map_err(|error| failed(&error))
     }
+
+    /// Prints a line for people.
+    fn show(&self, text: &str) -> Result<(), Failure> {
+        match self.json {
+            true => Ok(()),
+            false => out::line(text),
+        }
+    }
 }
 
-/// Times tokens of several sequences at once, and prompts, with random weights.
+/// Times the next tokens of several sequences at once, with random weights.
 #[derive(Debug, Args)]
 pub struct Decode {
     #[command(flatten)]
     model: Model,
+    #[command(flatten)]
+    steps: Steps,
     /// Attention of the model
     #[arg(long, value_enum, default_value_t = Mixing::Supra)]
     attention: Mixing,
     /// Numbers of sequences
     #[arg(long, value_delimiter = ',', default_value = "1,16,64,256", value_name = "N,…", value_parser = sequences)]
     batches: Vec<usize>,
+}
+
+/// Times prompts, from their tokens to the first new one, with random weights.
+#[derive(Debug, Args)]
+pub struct Prefill {
+    #[command(flatten)]
+    model: Model,
+    /// Attention of the model
+    #[arg(long, value_enum, default_value_t = Mixing::Supra)]
+    attention: Mixing,
     /// Tokens of prompts
     #[arg(long, value_delimiter = ',', default_value = "2048,8192,32768", value_name = "N,…", value_parser = tokens)]
     prompts: Vec<usize>,
@@ -80,6 +104,8 @@ pub struct Decode {
 pub struct Flat {
     #[command(flatten)]
     model: Model,
+    #[command(flatten)]
+    steps: Steps,
     /// Tokens before the one that is timed
     #[arg(long, value_delimiter = ',', default_value = "1,1024,4096,16384,32768,65536,131072", value_name = "N,…", value_parser = tokens)]
     lengths: Vec<usize>,
@@ -91,6 +117,13 @@ struct Decodes {
     device: String,
     parameters: i64,
     decode: Vec<Decoded>,
+}
+
+/// The JSON answer of `prefill`.
+#[derive(Serialize)]
+struct Prefills {
+    device: String,
+    parameters: i64,
     prefill: Vec<Prefilled>,
 }
 
@@ -109,33 +142,17 @@ impl Decode {
         let slots = self.batches.iter().copied().max().unwrap_or(1);
         let attention = self.attention.into();
         let mut engine = self.model.engine(place.device, attention, slots)?;
-        let show = |text: &str| {
-            if self.model.json {
-                Ok(())
-            } else {
-                out::line(text)
-            }
-        };
-        let (mut decoded, mut prefilled) = (Vec::new(), Vec::new());
+        let mut rows = Vec::new();
         for &batch in &self.batches {
-            let row = decode::decode(&mut engine, batch, self.model.steps);
+            let row = decode::decode(&mut engine, batch, self.steps.steps);
             let row = row.map_err(|error| failed(&error))?;
-            show(&format!(
+            self.model.show(&format!(
                 "{batch:>6} sequences: {:8.3} ms a step, {:9.1} tokens/s, {:5.1} % of an H200's bound",
                 row.milliseconds,
                 row.tokens_per_second,
                 100.0 * row.share_of_bound
             ))?;
-            decoded.push(row);
-        }
-        for &length in &self.prompts {
-            let row = decode::prefill(&mut engine, length).map_err(|error| failed(&error))?;
-            show(&format!(
-                "{length:>6} tokens of prompt: first new token after {:7.1} ms, {:9.1} tokens/s",
-                1e3 * row.seconds,
-                row.tokens_per_second
-            ))?;
-            prefilled.push(row);
+            rows.push(row);
         }
         if !self.model.json {
             return Ok(());
@@ -143,8 +160,33 @@ impl Decode {
         out::json(&Decodes {
             device: place.model,
             parameters: engine.model().params.elements(),
-            decode: decoded,
-            prefill: prefilled,
+            decode: rows,
+        })
+    }
+}
+
+impl Prefill {
+    /// Measures and prints.
+    pub fn execute(self) -> Result<(), Failure> {
+        let place = self.model.device.open()?;
+        let mut engine = self.model.engine(place.device, self.attention.into(), 1)?;
+        let mut rows = Vec::new();
+        for &length in &self.prompts {
+            let row = decode::prefill(&mut engine, length).map_err(|error| failed(&error))?;
+            self.model.show(&format!(
+                "{length:>6} tokens of prompt: first new token after {:7.1} ms, {:9.1} tokens/s",
+                1e3 * row.seconds,
+                row.tokens_per_second
+            ))?;
+            rows.push(row);
+        }
+        if !self.model.json {
+            return Ok(());
+        }
+        out::json(&Prefills {
+            device: place.model,
+            parameters: engine.model().params.elements(),
+            prefill: rows,
         })
     }
 }
@@ -156,7 +198,7 @@ impl Flat {
         let place = self.model.device.open()?;
         let measure = |attention| {
             let mut engine = self.model.engine(place.device, attention, 1)?;
-            let rows = decode::far(&mut engine, &self.lengths, self.model.steps);
+            let rows = decode::far(&mut engine, &self.lengths, self.steps.steps);
             rows.map_err(|error| failed(&error))
         };
         let supra = measure(AttentionKind::Supra(SupraConfig::default()))?;
