@@ -1,4 +1,4 @@
-//! The work of a training step: matrix products, everything between them, and the optimizer.
+//! The work of a training step, whose forward pass reads prompts, too: matrix products, everything between them, and the optimizer.
 //!
 //! One contract, [`Kernels`], whose implementations compute the same functions. [`Twin`] is plain libtorch: it serves the
 //! processor, fp32 and fp64, and is what tests compare with. [`cuda`] launches kernels of our own on bf16 tensors of a GPU.
