@@ -246,6 +246,15 @@ impl Account {
         }
     }
 
+    /// The account of a run whose coordinator died before it noted any: from when it was submitted nobody knows more than whether
+    /// its last generation is `alive`.
+    pub fn unnoted(submitted: u64, alive: bool) -> Account {
+        Account {
+            alive,
+            ..Account::new(submitted)
+        }
+    }
+
     /// A coordinator has started again. If a generation lived when the account was noted, nobody knows whether it still does;
     /// the machine is going to say.
     pub fn resumed(&mut self, at: u64) {

@@ -85,7 +85,11 @@ fn workers_that_join_and_are_drained_void_no_step_of_those_that_divide_the_state
     let stage = Stage::new()?;
     let mut cluster = stage.cluster("cluster", 2)?;
     cluster.wait_attached(2, LIMIT)?;
-    let recipe = recipe((1, 4));
+    // Long enough for a worker to start while it goes on, however fast the processor is.
+    let recipe = TinyRecipe {
+        budget: 600_010,
+        ..recipe((1, 4))
+    };
     let run = stage.submit(&cluster, &recipe)?;
     past(&cluster, &run, 30)?;
     cluster.start_worker("w2")?;

@@ -258,6 +258,29 @@ fn an_account_goes_on_after_a_restart_and_the_gap_is_lost() {
 }
 
 #[test]
+fn a_run_of_which_nothing_was_noted_has_an_account_from_its_submission_on() {
+    let taken_up = Fact::TakenUp {
+        run: 1,
+        generation: 1,
+        at: 3000,
+    };
+    let mut account = Account::unnoted(1000, true);
+    account.resumed(3000);
+    account.decided(&taken_up, 3000);
+    account.measured(&step(1, 1.5), 3500);
+    let parts = v1::Goodput::from(account.parts(3500));
+    assert_eq!((parts.lost, parts.idle), (0.0, 0.0));
+    assert!(parts.productive > 0.0, "{parts:?}");
+    let (count, mut incidents) = account.incidents();
+    let since = incidents.next().map(|incident| incident.detected_unix_ms);
+    assert_eq!((count, since), (1, Some(1000)));
+
+    let mut between = Account::unnoted(1000, false);
+    between.resumed(3000);
+    assert_eq!(v1::Goodput::from(between.parts(3000)).idle, 2.0);
+}
+
+#[test]
 fn a_coordinator_that_was_away_is_an_incident_that_cost_nothing() {
     let mut account = training();
     account.measured(&step(1, 1.0), 4000);

@@ -23,8 +23,8 @@ pub(super) struct Accounts {
 }
 
 impl Accounts {
-    /// Goes on from what the last coordinator noted. A run that trained before there were accounts has none: where its
-    /// time went, nobody knows.
+    /// Goes on from what the last coordinator noted. A run that ended before there were accounts has none: where its time
+    /// went, nobody knows.
     ///
     /// # Errors
     /// SQLite cannot read the notes.
@@ -33,8 +33,11 @@ impl Accounts {
         for run in runs {
             let note = reader.account(run.number)?;
             let noted = note.and_then(|note| serde_json::from_str(&note).ok());
-            let untouched = || (run.generation == 0).then(|| Account::new(run.submitted_unix_ms));
-            if let Some(mut account) = noted.or_else(untouched) {
+            let unnoted = || {
+                (!run.ended() || run.generation == 0)
+                    .then(|| Account::unnoted(run.submitted_unix_ms, run.alive))
+            };
+            if let Some(mut account) = noted.or_else(unnoted) {
                 account.resumed(at);
                 accounts.of.insert(run.number, account);
             }
