@@ -6,7 +6,11 @@ use tch::Tensor;
 
 use crate::{
     kernels::{KernelError, Kernels},
-    model::{ModelConfig, Params, Slots, attention::ragged::Span, block::LayerParams},
+    model::{
+        ModelConfig, Params, Slots,
+        attention::ragged::{Span, next_positions},
+        block::LayerParams,
+    },
     step::{block::Block, buffers::BlockBuffers, tables::Tables},
 };
 
@@ -36,7 +40,7 @@ impl Reader {
     ) -> Result<Tensor, KernelError> {
         let (kind, device) = (params.kind(), params.device());
         let rows = (1, ids_n.size()[0]);
-        let positions_1n = slots.count(spans).to_device(device);
+        let positions_1n = next_positions(spans, slots).to_device(device);
         let tables = Tables::of_pieces(config, spans, &positions_1n, kind);
         // One block's buffers serve all of them.
         let mut at = BlockBuffers::new(config, rows, (kind, device));

@@ -3,7 +3,6 @@
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::attention::cache::Cache;
-use super::attention::ragged::Span;
 use super::{AttentionKind, ModelConfig, accumulate_kind};
 
 /// The memory of sequences that are read and continued independently of each other.
@@ -97,17 +96,6 @@ impl Slots {
                 SlotLayer::Softmax { caches } => caches[to] = caches[from].copy(),
             }
         }
-    }
-
-    /// The positions [1, n] of the next tokens of sequences, one after the other, which from here on they have.
-    pub fn count(&mut self, spans: &[Span]) -> Tensor {
-        let mut positions = Vec::new();
-        for &Span { slot, tokens } in spans {
-            let position = &mut self.positions_s[slot];
-            positions.extend(*position..*position + tokens);
-            *position += tokens;
-        }
-        Tensor::from_slice(&positions).unsqueeze(0)
     }
 
     /// The tensors of a slot's sequence by name: views, on the device.

@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 use super::attention::chunkwise::Chunkwise;
 use super::attention::decay::slopes;
 use super::attention::parallel::Parallel;
-use super::attention::ragged::{Ragged, Span};
+use super::attention::ragged::{Ragged, Span, next_positions};
 use super::attention::rotary::Rotary;
 use super::attention::softmax::Mask;
 use super::attention::{Mixer, Plan};
@@ -87,7 +87,7 @@ impl Transformer {
         spans: &[Span],
     ) -> Tensor {
         let (kind, device) = (params.kind(), params.device());
-        let positions_1n = slots.count(spans).to_device(device);
+        let positions_1n = next_positions(spans, slots).to_device(device);
         let piece = |slopes_h: &[f64], chunk, tokens| {
             let options = (accumulate_kind(kind), device);
             Chunkwise::new(slopes_h, chunk, tokens, None, options)

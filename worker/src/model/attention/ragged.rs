@@ -12,7 +12,7 @@ use super::cache::Cache;
 use super::decay::slopes;
 use super::features::repeat_heads;
 use super::recurrent::Recurrent;
-use crate::model::slots::SlotLayer;
+use crate::model::slots::{SlotLayer, Slots};
 use crate::model::{AttentionKind, ModelConfig, accumulate_kind};
 
 /// The tokens of one sequence in a row.
@@ -22,6 +22,17 @@ pub struct Span {
     pub slot: usize,
     /// How many.
     pub tokens: i64,
+}
+
+/// The positions [1, n] of the next tokens of sequences, one after the other, which from here on these have.
+pub fn next_positions(spans: &[Span], slots: &mut Slots) -> Tensor {
+    let mut positions = Vec::new();
+    for &Span { slot, tokens } in spans {
+        let position = &mut slots.positions_s[slot];
+        positions.extend(*position..*position + tokens);
+        *position += tokens;
+    }
+    Tensor::from_slice(&positions).unsqueeze(0)
 }
 
 /// How the tokens of such a row are mixed; `P` is what longer pieces of SUPRA need, for each length.
