@@ -223,13 +223,8 @@ impl CudaKernels {
         v_bktd: &Tensor,
         o_bhtd: &mut Tensor,
     ) -> Result<(), KernelError> {
-        let l = Lengths::new(decay, q_bhtd, k_bktd)?;
-        let heads =
-            |name, tensor, shape: &[i64]| self.tensors.vectors(name, tensor, Kind::BFloat16, shape);
-        let q = heads("q_bhtd", q_bhtd, &l.q_bhtd)?;
-        let k = heads("k_bktd", k_bktd, &l.k_bktd)?;
-        let v = heads("v_bktd", v_bktd, &l.k_bktd)?;
-        let o = heads("o_bhtd", o_bhtd, &l.q_bhtd)?;
+        let (l, [q, k, v]) = self.qkv(decay, [q_bhtd, k_bktd, v_bktd])?;
+        let o = self.heads_first("o_bhtd", o_bhtd, l.q_bhtd)?;
         let context = self.attention_context(decay, &l)?;
         self.keep_states(&l, &context, k, v)?;
         let arguments = [
@@ -246,22 +241,16 @@ impl CudaKernels {
     pub(super) fn try_linear_attention_from(
         &self,
         decay: &DecayTables,
-        [q_bhtd, k_bktd, v_bktd]: [&Tensor; 3],
+        qkv: [&Tensor; 3],
         state_bhde: &mut Tensor,
         o_bhtd: &mut Tensor,
     ) -> Result<(), KernelError> {
-        let l = Lengths::new(decay, q_bhtd, k_bktd)?;
+        let (l, [q, k, v]) = self.qkv(decay, qkv)?;
         if decay.segments_bt.is_some() {
             let problem = "rows of several documents do not go on from a state";
             return Err(wrong("segments_bt", problem.to_owned()));
         }
-        let heads = |name, tensor: &Tensor, shape: &[i64]| {
-            self.tensors.vectors(name, tensor, Kind::BFloat16, shape)
-        };
-        let q = heads("q_bhtd", q_bhtd, &l.q_bhtd)?;
-        let k = heads("k_bktd", k_bktd, &l.k_bktd)?;
-        let v = heads("v_bktd", v_bktd, &l.k_bktd)?;
-        let o = heads("o_bhtd", o_bhtd, &l.q_bhtd)?;
+        let o = self.heads_first("o_bhtd", o_bhtd, l.q_bhtd)?;
         let [batch, query_heads, _, d] = l.q_bhtd;
         let state = self.tensors.vectors(
             "state_bhde",
@@ -284,21 +273,15 @@ impl CudaKernels {
     pub(super) fn try_linear_attention_backward(
         &self,
         decay: &DecayTables,
-        [q_bhtd, k_bktd, v_bktd]: [&Tensor; 3],
+        qkv: [&Tensor; 3],
         do_bhtd: &Tensor,
         [dq_bhtd, dk_bktd, dv_bktd]: [&mut Tensor; 3],
     ) -> Result<(), KernelError> {
-        let l = Lengths::new(decay, q_bhtd, k_bktd)?;
-        let heads = |name, tensor: &Tensor, shape: &[i64]| {
-            self.tensors.vectors(name, tensor, Kind::BFloat16, shape)
-        };
-        let q = heads("q_bhtd", q_bhtd, &l.q_bhtd)?;
-        let k = heads("k_bktd", k_bktd, &l.k_bktd)?;
-        let v = heads("v_bktd", v_bktd, &l.k_bktd)?;
-        let d_o = heads("do_bhtd", do_bhtd, &l.q_bhtd)?;
-        let dq = heads("dq_bhtd", dq_bhtd, &l.q_bhtd)?;
-        let dk = heads("dk_bktd", dk_bktd, &l.k_bktd)?;
-        let dv = heads("dv_bktd", dv_bktd, &l.k_bktd)?;
+        let (l, [q, k, v]) = self.qkv(decay, qkv)?;
+        let d_o = self.heads_first("do_bhtd", do_bhtd, l.q_bhtd)?;
+        let dq = self.heads_first("dq_bhtd", dq_bhtd, l.q_bhtd)?;
+        let dk = self.heads_first("dk_bktd", dk_bktd, l.k_bktd)?;
+        let dv = self.heads_first("dv_bktd", dv_bktd, l.k_bktd)?;
         let context = self.attention_context(decay, &l)?;
         let (states, weights) = (context.states, context.weights.as_slice());
 
@@ -318,6 +301,21 @@ impl CudaKernels {
             l.key_value_gradients_grid(),
             &arguments,
         )
+    }
+
+    /// The lengths of a call, and its queries, keys and values, checked.
+    fn qkv(
+        &self,
+        decay: &DecayTables,
+        [q_bhtd, k_bktd, v_bktd]: [&Tensor; 3],
+    ) -> Result<(Lengths, [Argument; 3]), KernelError> {
+        let l = Lengths::new(decay, q_bhtd, k_bktd)?;
+        let qkv = [
+            self.heads_first("q_bhtd", q_bhtd, l.q_bhtd)?,
+            self.heads_first("k_bktd", k_bktd, l.k_bktd)?,
+            self.heads_first("v_bktd", v_bktd, l.k_bktd)?,
+        ];
+        Ok((l, qkv))
     }
 
     /// The states at the inner boundaries, where there are any.

@@ -99,7 +99,8 @@ impl Lengths {
 }
 
 impl CudaKernels {
-    fn heads_first(
+    /// [B, H or K, T, d] in bf16.
+    pub(super) fn heads_first(
         &self,
         name: &'static str,
         tensor: &Tensor,
