@@ -85,6 +85,20 @@ pub fn coverage(records: &[LedgerRecord], samples: u64) -> Coverage {
     Coverage { lost, repeated }
 }
 
+/// Of each void: the last step applied before it, and the last that stays.
+pub fn voids(records: &[LedgerRecord]) -> Vec<(u64, u64)> {
+    let mut last = 0;
+    let mut voids = Vec::new();
+    for record in records {
+        match &record.body {
+            Some(Body::Step(step)) => last = step.step,
+            Some(Body::Void(void)) => voids.push((last, void.after_step)),
+            _ => {}
+        }
+    }
+    voids
+}
+
 /// The generations in which the steps were trained that were not voided.
 pub fn generations(records: &[LedgerRecord]) -> BTreeSet<u64> {
     let mut kept = BTreeMap::new();

@@ -3,7 +3,6 @@
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use supra_proto::v1::ledger_record::Body;
 use supra_tests::{Cluster, Result, TinyRecipe, ledger, weights};
 
 use crate::{LIMIT, Stage};
@@ -22,20 +21,6 @@ fn recipe(workers: (u32, u32)) -> TinyRecipe {
         more: format!("recovery: {{ snapshot_every: {EVERY} }}\n"),
         ..TinyRecipe::default()
     }
-}
-
-/// Of each void: the last applied step, and the last that stays.
-fn voids(cluster: &Cluster, run: &str) -> Result<Vec<(u64, u64)>> {
-    let mut last = 0;
-    let mut voids = Vec::new();
-    for record in cluster.ledger(run)? {
-        match record.body {
-            Some(Body::Step(step)) => last = step.step,
-            Some(Body::Void(void)) => voids.push((last, void.after_step)),
-            _ => {}
-        }
-    }
-    Ok(voids)
 }
 
 fn past(cluster: &Cluster, run: &str, step: u64) -> Result<u64> {
@@ -68,7 +53,7 @@ fn killed_ranks_that_kept_parts_cost_the_steps_since_the_snapshot_and_no_bit() -
         cluster.worker(&worker)?.signal_children(Signal::SIGKILL);
     }
     exactly_once(&cluster, &run, &recipe)?;
-    let voids = voids(&cluster, &run)?;
+    let voids = ledger::voids(&cluster.ledger(&run)?);
     for (last, stays) in &voids {
         assert!(*stays > 0, "never from the base: {voids:?}");
         assert!(last - stays <= 3 * EVERY, "{voids:?}");
@@ -103,6 +88,6 @@ fn workers_that_join_and_are_drained_void_no_step_of_those_that_divide_the_state
         status.world == 2
     })?;
     exactly_once(&cluster, &run, &recipe)?;
-    assert_eq!(voids(&cluster, &run)?, []);
+    assert_eq!(ledger::voids(&cluster.ledger(&run)?), []);
     Ok(())
 }

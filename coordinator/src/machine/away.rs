@@ -3,7 +3,7 @@
 //! Workers train on for `coordinator.away` of their recipe while nobody coordinates them. A coordinator that
 //! starts again finds their generation alive in its journal, and waits for them instead of voiding it. Each comes back with
 //! its place and says again what the journal may lack. Once all are there, the generation goes on as if nothing had happened.
-//! It is over when one of them has left it, or has not come within that time; what those that came have said is then
+//! It is over when one of them has left it, or has not come within that time, or three seconds if that is less; what those that came have said is then
 //! accounted for as ever, so that the next generation can go on from what they hold.
 //!
 //! None of this decides what may be applied: only the generation in hand applies steps, and its end is in the journal
@@ -23,6 +23,10 @@ use super::generation::{Generation, Member, Stage};
 use super::state::RunNumber;
 use super::worker::{Conn, NO_CONN};
 
+/// Workers pause for up to two seconds between two looks for a coordinator (`AWAITED_PAUSE` of `supra-agent`): not to wait for
+/// them that long would lose what they hold.
+const RETURN: Duration = Duration::from_secs(3);
+
 impl Machine {
     /// Waits for the members of the generation that the last coordinator left alive. False when there is nothing to wait
     /// for.
@@ -33,10 +37,11 @@ impl Machine {
         let Ok(recipe) = Recipe::parse(&run.recipe, &run.id) else {
             return false;
         };
-        let limit = recipe.coordinator.away.duration();
-        if limit.is_zero() || run.members.is_empty() {
+        let away = recipe.coordinator.away.duration();
+        if away.is_zero() || run.members.is_empty() {
             return false;
         }
+        let limit = away.max(RETURN);
         let plan = run.open.as_ref();
         let plan = plan.and_then(|open| Plan::new(&recipe, open.windows, open.manifest_hash).ok());
         let member = |name: &String| Member {

@@ -422,7 +422,8 @@ impl Default for Workers {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Coordinator {
-    /// How long workers train on while the coordinator is away, and how long one that starts again waits for them; at most 1 h.
+    /// How long workers train on while the coordinator is away, and how long one that starts again waits for them, there at
+    /// least 3 s; 0: they leave at once; at most 1 h.
     pub away: Period,
 }
 
