@@ -103,11 +103,7 @@ fn workers_leave_when_the_coordinator_is_dead_for_too_long_and_go_on_from_what_t
     let stage = Stage::new()?;
     let mut cluster = stage.cluster("cluster", 2)?;
     cluster.wait_attached(2, LIMIT)?;
-    // Such that it does not end in the meantime, however fast the processor is.
-    let recipe = TinyRecipe {
-        budget: 512 * 2000,
-        ..recipe("500 ms")
-    };
+    let recipe = recipe("500 ms");
     let quiet = quiet(&stage, &cluster, &recipe)?;
     let (run, _) = absence(&stage, &mut cluster, &recipe, Duration::from_secs(2))?;
     expect_undisturbed(&cluster, &run, &quiet, &recipe)?;
