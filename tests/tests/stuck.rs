@@ -23,8 +23,10 @@ fn a_rank_that_hangs_is_named_and_not_those_that_wait_for_it() -> Result<()> {
         cluster.adopt_worker(name, worker)?;
     }
     cluster.wait_attached(3, LIMIT)?;
+    // Long enough for it to go on until the rank hangs, however fast the processor is.
     let recipe = TinyRecipe {
-        budget: 90_010,
+        budget: 400_010,
+        repeat: true,
         workers: (3, 3),
         ..TinyRecipe::default()
     };
