@@ -23,10 +23,12 @@ fn a_rank_that_hangs_is_named_and_not_those_that_wait_for_it() -> Result<()> {
         cluster.adopt_worker(name, worker)?;
     }
     cluster.wait_attached(3, LIMIT)?;
-    // Long enough for it to go on until the rank hangs, however fast the processor is.
+    // Long enough for it to go on until the rank hangs, however fast the processor is; and not in a checkpoint, which may take
+    // longer than this test.
     let recipe = TinyRecipe {
         budget: 400_010,
         repeat: true,
+        checkpoint_every: 1_000_000,
         workers: (3, 3),
         ..TinyRecipe::default()
     };
