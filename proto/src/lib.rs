@@ -6,6 +6,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::time::Duration;
+
 mod channel;
 mod client;
 mod error;
@@ -21,6 +23,9 @@ pub use token::{Bearer, Token, TokenCheck, TokenError};
 /// coordinator and worker compare it when they meet: it stands here, and not in each of them, so that programs that were
 /// built together always agree. Changes that are not committed do not show.
 pub const BUILD: &str = env!("SUPRA_BUILD");
+
+/// Longest pause of a worker between two looks for a coordinator that may wait for its generation.
+pub const AWAITED_PAUSE: Duration = Duration::from_secs(2);
 
 /// Generated from `proto/supra/v1/*.proto`; the comments there are the documentation.
 #[allow(missing_docs, clippy::all)]

@@ -44,7 +44,6 @@ pub fn rounded(value: f64, digits: i32) -> f64 {
 }
 
 /// A campaign under way.
-#[derive(Clone)]
 pub struct Report {
     name: String,
     command: String,

@@ -3,14 +3,15 @@
 //! Workers train on for `coordinator.away` of their recipe while nobody coordinates them. A coordinator that
 //! starts again finds their generation alive in its journal, and waits for them instead of voiding it. Each comes back with
 //! its place and says again what the journal may lack. Once all are there, the generation goes on as if nothing had happened.
-//! It is over when one of them has left it, or has not come within that time, or three seconds if that is less; what those that came have said is then
-//! accounted for as ever, so that the next generation can go on from what they hold.
+//! It is over when one of them has left it, or has not come within that time, or three seconds if that is less; what those
+//! that came have said is then accounted for as ever, so that the next generation can go on from what they hold.
 //!
 //! None of this decides what may be applied: only the generation in hand applies steps, and its end is in the journal
 //! before another one begins. A rank that trains on unknowingly wastes its time, and nothing else.
 
 use std::time::Duration;
 
+use supra_proto::AWAITED_PAUSE;
 use supra_proto::v1::{Left, Place, StopAfterStep, Void, coordinator_message::Body as Down};
 use supra_recipes::plan::Plan;
 use supra_recipes::schema::Recipe;
@@ -23,9 +24,8 @@ use super::generation::{Generation, Member, Stage};
 use super::state::RunNumber;
 use super::worker::{Conn, NO_CONN};
 
-/// Workers pause for up to two seconds between two looks for a coordinator (`AWAITED_PAUSE` of `supra-agent`): not to wait for
-/// them that long would lose what they hold.
-const RETURN: Duration = Duration::from_secs(3);
+/// What to wait at least: not to give workers the time for another look would lose what they hold.
+const RETURN: Duration = AWAITED_PAUSE.saturating_add(Duration::from_secs(1));
 
 impl Machine {
     /// Waits for the members of the generation that the last coordinator left alive. False when there is nothing to wait

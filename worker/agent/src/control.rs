@@ -7,8 +7,8 @@ use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal::SIGXFSZ;
-use supra_proto::ClientError;
 use supra_proto::v1::{CoordinatorMessage, OrderedFaultKind};
+use supra_proto::{AWAITED_PAUSE, ClientError};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::time::{MissedTickBehavior, Sleep, interval, sleep};
@@ -29,9 +29,6 @@ use crate::worker::{Exit, WorkerOptions};
 
 /// How often the session looks at the clock.
 const TICK: Duration = Duration::from_millis(100);
-
-/// Longest pause of a worker whose generation a coordinator may wait for.
-const AWAITED_PAUSE: Duration = Duration::from_secs(2);
 
 /// Everything that the control thread owns. Dropping it voids the job in hand.
 pub(crate) struct Controller {

@@ -9,7 +9,7 @@ use super::{
     engine::{Engine, EngineError, Output, Piece, Want},
     load::LoadedModel,
 };
-use crate::model::{Form, Params, Slots, attention::ragged::Span};
+use crate::model::{Form, Params};
 
 /// Most tokens of a text that are compared: the parallel form needs memory by the square of their number.
 pub const MOST_TOKENS: usize = 4096;
@@ -145,13 +145,14 @@ impl fmt::Display for Comparison {
 pub fn compare(engine: &mut Engine, tokens: &[u32]) -> Result<Comparison, EngineError> {
     let read = &tokens[..tokens.len().min(MOST_TOKENS)];
     let recurrent_tv = token_by_token(engine, read)?;
+    let chunkwise_tv = wide(&engine.logits_of(read)?);
     let model = engine.model();
     tch::no_grad(|| {
         let ids: Vec<i64> = read.iter().map(|&token| token.into()).collect();
         let ids_t = Tensor::from_slice(&ids).to_device(model.params.device());
         let forms = [
             wide(&parallel(model, &model.params, &ids_t)),
-            wide(&chunkwise(model, &ids_t)?),
+            chunkwise_tv,
             recurrent_tv,
         ];
         let to_fp32 = (model.params.kind() == Kind::BFloat16).then(|| {
@@ -197,24 +198,6 @@ fn parallel(model: &LoadedModel, params: &Params, ids_t: &Tensor) -> Tensor {
     let form = model.transformer.clone().with_form(Form::Parallel);
     form.logits(params, &ids_t.unsqueeze(0), None)
         .squeeze_dim(0)
-}
-
-fn chunkwise(model: &LoadedModel, ids_t: &Tensor) -> Result<Tensor, EngineError> {
-    let (config, params) = (model.transformer.config(), &model.params);
-    let memory = Slots::new(config, 1, params.device(), params.kind());
-    let mut memory = memory.map_err(|source| EngineError::Memory {
-        slots: 1,
-        each: Slots::bytes_of_each(config, params.kind()),
-        source,
-    })?;
-    let spans = [Span {
-        slot: 0,
-        tokens: ids_t.numel() as i64,
-    }];
-    let x_td = model
-        .transformer
-        .advance(params, &mut memory, ids_t, &spans);
-    Ok(model.transformer.head(params, &x_td))
 }
 
 fn apart((a, b): (usize, usize), forms: &[Tensor; 3], to_fp32: Option<[f64; 3]>) -> Apart {

@@ -284,6 +284,24 @@ impl Engine {
         })
     }
 
+    /// Logits [T, V] of all tokens of a text, at least one, read at once as a prompt is.
+    pub fn logits_of(&mut self, tokens: &[u32]) -> Result<Tensor, EngineError> {
+        let slots = self.slots();
+        let slot = self.open().ok_or(EngineError::Full { slots })?;
+        let ids: Vec<i64> = tokens.iter().map(|&token| token.into()).collect();
+        let rows: Vec<i64> = (0..ids.len() as i64).collect();
+        let spans = [Span {
+            slot: slot.0,
+            tokens: ids.len() as i64,
+        }];
+        let parts = tch::no_grad(|| {
+            let parts = self.logits(&ids, &spans, &rows)?;
+            Ok(parts.map(Rows::all).collect::<Vec<_>>())
+        });
+        self.close(slot);
+        parts.map(|parts| Tensor::cat(&parts, 0))
+    }
+
     fn check(&self, pieces: &[Piece<'_>]) -> Result<(), EngineError> {
         let config = self.model.transformer.config();
         for piece in pieces {

@@ -53,6 +53,11 @@ impl Rows {
         })
     }
 
+    /// All of them.
+    pub fn all(self) -> Tensor {
+        self.logits_rv
+    }
+
     /// Some of them, one behind the other.
     pub fn some(&self, first: i64, count: i64) -> Tensor {
         self.logits_rv.narrow(0, first, count)

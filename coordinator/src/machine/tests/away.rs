@@ -375,6 +375,25 @@ fn without_patience_a_restart_ends_the_generation() {
 }
 
 #[test]
+fn with_little_patience_members_still_have_the_time_for_another_look() {
+    let mut rig = Rig::new();
+    let mut submission = super::super::rig::submission("rig-1");
+    submission.recipe += "coordinator: { away: 500 ms }\n";
+    rig.event(Event::Submit(submission)).unwrap();
+    rig.attach(1, "a");
+    rig.wait(1.1);
+    rig.formed(1, 1, 0);
+    rig.restart(usize::MAX);
+    rig.wait(supra_proto::AWAITED_PAUSE.as_secs_f64());
+    assert_eq!(broke(&rig), [""; 0]);
+    rig.wait(1.1);
+    assert_eq!(
+        broke(&rig),
+        ["the coordinator was restarted, and a did not come back within 3 s"]
+    );
+}
+
+#[test]
 fn data_that_changed_meanwhile_is_noticed() {
     let mut rig = halfway();
     rig.restart(usize::MAX);

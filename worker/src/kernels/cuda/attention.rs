@@ -161,11 +161,6 @@ impl Lengths {
         batch * heads * boundaries * d * d * BF16
     }
 
-    /// Boundaries inside a row.
-    fn inner(&self) -> i64 {
-        self.chunks - 1
-    }
-
     /// For either direction of the walk along a row.
     fn states_grid(&self) -> Grid {
         let [batch, heads, _, d] = self.q_bhtd;
@@ -258,8 +253,8 @@ impl CudaKernels {
             Kind::Float,
             &[batch, query_heads, d, d],
         )?;
-        // With those on entry.
-        let kept = self.scratch(l.states_bytes(l.inner() + 1));
+        // At the inner boundaries, and those on entry.
+        let kept = self.scratch(l.states_bytes(l.chunks));
         let log2_gamma = self.log2_gamma(&decay.slopes_h);
 
         let arguments = [&[k, v, log2_gamma, kept, state], l.counts.as_slice()].concat();
@@ -350,7 +345,7 @@ impl CudaKernels {
         };
         Ok(Context {
             weights: [self.log2_gamma(&decay.slopes_h), segments],
-            states: self.scratch(l.states_bytes(l.inner())),
+            states: self.scratch(l.states_bytes(l.chunks - 1)),
         })
     }
 
@@ -415,7 +410,7 @@ mod tests {
             let states = parts.find(|part| part.name == "states of attention");
             assert_eq!(
                 states.unwrap().bytes,
-                lengths.states_bytes(lengths.inner()).cast_unsigned(),
+                lengths.states_bytes(lengths.chunks - 1).cast_unsigned(),
                 "{tokens} tokens, {d} channels"
             );
         }

@@ -12,8 +12,8 @@ __device__ __forceinline__ void add_rms_norm(const bf16 *x, const bf16 *delta, c
     if (threadIdx.x == 0) rstd[blockIdx.x] = scale;
 }
 
-// Blocks walk over the rows, and hold one in registers likewise. What a block saw of the gain's gradient goes to its own row of `dgain_parts`
-// [gridDim.x, width].
+// Blocks walk over the rows, and hold one in registers likewise. What a block saw of the gain's gradient goes to its own row
+// of `dgain_parts` [gridDim.x, width].
 template <int VECTORS>
 __device__ __forceinline__ void rms_norm_backward(const bf16 *dnormed, const bf16 *x, const float *rstd, const bf16 *gain,
                                                   bf16 *dx_sum, float *dgain_parts, int rows, int width) {
